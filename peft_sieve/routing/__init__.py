@@ -1,0 +1,1 @@
+"""What the router does: profiles, selection and statistics."""
