@@ -1,0 +1,35 @@
+"""peft_sieve: fine-tune Mixture-of-Experts models by adapting only the experts that a task uses.
+
+Importing it registers the PEFT method SIEVE_LORA.
+"""
+
+from . import registration
+
+registration.add_peft_type()
+
+from .errors import SieveError  # noqa: E402  (the configuration needs the enumeration member)
+from .moe.families import MoEFamily, register_moe_family  # noqa: E402
+from .routing.profile_data import RoutingProfile  # noqa: E402
+from .routing.profiling import profile_routing  # noqa: E402
+from .routing.selection import ExpertSelection, register_score, select_experts  # noqa: E402
+from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
+from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
+
+registration.register(SieveLoraConfig, SieveLoraModel)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExpertSelection",
+    "MoEFamily",
+    "RoutingProfile",
+    "RoutingStatistics",
+    "SieveError",
+    "SieveLoraConfig",
+    "SieveLoraModel",
+    "profile_routing",
+    "register_moe_family",
+    "register_score",
+    "routing_statistics",
+    "select_experts",
+]

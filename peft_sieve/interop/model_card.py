@@ -1,0 +1,92 @@
+"""The section that a sieve adapter adds to its model card."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from huggingface_hub import ModelCard
+from peft import PeftModel
+
+from ..tuners.sieve.config import SieveLoraConfig
+
+START, END = "<!-- peft_sieve -->", "<!-- /peft_sieve -->"
+# PEFT ends a card with its list of versions.
+VERSIONS = "### Framework versions"
+TEMPLATE_TITLE = "# Model Card for Model ID"
+
+
+def add_to_card(model: PeftModel, path: str | os.PathLike[str]) -> None:
+    """Write the section into the card at `path`, in place of an earlier one."""
+    card = ModelCard.load(path)
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), "lora", "peft_sieve", "mixture-of-experts"})
+    sections = [_section(model, name, c) for name, c in model.peft_config.items() if isinstance(c, SieveLoraConfig)]
+    block = "\n\n".join([START, *sections, END])
+    text = re.sub(re.escape(START) + ".*?" + re.escape(END), "", card.text, flags=re.DOTALL).strip()
+    before, found, after = text.partition(VERSIONS)
+    if TEMPLATE_TITLE in before:
+        # The Hub's template with every blank left blank says nothing that the section does not.
+        before = f"# Sparse LoRA for {_base_name(model)}"
+    card.text = f"\n{before.rstrip()}\n\n{block}\n\n{found}{after}".rstrip() + "\n"
+    card.save(path)
+
+
+def _section(model: PeftModel, adapter_name: str, config: SieveLoraConfig) -> str:
+    mask = config.selected_experts or {}
+    parameters = [p for n, p in model.named_parameters() if f".{adapter_name}." in n]
+    count = sum(p.numel() for p in parameters)
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    adapted, total = sum(map(len, mask.values())), sum(shape[0] for shape in (config.expert_shapes or {}).values())
+    suffix = "" if adapter_name == "default" else f" (`{adapter_name}`)"
+    lines = [
+        f"## Sparse expert adapter{suffix}",
+        "",
+        f"LoRA (rank {config.r}) for {_linked(_base_name(model))} on {adapted} of {total} routed experts, "
+        "chosen by how often the task routes to them (MoE-Sieve, "
+        "[arXiv 2603.24044](https://arxiv.org/abs/2603.24044)), made with `peft_sieve`. "
+        f"{count:,} parameters, {size / 1e6:.1f} MB.",
+        "",
+        "Loading needs the package (`pip install peft-sieve`), and it imported, before PEFT reads the adapter:",
+        "",
+        "```python",
+        "import peft_sieve  # registers the adapter type with PEFT",
+        "from peft import AutoPeftModelForCausalLM",
+        "",
+        'model = AutoPeftModelForCausalLM.from_pretrained("REPO_OR_PATH_OF_THIS_ADAPTER")',
+        "```",
+        "",
+        *_calibration(config),
+        "| layer | experts | coverage |",
+        "| --- | --- | --- |",
+        *(_row(config, path) for path in mask),
+    ]
+    return "\n".join(lines)
+
+
+def _base_name(model: PeftModel) -> str:
+    return getattr(model.get_base_model(), "name_or_path", "") or "the base model"
+
+
+def _linked(name: str) -> str:
+    is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
+    return f"[{name}](https://huggingface.co/{name})" if is_repository else f"`{name}`"
+
+
+def _calibration(config: SieveLoraConfig) -> list[str]:
+    known: dict[str, Any] = config.calibration or {}
+    if not known:
+        return ["The experts were given by hand or by an earlier calibration.", ""]
+    text = (
+        f"Calibrated on {known.get('samples')} samples ({known.get('tokens'):,} tokens) of `{known.get('dataset')}`, "
+        f"score `{known.get('score')}`, strategy `{known.get('strategy')}`. Coverage is the share of a layer's routed "
+        "tokens (or gate weight, by the score) that its adapted experts received."
+    )
+    return [text, ""]
+
+
+def _row(config: SieveLoraConfig, path: str) -> str:
+    ids = (config.selected_experts or {})[path]
+    num_experts = (config.expert_shapes or {}).get(path, [0])[0]
+    coverage = ((config.calibration or {}).get("coverage") or {}).get(path)
+    return f"| {path} | {len(ids)} of {num_experts} | {'' if coverage is None else f'{coverage:.1%}'} |"

@@ -1,0 +1,137 @@
+"""Find the MoE layers of a model: experts, router, shared experts, and the attention around them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..errors import SieveError
+from .families import ROUTER_NAMES, ExpertsShape, MoEFamily, family_of
+
+_SHARED = re.compile(r"shared_(experts?|mlp)")
+_ATTENTION = re.compile(r"(^|_)(attn|attention|mixer)$")
+_BLOCK_INDEX = re.compile(r"^(.*?\.)?\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Router:
+    """The trainable part of a router.
+
+    Attributes:
+        path: the module that holds it.
+        parameter: name of its weight if that is a bare parameter, None if `path` is a linear layer.
+    """
+
+    path: str
+    parameter: str | None
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """One layer of routed experts.
+
+    Attributes:
+        path: the experts module, as `named_modules` of the base model calls it (adapter layers left out).
+        experts: that module, without adapters.
+        family: its layout.
+        shape: number of experts and widths.
+        routers: what of the router can be adapted.
+        shared_linears: paths of the linear layers of the shared experts (their gate left out).
+    """
+
+    path: str
+    experts: nn.Module
+    family: MoEFamily
+    shape: ExpertsShape
+    routers: tuple[Router, ...]
+    shared_linears: tuple[str, ...]
+
+    @property
+    def num_experts(self) -> int:
+        return self.shape.num_experts
+
+
+def find_moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of `model`, in the order of its modules.
+
+    Adapters may already be around them: paths and modules are those of the base model.
+
+    Raises:
+        SieveError: the model has none.
+    """
+    modules = base_modules(model)
+    layers = []
+    for path, module in modules.items():
+        family = family_of(module)
+        if family is None or path == "":
+            continue
+        block = path.rpartition(".")[0]
+        layers.append(
+            MoELayer(path, module, family, family.shape(module), _routers(modules, block), _shared(modules, block))
+        )
+    if not layers:
+        raise SieveError(
+            f"the model {type(model).__name__} has no Mixture-of-Experts layer that is known here (fused experts of "
+            "transformers, or a ModuleList of gated MLPs): pass a MoE model, or teach the package its layout with "
+            "peft_sieve.register_moe_family"
+        )
+    return layers
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """`named_modules` as the model has them without adapters: an adapter layer is replaced by what it wraps."""
+    modules: dict[str, nn.Module] = {}
+
+    def visit(path: str, module: nn.Module) -> None:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        modules[path] = module
+        for name, child in module.named_children():
+            visit(f"{path}.{name}" if path else name, child)
+
+    visit("", model)
+    return modules
+
+
+def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
+    """Paths of the linear layers inside attention modules, in the stacks of blocks that have MoE layers.
+
+    Linear-attention and state-space mixers count as attention; a vision tower, which is another stack, does not.
+    """
+    stacks = {match.group(1) or "" for layer in layers if (match := _BLOCK_INDEX.match(layer.path))}
+    found = []
+    for path, module in base_modules(model).items():
+        if not isinstance(module, nn.Linear):
+            continue
+        match = _BLOCK_INDEX.match(path)
+        if match is None or (match.group(1) or "") not in stacks:
+            continue
+        if any(_ATTENTION.search(part) for part in path[match.end() + 1 :].split(".")[:-1]):
+            found.append(path)
+    return found
+
+
+def _routers(modules: dict[str, nn.Module], block: str) -> tuple[Router, ...]:
+    for name in ROUTER_NAMES:
+        path = f"{block}.{name}"
+        router = modules.get(path)
+        if router is None:
+            continue
+        if isinstance(router, nn.Linear):
+            return (Router(path, None),)
+        weight = getattr(router, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 2:
+            return (Router(path, "weight"),)
+        inner = [p for p, m in modules.items() if p.startswith(path + ".") and isinstance(m, nn.Linear)]
+        return tuple(Router(p, None) for p in inner)
+    return ()
+
+
+def _shared(modules: dict[str, nn.Module], block: str) -> tuple[str, ...]:
+    prefix = block + "."
+    linears = (p for p, m in modules.items() if p.startswith(prefix) and isinstance(m, nn.Linear))
+    # shared_expert_gate is not an expert: it has one output, and the paper leaves it alone.
+    return tuple(p for p in linears if _SHARED.fullmatch(p[len(prefix) :].split(".")[0]))

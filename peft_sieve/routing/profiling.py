@@ -1,0 +1,263 @@
+"""Run a model over calibration data and count what its routers dispatch."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..errors import SieveError
+from ..moe.topology import MoELayer, find_moe_layers
+from .calibration import CalibrationData, calibration_batches
+from .profile_data import RoutingProfile
+
+
+def profile_routing(
+    model: nn.Module,
+    data: Any,
+    *,
+    tokenizer: Any = None,
+    max_samples: int = 512,
+    max_length: int = 2048,
+    batch_size: int = 8,
+    formatting_func: Callable[[Any], Any] | None = None,
+    progress: bool = True,
+    split: str = "train",
+    seed: int = 0,
+) -> RoutingProfile:
+    """Count, for each MoE layer and expert, the tokens routed to it and the gate weight it received (MoE-Sieve §3).
+
+    Runs the model's backbone, without its head, gradients or key-value cache, where and in the type the model is, and
+    reads what the routers really dispatched. Padding and dropped slots do not count. Adapters on the model are switched
+    off meanwhile. Hooks, training mode and random state are restored, also after an exception.
+
+    Args:
+        model: a MoE model of transformers, or one around it (`PeftModel`).
+        data: calibration data in any form that `SieveLoraConfig.calib_dataset` takes.
+        tokenizer: a tokenizer or its name; None takes the one saved with the model, where text has to be read.
+        max_samples: samples at most; of a larger data set, a subset drawn with `seed`.
+        max_length: tokens per sample at most.
+        batch_size: samples per forward.
+        formatting_func: row -> text, for rows in another form.
+        progress: show a bar with tokens per second if standard error is a terminal.
+        split: split of a data set that has several.
+        seed: of the subset.
+
+    Returns:
+        The profile; layers are named by the path of their experts module.
+
+    Raises:
+        SieveError: no MoE layer, unusable data, or no MoE layer reached by it.
+    """
+    base = unwrapped(model)
+    layers = find_moe_layers(base)
+    calibration = calibration_batches(
+        data,
+        tokenizer=find_tokenizer(base, tokenizer, data),
+        formatting_func=formatting_func,
+        split=split,
+        max_samples=max_samples,
+        max_length=max_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    profile = profile_batches(base, layers, calibration, progress=progress)
+    check_reached(profile)
+    return profile
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT's wrappers; adapter layers stay in it."""
+    if isinstance(model, PeftModel):
+        model = model.base_model
+    return model.model if isinstance(model, BaseTuner) else model
+
+
+def check_reached(profile: RoutingProfile) -> None:
+    """Refuse a profile without a single dispatch.
+
+    Raises:
+        SieveError: no MoE layer was reached.
+    """
+    if not any(counts.any() for counts in profile.counts.values()):
+        raise SieveError(
+            f"the calibration data reached none of the {len(profile.counts)} MoE layers, expected tokens routed to "
+            "experts: pass data that the part of the model with the MoE layers reads"
+        )
+
+
+def find_tokenizer(model: nn.Module, tokenizer: Any, data: Any) -> Any:
+    """The tokenizer to read `data` with: the one given, the one of that name, or the one saved with the model.
+
+    Returns None where none is needed or found; reading text then fails with a sentence that asks for one.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        return tokenizer
+    name = tokenizer or getattr(model, "name_or_path", None)
+    if not name:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if tokenizer is not None:
+            raise SieveError(
+                f"the tokenizer {tokenizer!r} cannot be loaded ({str(error).splitlines()[0]}), expected the name or path "
+                "of one: pass that, or the tokenizer itself"
+            ) from error
+        return None
+
+
+def profile_batches(
+    model: nn.Module, layers: list[MoELayer], calibration: CalibrationData, *, progress: bool = True
+) -> RoutingProfile:
+    """As `profile_routing`, over batches that were made already; none of them need reach a layer."""
+    counters = {layer.path: _Counter(layer.num_experts) for layer in layers}
+    forward = _backbone(model)
+    device = _input_device(model)
+    if device.type == "meta":
+        raise SieveError(
+            "the model has no weights (it is on the meta device), expected a loaded one to profile: load the weights, "
+            "or pass selected_experts"
+        )
+    if device.type == "cpu" and torch.cuda.is_available():
+        warnings.warn("Profiling runs on the CPU, where the model is, though there is a GPU: move the model there first.")
+    # disable=None: no bar unless a terminal is watching.
+    bar = tqdm(total=calibration.num_tokens, desc="Profiling routing", unit="tok", unit_scale=True, disable=None)
+    with ExitStack() as stack:
+        if not progress:
+            bar.disable = True
+        stack.callback(bar.close)
+        stack.enter_context(_undisturbed(model))
+        for layer in layers:
+            parent, _, name = layer.path.rpartition(".")
+            parent_module = model.get_submodule(parent)
+            handles = layer.family.watch(getattr(parent_module, name), parent_module, counters[layer.path].add)
+            for handle in handles:
+                stack.callback(handle.remove)
+        for batch in calibration.batches:
+            mask = batch.get("attention_mask")
+            real = None if mask is None or bool(mask.all()) else mask.reshape(-1).bool()
+            for counter in counters.values():
+                counter.real = real
+            forward(_to(batch, device))
+            bar.update(int(mask.sum()) if mask is not None else batch["input_ids"].numel())
+    return RoutingProfile(
+        counts={path: counter.totals()[0] for path, counter in counters.items()},
+        mass={path: counter.totals()[1] for path, counter in counters.items()},
+        num_tokens=calibration.num_tokens,
+        num_experts_per_tok=max((counter.top_k for counter in counters.values()), default=0) or None,
+        metadata={
+            "dataset": calibration.name,
+            "fingerprint": calibration.fingerprint,
+            "samples": calibration.num_samples,
+            "tokens": calibration.num_tokens,
+            "model": getattr(model, "name_or_path", "") or type(model).__name__,
+        },
+    )
+
+
+class _Counter:
+    """Counts and gate weights of one layer, kept on its device until the end."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.top_k = 0
+        self.real: torch.Tensor | None = None
+        self._sums: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def add(self, expert_ids: torch.Tensor, expert_weights: torch.Tensor) -> None:
+        """Count one dispatch, ids and weights of shape (tokens, top_k)."""
+        self.top_k = max(self.top_k, expert_ids.shape[-1])
+        # One bin more than experts: dropped slots (id == num_experts) and padding end up there.
+        bins = expert_ids.long().clamp(max=self.num_experts)
+        if self.real is not None:
+            if self.real.numel() != bins.shape[0]:
+                raise SieveError(
+                    f"a batch of {self.real.numel()} tokens with padding reached an experts module as {bins.shape[0]} "
+                    "tokens, expected as many, since padding must not count: profile with batch_size=1 (calib_batch_size)"
+                )
+            self.real = self.real.to(bins.device)
+            bins = bins.masked_fill(~self.real.unsqueeze(-1), self.num_experts)
+        if self._sums is None:
+            sizes = {"size": (self.num_experts + 1,), "fill_value": 0, "device": bins.device}
+            self._sums = torch.full(dtype=torch.int64, **sizes), torch.full(dtype=torch.float64, **sizes)
+        counts, mass = self._sums
+        flat = bins.reshape(-1)
+        counts.scatter_add_(0, flat, torch.ones_like(flat))
+        mass.scatter_add_(0, flat, expert_weights.reshape(-1).to(torch.float64))
+
+    def totals(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts (int64) and mass (float64), each (num_experts,)."""
+        if self._sums is None:
+            return torch.zeros(self.num_experts, dtype=torch.int64), torch.zeros(self.num_experts, dtype=torch.float64)
+        counts, mass = self._sums
+        return counts[:-1].cpu(), mass[:-1].cpu()
+
+
+def _backbone(model: nn.Module) -> Callable[[dict[str, Any]], None]:
+    """A forward without the head."""
+    backbone = getattr(model, "base_model", model)
+    parameters = inspect.signature(backbone.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+    def forward(batch: dict[str, Any]) -> None:
+        mask = batch.get("attention_mask")
+        if "position_ids" in parameters and "position_ids" not in batch and mask is not None and not mask[:, 0].all():
+            # Left padding: a token's position is its place among the real ones.
+            batch["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if takes_any or "use_cache" in parameters:
+            batch["use_cache"] = False
+        backbone(**batch)
+
+    return forward
+
+
+def _input_device(model: nn.Module) -> torch.device:
+    """Where the model wants its inputs; offloaded weights are on no device until they are used."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
+    hook = getattr(embeddings, "_hf_hook", None)
+    execution_device = getattr(hook, "execution_device", None)
+    if execution_device is not None:
+        return torch.device(execution_device)
+    return next(embeddings.parameters()).device
+
+
+def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients and adapters; modes, adapters and random states come back."""
+    modes = [(module, module.training) for module in model.modules()]
+    adapters = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    if any(module.merged for module, _ in adapters):
+        raise SieveError(
+            "the model has a merged adapter, expected the base weights for profiling: call unmerge_adapter() first"
+        )
+    python_state = random.getstate()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            model.eval()
+            for module, _ in adapters:
+                # Not enable_adapters(False): that also changes which weights require gradients.
+                module._disable_adapters = True
+            yield
+    finally:
+        random.setstate(python_state)
+        for module, training in modes:
+            module.training = training
+        for module, disabled in adapters:
+            module._disable_adapters = disabled

@@ -1,0 +1,404 @@
+"""Which experts to adapt: scores of a routing profile, strategies over the scores, and the selection they make.
+
+Pure functions on numbers. Everything is computed with Python's integers and floats (exact sums, correctly rounded
+quotients, sorting by score and then by id), so that a profile gives the same selection on every platform.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import random
+import reprlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_sieve.errors import SieveError
+from peft_sieve.routing.profile_data import RoutingProfile, check_profile, quoted
+
+ScoreFunction = Callable[[RoutingProfile, str], Tensor]
+
+_SCORES: dict[str, ScoreFunction] = {}
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def register_score(name: str, function: ScoreFunction) -> None:
+    """Add a score by which experts can be selected, or replace the one of that name.
+
+    Args:
+        name: how `select_experts(score=...)` and `SieveLoraConfig(score=...)` call it.
+        function: called as `function(profile, layer_name)`; returns one score an expert, `(num_experts,)`, integer or
+            floating, finite and >= 0, higher for experts that the task uses more. It should depend on its arguments
+            only. It raises `SieveError` if the profile lacks what it needs.
+
+    Raises:
+        SieveError: if the name is not a non-empty string or the function cannot be called.
+    """
+    if not isinstance(name, str) or not name:
+        raise SieveError(f"received {reprlib.repr(name)} as the name of a score, expected a non-empty string: name it")
+    if not callable(function):
+        raise SieveError(
+            f"received {reprlib.repr(function)} as the score {name!r}, expected a function of a profile and a layer "
+            "name: pass the function itself"
+        )
+    _SCORES[name] = function
+
+
+def known_scores() -> tuple[str, ...]:
+    """The names that `score` can take, in the order of their registration."""
+    return tuple(_SCORES)
+
+
+def _count(profile: RoutingProfile, layer: str) -> Tensor:
+    """Tokens routed to each expert (MoE-Sieve §3)."""
+    return profile.counts[layer]
+
+
+def _mass(profile: RoutingProfile, layer: str) -> Tensor:
+    """Gate weight given to each expert, summed over tokens (MoE-Sieve §3)."""
+    if profile.mass is None:
+        raise SieveError(
+            "received score='mass' for a profile that holds no gate weights, expected a profile with mass: "
+            "profile again with gate weights or use score='count'"
+        )
+    return profile.mass[layer]
+
+
+register_score("count", _count)
+register_score("mass", _mass)
+
+
+def _layer_scores(profile: RoutingProfile, score: str) -> dict[str, list[float]]:
+    """The score of every expert, layer by layer, as integers or floats."""
+    check_profile(profile)
+    _check_name("score", score, _SCORES)
+    scores = {}
+    for layer, counts in profile.counts.items():
+        values = torch.as_tensor(_SCORES[score](profile, layer)).detach().cpu()
+        if values.shape != counts.shape or bool((values < 0).any()) or not bool(torch.isfinite(values).all()):
+            raise SieveError(
+                f"received from the score {score!r} values of shape {tuple(values.shape)} for layer {layer!r}, "
+                f"expected {counts.numel()} finite numbers of at least 0: correct the registered function"
+            )
+        scores[layer] = values.tolist()
+    return scores
+
+
+def _total(values: Sequence[float]) -> float:
+    """The sum, exact for integers and correctly rounded for floats whatever their order."""
+    return sum(values) if all(isinstance(value, int) for value in values) else math.fsum(values)
+
+
+def _hottest_first(values: Sequence[float]) -> list[int]:
+    """Expert ids by falling score, ties by rising id."""
+    return sorted(range(len(values)), key=lambda expert: (-values[expert], expert))
+
+
+# --- strategies -----------------------------------------------------------------------------------------------------
+# Each takes the scores of the layers that tokens reached, how many experts each layer may have, and the options.
+
+_Scores = Mapping[str, Sequence[float]]
+_Selected = Mapping[str, Iterable[int]]
+
+
+def _uniform(scores: _Scores, budgets: Mapping[str, int], coverage: float, seed: int) -> _Selected:
+    return {layer: _hottest_first(values)[: budgets[layer]] for layer, values in scores.items()}
+
+
+def _greedy(scores: _Scores, budgets: Mapping[str, int], coverage: float, seed: int) -> _Selected:
+    # An expert's gain is its share of its layer's score, whatever else is selected. So taking the largest gain again
+    # and again is the same as one sort, and a layer's experts come in falling order by themselves.
+    candidates = [
+        (-values[expert] / total, position, expert, layer)
+        for position, (layer, values) in enumerate(scores.items())
+        for total in [_total(values)]
+        for expert in range(len(values))
+    ]
+    candidates.sort()
+    selected = {layer: [_hottest_first(values)[0]] for layer, values in scores.items()}
+    remaining = sum(budgets[layer] for layer in scores) - len(scores)
+    for _, _, expert, layer in candidates:
+        if remaining and expert != selected[layer][0]:
+            selected[layer].append(expert)
+            remaining -= 1
+    return selected
+
+
+def _coverage(scores: _Scores, budgets: Mapping[str, int], coverage: float, seed: int) -> _Selected:
+    selected: dict[str, list[int]] = {}
+    for layer, values in scores.items():
+        total = _total(values)
+        selected[layer] = chosen = []
+        for expert in _hottest_first(values):
+            chosen.append(expert)
+            if _total([values[i] for i in chosen]) / total >= coverage:
+                break
+    return selected
+
+
+def _random(scores: _Scores, budgets: Mapping[str, int], coverage: float, seed: int) -> _Selected:
+    selected = {}
+    for layer, values in scores.items():
+        generator = random.Random(f"{seed}:{layer}")
+        # Of the module's functions only random() is promised to give the same numbers in every Python version.
+        draws = [generator.random() for _ in values]
+        selected[layer] = _hottest_first(draws)[: budgets[layer]]
+    return selected
+
+
+_STRATEGIES = {"uniform": _uniform, "greedy": _greedy, "coverage": _coverage, "random": _random}
+
+
+def known_strategies() -> tuple[str, ...]:
+    """The names that `strategy` can take."""
+    return tuple(_STRATEGIES)
+
+
+# --- the selection --------------------------------------------------------------------------------------------------
+
+
+class ExpertSelection(Mapping[str, tuple[int, ...]]):
+    """The experts to adapt: an immutable mapping from layer name to a tuple of ascending expert ids.
+
+    Equal to any mapping with the same items, whatever their order; can be pickled and copied.
+
+    Args:
+        experts: layer name -> expert ids >= 0, each once, in any order. `to_dict()` gives this back.
+
+    Raises:
+        SieveError: if a layer's ids are not distinct whole numbers of at least 0.
+    """
+
+    __slots__ = ("_experts",)
+    _experts: dict[str, tuple[int, ...]]
+
+    def __init__(self, experts: Mapping[str, Iterable[int]]) -> None:
+        if not isinstance(experts, Mapping):
+            raise SieveError(
+                f"received {type(experts).__name__} as selected experts, "
+                "expected a mapping from layer name to expert ids: pass a dict"
+            )
+        checked = {layer: _ascending_ids(layer, ids) for layer, ids in experts.items()}
+        object.__setattr__(self, "_experts", checked)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"ExpertSelection cannot be changed, so {name!r} cannot be set")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ExpertSelection, (dict(self._experts),)
+
+    def __getitem__(self, layer: str) -> tuple[int, ...]:
+        return self._experts[layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._experts)
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __repr__(self) -> str:
+        return f"ExpertSelection({len(self)} layers, {sum(map(len, self.values()))} experts)"
+
+    def coverage(self, profile: RoutingProfile, score: str = "count") -> dict[str, float]:
+        """The share of each layer's score that the selected experts capture (MoE-Sieve §3).
+
+        Args:
+            profile: a profile with the selection's layers; it need not be the one that the selection was made from.
+            score: the score to share out.
+
+        Returns:
+            Layer name -> share in [0, 1] for the selection's layers; 0.0 for a layer that no token reached, because
+            nothing was captured there.
+
+        Raises:
+            SieveError: if the profile lacks a selected layer or expert, or the score.
+        """
+        scores = _layer_scores(profile, score)
+        missing = [layer for layer in self if layer not in scores]
+        if missing:
+            raise SieveError(
+                f"received a profile without {quoted(missing)}, expected every layer of the selection: "
+                "use a profile of the same model"
+            )
+        shares = {}
+        for layer, experts in self.items():
+            values = scores[layer]
+            if experts and experts[-1] >= len(values):
+                raise SieveError(
+                    f"received a profile with {len(values)} experts in layer {layer!r} where expert {experts[-1]} is "
+                    "selected, expected more experts than the largest selected id: use a profile of the same model"
+                )
+            total = _total(values)
+            shares[layer] = _total([values[expert] for expert in experts]) / total if total else 0.0
+        return shares
+
+    def jaccard(self, other: Mapping[str, Iterable[int]]) -> float:
+        """How far two selections agree: the experts of both over the experts of either, as the mean over layers.
+
+        Args:
+            other: a selection of the same layers, or a mapping that is one.
+
+        Returns:
+            A number in [0, 1]. A layer for which neither selects an expert counts as 1.0, and so do no layers at all.
+
+        Raises:
+            SieveError: if the layers differ.
+        """
+        theirs = other if isinstance(other, ExpertSelection) else ExpertSelection(other)
+        only_one = sorted(set(self) ^ set(theirs))
+        if only_one:
+            raise SieveError(
+                f"received two selections of which only one has {quoted(only_one)}, "
+                "expected the same layers in both: compare selections for the same model"
+            )
+        overlaps = []
+        for layer, experts in self.items():
+            either = set(experts) | set(theirs[layer])
+            overlaps.append(len(set(experts) & set(theirs[layer])) / len(either) if either else 1.0)
+        return math.fsum(overlaps) / len(overlaps) if overlaps else 1.0
+
+    def to_dict(self) -> dict[str, list[int]]:
+        """The selection as plain lists, ready for JSON and for `SieveLoraConfig(selected_experts=...)`."""
+        return {layer: list(experts) for layer, experts in self.items()}
+
+
+def select_experts(
+    profile: RoutingProfile,
+    *,
+    top_k_frac: float = 0.25,
+    top_k: int | None = None,
+    strategy: str = "uniform",
+    score: str = "count",
+    coverage: float = 0.6,
+    seed: int = 0,
+) -> ExpertSelection:
+    """Select the experts to adapt in each layer (MoE-Sieve §4; greedy: Appendix C).
+
+    A layer's budget is `max(1, round(top_k_frac * num_experts))` or `top_k`. Experts with equal scores are taken in
+    the order of their ids. A layer that no token reached, or whose score is 0 for all experts, gets no experts and is
+    named in a `UserWarning`.
+
+    Args:
+        profile: what the router did on the calibration data.
+        top_k_frac: share of a layer's experts, in (0, 1].
+        top_k: number of experts a layer, from 1 to the smallest layer's number of experts; wins over `top_k_frac`.
+        strategy: `uniform`: each layer's highest scores, as many as its budget. `greedy`: as many in all as `uniform`
+            takes, given out one by one to the expert with the largest share of its own layer's score, ties to the
+            earlier layer, and at least one a layer. `coverage`: the fewest of each layer that hold the share
+            `coverage` of its score; no budget. `random`: as many as `uniform` but drawn with `seed`, a control.
+        score: `count` (tokens routed), `mass` (summed gate weight) or a name given to `register_score`.
+        coverage: target of the strategy `coverage`, in (0, 1].
+        seed: of the strategy `random`, any whole number; each layer's draw depends on it and the layer's name, and
+            neither uses nor changes the state of a global generator.
+
+    Returns:
+        The selection, with all layers of the profile in their order.
+
+    Raises:
+        SieveError: if an option is out of range, the profile lacks the score, or no token reached any layer.
+    """
+    validate_selection_options(top_k_frac, top_k, strategy, score, coverage)
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise SieveError(f"received seed={reprlib.repr(seed)}, expected a whole number: pass one such as 0")
+    scores = _layer_scores(profile, score)
+    budgets = {layer: experts_per_layer(len(values), top_k_frac, top_k) for layer, values in scores.items()}
+    for layer, values in scores.items():
+        if budgets[layer] > len(values):
+            raise SieveError(
+                f"received top_k={top_k} for layer {layer!r} of {len(values)} experts, "
+                "expected no more than every layer has: lower top_k or use top_k_frac"
+            )
+    reached = {
+        layer: values for layer, values in scores.items() if bool(profile.counts[layer].any()) and _total(values) > 0
+    }
+    unreached = [layer for layer in scores if layer not in reached]
+    weightless = any(bool(profile.counts[layer].any()) for layer in unreached)
+    no_token = f"no token with a {score} above 0" if weightless else "no token"
+    if not reached:
+        raise SieveError(
+            f"received a profile in which {no_token} reached any of the {len(scores)} layers, "
+            "expected routed tokens in at least one: profile on calibration data that is not empty"
+        )
+    if unreached:
+        warnings.warn(
+            f"{no_token} reached {quoted(unreached)}, so no expert is selected there: "
+            "profile on more data if these layers should be adapted",
+            UserWarning,
+            stacklevel=2,
+        )
+    selected = _STRATEGIES[strategy](reached, budgets, float(coverage), int(seed))
+    return ExpertSelection({layer: selected.get(layer, ()) for layer in scores})
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+def validate_selection_options(top_k_frac: Any, top_k: Any, strategy: Any, score: Any, coverage: Any) -> None:
+    """Check the options of `select_experts` as far as that is possible without a profile.
+
+    Args:
+        top_k_frac: must be a number in (0, 1].
+        top_k: must be None or a whole number of at least 1.
+        strategy: must be one of `known_strategies()`.
+        score: must be one of `known_scores()`.
+        coverage: must be a number in (0, 1].
+
+    Raises:
+        SieveError: for the first option that is not so. All are checked, also those that the strategy does not use.
+    """
+    check_share("top_k_frac", top_k_frac, "the share of each layer's experts to adapt, such as 0.25")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
+        raise SieveError(
+            f"received top_k={reprlib.repr(top_k)}, expected a whole number of at least 1 or None: "
+            "set it to the number of experts to adapt in each layer, or use top_k_frac for a share"
+        )
+    _check_name("strategy", strategy, _STRATEGIES)
+    _check_name("score", score, _SCORES)
+    check_share("coverage", coverage, "the share of each layer's score to capture, such as 0.6")
+
+
+def experts_per_layer(num_experts: int, top_k_frac: float, top_k: int | None = None) -> int:
+    """How many experts of a layer to select: `top_k` if given, else `max(1, round(top_k_frac * num_experts))`."""
+    return max(1, round(float(top_k_frac) * num_experts)) if top_k is None else int(top_k)
+
+
+def check_share(option: str, value: Any, advice: str) -> None:
+    """Raise `SieveError` unless `value` is a number in (0, 1]; `advice` says what to set `option` to."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise SieveError(
+            f"received {option}={reprlib.repr(value)}, expected a number above 0 and at most 1: set it to {advice}"
+        )
+
+
+def _check_name(option: str, value: Any, known: Iterable[str]) -> None:
+    names = list(known)
+    if isinstance(value, str) and value in names:
+        return
+    near = difflib.get_close_matches(value, names, n=1, cutoff=0.5) if isinstance(value, str) else []
+    advice = f"did you mean {near[0]!r}?" if near else "choose one of them"
+    raise SieveError(f"received {option}={reprlib.repr(value)}, expected one of {quoted(names)}: {advice}")
+
+
+def _ascending_ids(layer: Any, ids: Any) -> tuple[int, ...]:
+    if not isinstance(layer, str) or isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+        raise SieveError(
+            f"received {reprlib.repr(layer)}: {reprlib.repr(ids)} as selected experts, "
+            "expected a layer name and a list of expert ids: pass a dict from names to lists"
+        )
+    experts = list(ids)
+    whole = all(
+        isinstance(expert, Integral) and not isinstance(expert, bool) and int(expert) >= 0 for expert in experts
+    )
+    if not whole or len(set(experts)) != len(experts):
+        raise SieveError(
+            f"received {reprlib.repr(experts)} as the experts of layer {layer!r}, "
+            "expected distinct whole numbers of at least 0: name each expert once by its id"
+        )
+    return tuple(sorted(int(expert) for expert in experts))

@@ -1,0 +1,91 @@
+"""Fill in a configuration's mask: profile, select, and note where it came from."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from torch import nn
+
+from ...errors import SieveError
+from ...moe.topology import MoELayer
+from ...routing.calibration import CalibrationData, calibration_batches
+from ...routing.distributed import gathered, on_every_rank, rank_and_world, summed
+from ...routing.profile_data import RoutingProfile
+from ...routing.profiling import check_reached, find_tokenizer, profile_batches
+from ...routing.selection import select_experts
+from .config import SieveLoraConfig
+
+
+def calibrate(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer]) -> None:
+    """Set `selected_experts` and `calibration` of `config`.
+
+    Under several processes each profiles its share of the samples and the counts are added up, so that all of them
+    come to the same mask, whatever each one's data.
+
+    Raises:
+        SieveError: there is no data, it cannot be read, or it reaches no layer; `config` is unchanged then.
+    """
+    profile, calibration = on_every_rank(lambda: _profile(config, model, layers))
+    total = summed(profile)
+    check_reached(total)
+    selection = select_experts(
+        total,
+        top_k_frac=config.top_k_frac,
+        top_k=config.top_k,
+        strategy=config.strategy,
+        score=config.score,
+        coverage=config.coverage,
+        seed=config.calib_seed,
+    )
+    config.selected_experts = {path: ids for path, ids in selection.to_dict().items() if ids}
+    coverage = selection.coverage(total, score=config.score)
+    config.calibration = {
+        "dataset": calibration.name,
+        "fingerprint": calibration.fingerprint,
+        "samples": sum(gathered(calibration.num_samples)),
+        "tokens": total.num_tokens,
+        "max_length": config.calib_max_length,
+        "seed": config.calib_seed,
+        "score": config.score,
+        "strategy": config.strategy,
+        "coverage": {path: round(coverage[path], 4) for path in config.selected_experts},
+        "peft_sieve_version": package_version(),
+    }
+
+
+def _profile(
+    config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer]
+) -> tuple[RoutingProfile, CalibrationData]:
+    if config.calib_dataset is None:
+        raise SieveError(
+            "the configuration has neither calib_dataset nor selected_experts, expected one of them to know which "
+            "experts to adapt: pass SieveLoraConfig(calib_dataset=...) or the mask of an earlier calibration"
+        )
+    _refuse_sharded(model)
+    calibration = calibration_batches(
+        config.calib_dataset,
+        tokenizer=find_tokenizer(model, config.calib_tokenizer, config.calib_dataset),
+        formatting_func=config.calib_formatting_func,
+        split=config.calib_split,
+        max_samples=config.calib_samples,
+        max_length=config.calib_max_length,
+        batch_size=config.calib_batch_size,
+        seed=config.calib_seed,
+        shard=rank_and_world(),
+    )
+    return profile_batches(model, layers, calibration), calibration
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise SieveError(
+            "the model's parameters are sharded by DeepSpeed ZeRO-3, expected whole ones for profiling: calibrate once "
+            "without it (select_experts(profile_routing(...)).to_dict()) and pass the result as selected_experts"
+        )
+
+
+def package_version() -> str:
+    """Version of the installed package; "unknown" when it runs from a folder that was never installed."""
+    try:
+        return version("peft-sieve")
+    except PackageNotFoundError:
+        return "unknown"

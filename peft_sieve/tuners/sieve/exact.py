@@ -1,0 +1,55 @@
+"""PEFT's own LoRA layers, with an `unmerge` that gives the base weights back bit for bit.
+
+PEFT subtracts what it added, which leaves rounding behind.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora.layer import Linear, ParamWrapper
+from torch import nn
+
+
+class _ExactUnmerge:
+    _before_merge: torch.Tensor | None = None
+
+    def _base_parameter(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        if not self.merged:  # type: ignore[attr-defined]
+            self._before_merge = self._base_parameter().detach().clone()
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+
+    def unmerge(self) -> None:
+        if not self.merged:  # type: ignore[attr-defined]
+            # The experts of the same model may be merged while this layer had nothing to merge: no reason to warn.
+            return
+        super().unmerge()  # type: ignore[misc]
+        if self._before_merge is not None:
+            self._base_parameter().data.copy_(self._before_merge)
+        self._before_merge = None
+
+
+class ExactLinear(_ExactUnmerge, Linear):
+    """`lora.Linear` with an exact `unmerge`."""
+
+    def _base_parameter(self) -> torch.Tensor:
+        return self.get_base_layer().weight
+
+
+class ExactParamWrapper(_ExactUnmerge, ParamWrapper):
+    """`lora.ParamWrapper` (here: the router's weight) with an exact `unmerge`."""
+
+    def _base_parameter(self) -> torch.Tensor:
+        return self.get_param()
+
+
+_EXACT: dict[type[nn.Module], type[nn.Module]] = {Linear: ExactLinear, ParamWrapper: ExactParamWrapper}
+
+
+def with_exact_unmerge(layer: nn.Module) -> nn.Module:
+    """`layer` as its exact kind; layers over quantised weights, which have their own classes, stay as they are."""
+    # PEFT's dispatchers make the layer and offer no way to name its class.
+    layer.__class__ = _EXACT.get(type(layer), type(layer))
+    return layer

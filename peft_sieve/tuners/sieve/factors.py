@@ -1,0 +1,93 @@
+"""The parameters of an expert adapter: packed low-rank factors, and the map that says whose they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What one adapter adds to one layer of experts.
+
+    Attributes:
+        experts: ascending ids of the adapted experts; position in here is the expert's slot.
+        ranks: projection -> rank.
+        relative_scaling: projection -> its scaling as a multiple of the layer's.
+    """
+
+    experts: tuple[int, ...]
+    ranks: dict[str, int]
+    relative_scaling: dict[str, float]
+
+
+class ExpertFactors(nn.Module):
+    """Low-rank factors of all adapted experts of a layer, for the projections that share an input.
+
+    `weight` has shape (slots, rank, features): `features` is the input width for A and the output width for B, and the
+    ranks of several projections (gate, then up) lie one after the other. Both factors keep the wide axis last, so the
+    grouped products take them as they are.
+    """
+
+    def __init__(self, num_slots: int, rank: int, features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_slots, rank, features))
+
+    def extra_repr(self) -> str:
+        return "slots={}, rank={}, features={}".format(*self.weight.shape)
+
+
+class ExpertSlots(nn.Module):
+    """Which expert has which slot.
+
+    `slots` has shape (num_experts,), int32: the slot of each expert, -1 for those without an adapter. It is saved with
+    the weights, so that loading can tell when they belong to other experts. `ids`, its inverse, is not.
+    """
+
+    slots: torch.Tensor
+    ids: torch.Tensor
+
+    def __init__(self, num_experts: int, experts: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("slots", slots_of(num_experts, experts))
+        self.register_buffer("ids", torch.tensor(list(experts), dtype=torch.int64), persistent=False)
+
+    def extra_repr(self) -> str:
+        return f"adapted={self.ids.numel()}, num_experts={self.slots.numel()}"
+
+
+def slots_of(num_experts: int, experts: Sequence[int]) -> torch.Tensor:
+    """The slot of each expert, -1 for those that have none: int32, shape (num_experts,)."""
+    # Named device: under `init_empty_weights` and the like, a map of integers must still be real.
+    slots = torch.full((num_experts,), -1, dtype=torch.int32, device="cpu")
+    slots[list(experts)] = torch.arange(len(experts), dtype=torch.int32, device="cpu")
+    return slots
+
+
+def initialize(
+    factor_a: ExpertFactors, factor_b: ExpertFactors, ranks: Sequence[int], init_lora_weights: bool | str
+) -> None:
+    """Fill the factors as PEFT fills those of a linear layer.
+
+    Args:
+        ranks: rank of each projection packed in the factors.
+        init_lora_weights: True: A uniform in +-1/sqrt(in), B zero; "gaussian": A normal with deviation 1/rank, B zero;
+            False: both uniform, so that the adapter is not a no-op (for debugging).
+    """
+    start = 0
+    for rank in ranks:
+        a, b = factor_a.weight.data[:, start : start + rank], factor_b.weight.data[:, start : start + rank]
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(a, std=1 / rank)
+        else:
+            bound = 1 / math.sqrt(a.shape[-1])
+            nn.init.uniform_(a, -bound, bound)
+        if init_lora_weights is False:
+            nn.init.uniform_(b, -1 / math.sqrt(rank), 1 / math.sqrt(rank))
+        else:
+            nn.init.zeros_(b)
+        start += rank

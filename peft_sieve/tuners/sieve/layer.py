@@ -1,0 +1,230 @@
+"""An adapter layer around the routed experts of a MoE block: what all layouts share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ...errors import SieveError
+from ...moe.families import PROJECTIONS
+from ...moe.topology import MoELayer
+from .config import SieveLoraConfig
+from .factors import AdapterPlan, ExpertFactors, ExpertSlots, initialize, slots_of
+
+# The projections that read the layer's input share one packed A; down_proj has its own.
+INPUT_PROJECTIONS = PROJECTIONS[:2]
+
+
+class SieveExpertLayer(nn.Module, LoraLayer):
+    """LoRA on some of the experts of one layer.
+
+    Args:
+        base_layer: the experts module.
+        layer: its description.
+
+    Per adapter it holds `lora_gate_up_A`, `lora_gate_up_B`, `lora_down_A`, `lora_down_B` (`ExpertFactors`, only those
+    of the adapted projections) and `lora_experts` (`ExpertSlots`).
+    """
+
+    adapter_layer_names = ("lora_gate_up_A", "lora_gate_up_B", "lora_down_A", "lora_down_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_experts", "plans")
+
+    def __init__(self, base_layer: nn.Module, layer: MoELayer) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        self.path = layer.path
+        self.family = layer.family
+        self.shape = layer.shape
+        self.plans: dict[str, AdapterPlan] = {}
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        self.lora_experts = nn.ModuleDict()
+        # (projection, expert) -> the weight before merging, bit for bit.
+        self._before_merge: dict[tuple[str, int], torch.Tensor] = {}
+        self._unverified: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        # A MoE block may read attributes of its experts (num_experts, act_fn, ...).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[None, None]:
+        return None, None
+
+    def update_layer(  # type: ignore[override]
+        self, adapter_name: str, experts: Sequence[int], config: SieveLoraConfig
+    ) -> None:
+        """Add an adapter for `experts` (ascending ids), initialised as `config.init_lora_weights` says."""
+        wanted = config.expert_projections or PROJECTIONS
+        projections = [name for name in self.shape.projections if name in wanted]
+        ranks = {name: self._pattern(config.rank_pattern, name, config.r) for name in projections}
+        alphas = {name: self._pattern(config.alpha_pattern, name, config.lora_alpha) for name in projections}
+        scaling = _scaling(config.lora_alpha, config.r, config.use_rslora)
+        relative = {n: _scaling(alphas[n], ranks[n], config.use_rslora) / scaling for n in projections}
+        self.plans[adapter_name] = AdapterPlan(tuple(experts), ranks, relative)
+        self.r[adapter_name] = config.r
+        self.lora_alpha[adapter_name] = config.lora_alpha
+        self.scaling[adapter_name] = scaling
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_experts[adapter_name] = ExpertSlots(self.shape.num_experts, experts)
+        self._add_factors(adapter_name, "lora_gate_up", INPUT_PROJECTIONS, config.init_lora_weights)
+        self._add_factors(adapter_name, "lora_down", ("down_proj",), config.init_lora_weights)
+        self._unverified.add(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _add_factors(self, adapter_name: str, name: str, group: Sequence[str], init: bool | str) -> None:
+        plan = self.plans[adapter_name]
+        ranks = [plan.ranks[p] for p in group if p in plan.ranks]
+        if not ranks:
+            return
+        in_features, out_features = self.shape.projections[next(p for p in group if p in plan.ranks)]
+        factor_a = ExpertFactors(len(plan.experts), sum(ranks), in_features)
+        factor_b = ExpertFactors(len(plan.experts), sum(ranks), out_features)
+        initialize(factor_a, factor_b, ranks, init)
+        getattr(self, f"{name}_A")[adapter_name] = factor_a
+        getattr(self, f"{name}_B")[adapter_name] = factor_b
+
+    def _pattern(self, patterns: dict[str, Any], projection: str, default: Any) -> Any:
+        """A rank or alpha from PEFT's patterns, which may name the layer or one projection of it."""
+        for key in (f"{self.path}.{projection}", self.path):
+            match = get_pattern_key(patterns.keys(), key)
+            if match in patterns:
+                return patterns[match]
+        return default
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        weight = next(self.get_base_layer().parameters())
+        for name in (*self.adapter_layer_names, "lora_experts"):
+            modules = getattr(self, name)
+            if adapter_name not in modules or any(p.is_meta for p in modules[adapter_name].parameters()):
+                continue
+            # Integers keep their type: Module.to casts floating-point tensors only.
+            modules[adapter_name].to(device or weight.device, weight.dtype if weight.is_floating_point() else None)
+
+    # What is active
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; merged ones are unmerged when switched off, as PEFT's layers do."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    def applied_adapters(self) -> list[str]:
+        """The active adapters to add in a forward: none while they are disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        names = [name for name in self.active_adapters if name in self.plans]
+        for name in self._unverified.intersection(names):
+            self._verify_slots(name)
+        return names
+
+    def _verify_slots(self, adapter_name: str) -> None:
+        """Loaders that assign tensors without asking (transformers' `load_adapter`) may bring those of other experts."""
+        expected = slots_of(self.shape.num_experts, self.plans[adapter_name].experts)
+        if not torch.equal(self.lora_experts[adapter_name].slots.cpu(), expected):
+            raise SieveError(
+                f"the weights of adapter '{adapter_name}' in {self.path} belong to other experts than its "
+                "selected_experts name, expected the same: load adapter_config.json and weights of one save"
+            )
+        self._unverified.discard(adapter_name)
+
+    def factors(self, adapter_name: str, projection: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """One projection's factors: A (slots, rank, in), B (slots, rank, out) and the scaling; None if not adapted."""
+        plan = self.plans[adapter_name]
+        if projection not in plan.ranks:
+            return None
+        group, name = (("down_proj",), "lora_down") if projection == "down_proj" else (INPUT_PROJECTIONS, "lora_gate_up")
+        start = sum(plan.ranks.get(p, 0) for p in group[: group.index(projection)])
+        rows = slice(start, start + plan.ranks[projection])
+        scaling = self.scaling[adapter_name] * plan.relative_scaling[projection]
+        a, b = (getattr(self, f"{name}_{side}")[adapter_name].weight[:, rows] for side in "AB")
+        return a, b, scaling
+
+    # Merging
+
+    def get_delta_weight(self, adapter_name: str, projection: str, expert: int) -> torch.Tensor:
+        """What the adapter adds to one projection of one adapted expert: shape (out, in), float32 (float64 if it is)."""
+        factors = self.factors(adapter_name, projection)
+        assert factors is not None
+        a, b, scaling = factors
+        slot = self.plans[adapter_name].experts.index(expert)
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return scaling * (b[slot].detach().to(dtype).T @ a[slot].detach().to(dtype))
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters to the weights of their experts; the weights before it are kept for `unmerge`.
+
+        Raises:
+            SieveError: `safe_merge` and a merged weight is not finite; nothing was changed then.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            plan = self.plans.get(adapter_name)
+            if plan is None:
+                continue
+            slices = [(projection, expert) for projection in plan.ranks for expert in plan.experts]
+            if safe_merge:
+                for key in slices:
+                    self._check_finite(key, adapter_name)
+            for key in slices:
+                weight = self.family.expert_weight(self.get_base_layer(), *key)
+                # In main memory: a quarter of the experts would not fit on the device a second time.
+                self._before_merge.setdefault(key, weight.detach().to("cpu", copy=True))
+                weight.copy_(self._merged(weight, adapter_name, key))
+            self.merged_adapters.append(adapter_name)
+
+    def _merged(self, weight: torch.Tensor, adapter_name: str, key: tuple[str, int]) -> torch.Tensor:
+        delta = self.get_delta_weight(adapter_name, *key)
+        return (weight.to(delta.dtype) + delta).to(weight.dtype)
+
+    def _check_finite(self, key: tuple[str, int], adapter_name: str) -> None:
+        weight = self.family.expert_weight(self.get_base_layer(), *key)
+        if not torch.isfinite(self._merged(weight, adapter_name, key)).all():
+            raise SieveError(
+                f"merging adapter '{adapter_name}' gives values that are not finite in {key[0]} of expert {key[1]} of "
+                f"{self.path}, expected finite weights: the adapter is broken, train or load it again"
+            )
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the weights back, bit for bit."""
+        for key, weight in self._before_merge.items():
+            self.family.expert_weight(self.get_base_layer(), *key).copy_(weight)
+        self._before_merge.clear()
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The experts module without adapters, with their weights added if `merge`."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self._before_merge.clear()
+        return self.get_base_layer()
+
+    def _refuse_mixed_batch(self, kwargs: dict[str, Any]) -> None:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise SieveError(
+                "adapter_names was passed, expected one set of adapters for the whole batch, since expert adapters "
+                "cannot differ inside a batch: group the samples by adapter and call set_adapter before each group"
+            )
+
+    def __repr__(self) -> str:
+        return "sieve." + super().__repr__()
+
+
+def _scaling(alpha: float, rank: int, use_rslora: bool) -> float:
+    return alpha / (math.sqrt(rank) if use_rslora else rank)

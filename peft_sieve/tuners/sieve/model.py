@@ -1,0 +1,198 @@
+"""`SieveLoraModel`: LoRA's tuner, with calibration before and expert layers in the injection."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import _get_submodules
+from peft.utils.integrations import init_empty_weights
+from torch import nn
+
+from ...errors import SieveError
+from ...moe.families import FusedExperts, ModuleListExperts
+from ...moe.topology import MoELayer, find_moe_layers
+from ...routing.distributed import check_agreement, on_every_rank, rank_and_world
+from .calibrate import calibrate
+from .config import SieveLoraConfig
+from .exact import with_exact_unmerge
+from .fused import FusedSieveExperts
+from .layer import SieveExpertLayer
+from .loading import check_state_dict, sieve_layers
+from .mask import check_mask, shape_of
+from .module_list import ModuleListSieveExperts
+from .targets import resolve_targets, router_parameters, wanted_layers
+
+_LAYER_CLASSES: dict[type, type[SieveExpertLayer]] = {
+    FusedExperts: FusedSieveExperts,
+    ModuleListExperts: ModuleListSieveExperts,
+}
+
+
+class SieveLoraModel(LoraModel):
+    """A model with LoRA on selected experts, and on attention, router and shared experts.
+
+    Made by `get_peft_model` or `PeftModel.from_pretrained`; the arguments are those of `peft.LoraModel`.
+    """
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Plain attribute, before nn.Module exists; which adapters all processes were seen to agree on.
+        object.__setattr__(self, "_agreed", set())
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            # transformers' add_adapter says "loaded" before anything is.
+            if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            raise
+
+    # Before injection: everything that can go wrong, goes wrong here
+
+    def _check_new_adapter_config(self, config: SieveLoraConfig) -> None:
+        # LoraModel also wants all adapters to target the same parameters. Here they need not: one layer holds them all.
+        BaseTuner._check_new_adapter_config(self, config)
+
+    def _prepare_adapter_config(self, peft_config: SieveLoraConfig, model_config: dict[str, Any]) -> SieveLoraConfig:
+        """Make the mask, or check the one given, and resolve what else is adapted. The model is not changed."""
+        # Loading for inference may well happen in one process of several.
+        together = not peft_config.inference_mode
+        run = on_every_rank if together else lambda function: function()
+        layers = run(lambda: self._checked_layers(peft_config))
+        if together:
+            check_agreement("ways to come to a mask", "calibrate" if peft_config.selected_experts is None else "given")
+        if peft_config.selected_experts is None:
+            calibrate(peft_config, self.model, layers)
+        mask = peft_config.selected_experts or {}
+        if together:
+            check_agreement("selected_experts", {path: list(ids) for path, ids in mask.items()})
+        peft_config.expert_shapes = {layer.path: shape_of(layer) for layer in layers if layer.path in mask}
+        resolve_targets(peft_config, self.model, layers)
+        return peft_config
+
+    def _checked_layers(self, config: SieveLoraConfig) -> list[MoELayer]:
+        layers = find_moe_layers(self.model)
+        for layer in layers:
+            _refuse_storage(layer)
+        if config.selected_experts is not None:
+            check_mask(config, layers)
+            return layers
+        return wanted_layers(config, layers)
+
+    # Injection
+
+    def _inject_parameters(
+        self, peft_config: SieveLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        context = init_empty_weights if low_cpu_mem_usage else nullcontext
+        mask = peft_config.selected_experts or {}
+        layers = [layer for layer in find_moe_layers(model) if layer.path in mask]
+        injected = []
+        with context():
+            for layer in layers:
+                if mask[layer.path]:
+                    self._inject_experts(peft_config, model, adapter_name, layer)
+                    injected.append(layer.path)
+            # A router's weight is wrapped whole, so dropout on its input has no place there.
+            without_dropout = copy.copy(peft_config)
+            without_dropout.lora_dropout = 0.0
+            for router in router_parameters(peft_config, layers):
+                key = f"{router.path}.{router.parameter}"
+                parent, target, name = _get_submodules(model, router.path)
+                self._create_and_replace(
+                    without_dropout, adapter_name, target, name, parent, current_key=key, parameter_name=router.parameter
+                )
+                injected.append(key)
+        return injected
+
+    def _inject_experts(
+        self, config: SieveLoraConfig, model: nn.Module, adapter_name: str, layer: MoELayer
+    ) -> None:
+        parent, target, name = _get_submodules(model, layer.path)
+        experts = config.selected_experts[layer.path]  # type: ignore[index]
+        if isinstance(target, SieveExpertLayer):
+            target.update_layer(adapter_name, experts, config)
+            return
+        layer_class = next(cls for family, cls in _LAYER_CLASSES.items() if isinstance(layer.family, family))
+        wrapper = layer_class(target, layer)
+        wrapper.set_adapter(self.active_adapters)
+        wrapper.update_layer(adapter_name, experts, config)
+        if adapter_name not in self.active_adapters:
+            # As PEFT: an additional adapter does not become trainable by being added.
+            wrapper.requires_grad_(False)
+        self._replace_module(parent, name, wrapper, target)
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        return with_exact_unmerge(LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))
+
+    # Loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SieveLoraConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        fresh, config.awaits_weights = config.awaits_weights, False
+        try:
+            check_state_dict(model, adapter_name, state_dict)
+        except SieveError:
+            if fresh:
+                _undo_injection(model, adapter_name)
+            raise
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    # Use
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            self._check_processes_agree()
+        return self.model(*args, **kwargs)
+
+    def _check_processes_agree(self) -> None:
+        """Once per adapter: processes may have been connected only after their masks were made."""
+        new = set(self.active_adapters) - self._agreed
+        if not new:
+            return
+        if rank_and_world()[1] > 1:
+            masks = {name: {l.path: l.plans[name].experts for _, l in sieve_layers(self) if name in l.plans} for name in new}
+            check_agreement("selected experts", masks)
+            self._agreed.update(new)
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters, and without what was merged into it."""
+        if any(getattr(module, "merged", False) for module in self.modules()):
+            self.unmerge_adapter()
+        return super().unload()
+
+
+def _refuse_storage(layer: MoELayer) -> None:
+    """Experts whose weights cannot take an adapter as they are stored."""
+    if getattr(layer.experts, "_is_expert_parallel", False):
+        raise SieveError(
+            f"the experts of {layer.path} are spread over processes (expert parallelism), expected all of them in each: "
+            "load the model without a distributed_config that enables it"
+        )
+    for parameter in layer.experts.parameters():
+        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
+            raise SieveError(
+                f"the experts of {layer.path} are stored as {parameter.dtype}, expected float64, float32, bfloat16 or "
+                "float16: load the model without quantisation of its experts"
+            )
+
+
+def _undo_injection(model: nn.Module, adapter_name: str) -> None:
+    """Take out an adapter whose weights could not be loaded."""
+    tuner = model.base_model if hasattr(model, "base_model") and isinstance(model.base_model, BaseTuner) else None
+    if tuner is None:
+        return
+    if len(tuner.peft_config) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuner.delete_adapter(adapter_name)
+        return
+    tuner.unload()
