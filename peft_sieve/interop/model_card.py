@@ -21,6 +21,10 @@ def add_to_card(model: PeftModel, path: str | os.PathLike[str]) -> None:
     """Write the section into the card at `path`, in place of an earlier one."""
     card = ModelCard.load(path)
     card.data["tags"] = sorted({*(card.data.get("tags") or []), "lora", "peft_sieve", "mixture-of-experts"})
+    if not _is_repository(str(card.data.get("base_model", "org/name"))):
+        # The Hub refuses a card whose base model is a local folder.
+        card.data.pop("base_model")
+        card.data["tags"] = [tag for tag in card.data["tags"] if not tag.startswith("base_model:")]
     sections = [_section(model, name, c) for name, c in model.peft_config.items() if isinstance(c, SieveLoraConfig)]
     block = "\n\n".join([START, *sections, END])
     text = re.sub(re.escape(START) + ".*?" + re.escape(END), "", card.text, flags=re.DOTALL).strip()
@@ -69,8 +73,12 @@ def _base_name(model: PeftModel) -> str:
 
 
 def _linked(name: str) -> str:
-    is_repository = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not os.path.exists(name)
-    return f"[{name}](https://huggingface.co/{name})" if is_repository else f"`{name}`"
+    return f"[{name}](https://huggingface.co/{name})" if _is_repository(name) else f"`{name}`"
+
+
+def _is_repository(name: str) -> bool:
+    """Whether `name` can be a repository id: a path on disk of the same form is taken for what it is."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(name)
 
 
 def _calibration(config: SieveLoraConfig) -> list[str]:

@@ -16,7 +16,7 @@ ALIGNMENT_BYTES = 16
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, *, loop: bool = False) -> torch.Tensor:
     """Multiply each group of rows by its own matrix.
 
     Differentiable in `x` and `weight`; the gradient of a `weight` that does not require one is never formed.
@@ -25,11 +25,12 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> 
         x: rows sorted by group, shape (rows, in).
         weight: one matrix a group, shape (groups, in, out); a transposed view is fine.
         offsets: end of each group, int32, shape (groups,), non-decreasing; the last one must be `rows`.
+        loop: one product a group even where the kernel would do, for the bits of an expert-at-a-time forward.
 
     Returns:
         Shape (rows, out).
     """
-    if kernel_usable(x, weight):
+    if not loop and kernel_usable(x, weight):
         return F.grouped_mm(x, weight, offs=offsets)
     return _GroupedMM.apply(x, weight, offsets)
 

@@ -120,7 +120,9 @@ def _routers(modules: dict[str, nn.Module], block: str) -> tuple[Router, ...]:
         router = modules.get(path)
         if router is None:
             continue
-        if isinstance(router, nn.Linear):
+        # Some routers are linear layers with a forward of their own, defined in the model's file (phimoe).
+        own_forward = type(router).__module__ == type(modules[block]).__module__
+        if isinstance(router, nn.Linear) and not own_forward:
             return (Router(path, None),)
         weight = getattr(router, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 2:

@@ -43,6 +43,11 @@ TEXTS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="module")
 def shared_tokenizer():
     return AutoTokenizer.from_pretrained(TINY_OLMOE)
@@ -349,8 +354,7 @@ def test_home_is_expanded(tmp_path, tokenizer, monkeypatch):
     assert calibration_batches("~/a.txt", tokenizer=tokenizer).name == "~/a.txt"
 
 
-def test_folders(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_folders(tmp_path, tokenizer):
     expected = calibration_batches(TEXTS, tokenizer=tokenizer)
     dataset = datasets.Dataset.from_list([{"text": text} for text in TEXTS])
     dataset.save_to_disk(tmp_path / "one")
@@ -546,6 +550,8 @@ def test_fingerprint_is_over_the_token_ids_in_sample_order():
     assert calibration_batches(padded).fingerprint == fingerprint
     batch = {"input_ids": torch.tensor([[1, 0], [2, 3]]), "attention_mask": torch.tensor([[1, 0], [1, 1]])}
     assert calibration_batches([batch]).fingerprint == fingerprint
+    inner = [{"input_ids": [1]}, {"input_ids": [2, 9, 3], "attention_mask": [1, 0, 1]}]
+    assert calibration_batches(inner).fingerprint == fingerprint
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -680,28 +686,31 @@ def test_shares_of_ready_batches_make_up_the_whole():
 # --- nothing is left behind ------------------------------------------------------------------------------------------
 
 
-def test_global_rng_states_are_untouched(chat_tokenizer, tmp_path):
+def global_rng_states():
+    return str((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()))
+
+
+def test_global_rng_states_are_untouched_and_not_drawn_from(chat_tokenizer, tmp_path):
     def noisy(row):
+        return f"{row['text']} {random.random()} {np.random.rand()} {torch.rand(1).item()}"
+
+    def failing(row):
         random.random(), np.random.rand(), torch.rand(1)
-        return f"{row['text']} {random.random()}"
+        raise RuntimeError
 
     dataset = datasets.Dataset.from_list([{"text": text} for text in TEXTS])
     dataset.to_parquet(tmp_path / "a.parquet")
-    sources = [dataset, dataset.to_iterable_dataset(), [{"text": "x"}], tmp_path / "a.parquet"]
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    made = []
-    for source in sources:
-        data = [
-            calibration_batches(source, tokenizer=chat_tokenizer, formatting_func=noisy, max_samples=3) for _ in "ab"
-        ]
-        assert_same(*data)
-        made.append(data)
-    with pytest.raises(SieveError):
-        calibration_batches([{"text": "x"}], tokenizer=chat_tokenizer, formatting_func=lambda row: torch.rand(1))
-    after = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    assert before[0] == after[0]
-    assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
-    assert torch.equal(before[2], after[2])
+    for source in (dataset, dataset.to_iterable_dataset(), [{"text": "x"}], tmp_path / "a.parquet"):
+        made = []
+        for state in (1, 2):
+            random.seed(state), np.random.seed(state), torch.manual_seed(state)
+            before = global_rng_states()
+            made.append(calibration_batches(source, tokenizer=chat_tokenizer, formatting_func=noisy, max_samples=3))
+            assert global_rng_states() == before
+            with pytest.raises(SieveError):
+                calibration_batches(source, tokenizer=chat_tokenizer, formatting_func=failing)
+            assert global_rng_states() == before
+        assert_same(*made)
 
 
 def test_neither_tokenizer_nor_data_are_changed(chat_tokenizer):

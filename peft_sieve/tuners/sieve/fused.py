@@ -61,19 +61,21 @@ class FusedSieveExperts(SieveExpertLayer):
         adapters: list[str],
     ) -> torch.Tensor:
         experts = self.get_base_layer()
-        # The stock forwards differ in the order of their sums. Following the one in use makes an adapter that adds
-        # zero change nothing, to the bit.
+        # The stock forwards differ in how they multiply and in which order they sum. Following the one in use makes an
+        # adapter that adds zero change nothing, to the bit: for experts_implementation="eager", an expert at a time.
         eager = getattr(getattr(experts, "config", None), "_experts_implementation", None) == "eager"
         dispatch = _sort_by_expert(expert_ids, self.shape.num_experts, rank_major=eager)
         rows = {name: self._hot_rows(name, dispatch) for name in adapters}
 
         x = hidden_states[dispatch.tokens]  # (pairs, hidden)
         first = "gate_up_proj" if experts.has_gate else "up_proj"
-        up = _project(experts, first, x, dispatch)  # (pairs, 2 * intermediate) or (pairs, intermediate)
+        up = _project(experts, first, x, dispatch, eager)  # (pairs, 2 * intermediate) or (pairs, intermediate)
         for name in adapters:
             up = self._add_input_delta(name, up, x, rows[name])
-        act = experts._apply_gate(up) if experts.has_gate else experts.act_fn(up)  # (pairs, intermediate)
-        out = _project(experts, "down_proj", act, dispatch)  # (pairs, hidden)
+        activation = experts._apply_gate if experts.has_gate else experts.act_fn
+        # (pairs, intermediate); vectorised functions round the end of a tensor differently, so eager goes by expert here
+        act = torch.cat([activation(part) for part in up.split(dispatch.counts.tolist())]) if eager else activation(up)
+        out = _project(experts, "down_proj", act, dispatch, eager)  # (pairs, hidden)
         for name in adapters:
             out = self._add_down_delta(name, out, act, rows[name])
         if getattr(experts, "has_post_expert_norm", False):
@@ -146,7 +148,8 @@ def _sort_by_expert(expert_ids: torch.Tensor, num_experts: int, rank_major: bool
     """Sort the pairs of a dispatch (tokens, top_k) by expert; `rank_major` flattens it as (top_k, tokens)."""
     num_tokens, top_k = expert_ids.shape
     flat = (expert_ids.T if rank_major else expert_ids).reshape(-1)
-    sorted_ids, order = torch.sort(flat)
+    # Stable only where an order within an expert is to be met; otherwise the same call as the stock forward.
+    sorted_ids, order = torch.sort(flat, stable=rank_major)
     tokens = order % num_tokens if rank_major else order // top_k
     # histc, not bincount: no copy to the host. It takes no integers on the CPU.
     values = sorted_ids.int() if sorted_ids.is_cuda else sorted_ids.float()
@@ -154,11 +157,11 @@ def _sort_by_expert(expert_ids: torch.Tensor, num_experts: int, rank_major: bool
     return Dispatch(order, tokens, sorted_ids, counts)
 
 
-def _project(experts: nn.Module, name: str, x: torch.Tensor, dispatch: Dispatch) -> torch.Tensor:
+def _project(experts: nn.Module, name: str, x: torch.Tensor, dispatch: Dispatch, loop: bool) -> torch.Tensor:
     """One projection of every pair through the frozen stack."""
     weight = getattr(experts, name)
     matrices = weight if experts.is_transposed else weight.transpose(1, 2)  # (num_experts, in, out)
-    out = grouped_mm(x.to(weight.dtype), matrices, dispatch.offsets)
+    out = grouped_mm(x.to(weight.dtype), matrices, dispatch.offsets, loop=loop)
     if experts.has_bias:
         out = out + getattr(experts, f"{name}_bias")[dispatch.expert_ids]
     return out
