@@ -85,10 +85,15 @@ def naive_experts(
 
 
 def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str, rtol: float = 1e-9, atol: float = 1e-11) -> None:
-    """Close, of one shape, finite, and not trivially so: an expectation of zeros proves nothing."""
+    """Close, of one shape, finite, and not trivially so: an expectation of zeros proves nothing.
+
+    Args:
+        rtol: relative to each element; atol: relative to the largest one.
+    """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert torch.isfinite(actual).all(), f"{what}: not finite"
     assert expected.abs().max() > 0, f"{what}: the reference is zero everywhere"
+    atol = atol * float(expected.abs().max())
     assert torch.allclose(actual.double(), expected.double(), rtol=rtol, atol=atol), (
         f"{what}: differs by {(actual.double() - expected.double()).abs().max():.3e}"
     )

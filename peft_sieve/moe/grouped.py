@@ -31,7 +31,11 @@ def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, *, 
         Shape (rows, out).
     """
     if not loop and kernel_usable(x, weight):
-        return F.grouped_mm(x, weight, offs=offsets)
+        out = F.grouped_mm(x, weight, offs=offsets)
+        if out.requires_grad:
+            # The backward has the same rules, and a gradient may come as a strided or expanded view.
+            out.register_hook(torch.Tensor.contiguous)
+        return out
     return _GroupedMM.apply(x, weight, offsets)
 
 
