@@ -132,11 +132,10 @@ def profile_batches(
         )
     if device.type == "cpu" and torch.cuda.is_available():
         warnings.warn("Profiling runs on the CPU, where the model is, though there is a GPU: move the model there first.")
-    # disable=None: no bar unless a terminal is watching.
-    bar = tqdm(total=calibration.num_tokens, desc="Profiling routing", unit="tok", unit_scale=True, disable=None)
     with ExitStack() as stack:
-        if not progress:
-            bar.disable = True
+        # None: no bar unless a terminal is watching.
+        hidden = None if progress else True
+        bar = tqdm(total=calibration.num_tokens, desc="Profiling routing", unit="tok", unit_scale=True, disable=hidden)
         stack.callback(bar.close)
         stack.enter_context(_undisturbed(model))
         for layer in layers:

@@ -160,6 +160,15 @@ def test_a_book_is_not_tokenised_for_its_first_page():
     assert rows_of(data) == [[1, *map(ord, book[: 499 * 1_000 : 1_000])]]
 
 
+def test_the_first_tokens_of_a_long_text_do_not_depend_on_where_it_is_cut():
+    class LengthsOfWords(WithSpecialTokens):
+        def __call__(self, texts, **options):
+            return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
+
+    data = calibration_batches(["w" * 150 + " ww" * 10_000], tokenizer=LengthsOfWords(), max_length=1)
+    assert rows_of(data) == [[150]]
+
+
 def test_unicode_reaches_the_tokenizer_unchanged(tokenizer):
     text = "东京 ﷺ 🏳️‍🌈 e\u0301 \u2028 \x00 tab\t"
     data = calibration_batches([text], tokenizer=tokenizer)
@@ -260,6 +269,7 @@ def test_padding_of_input_ids_goes_before_the_cut_and_inner_masking_stays():
     assert data.batches[0]["input_ids"].tolist() == [[7, 8, 9], [5, 6, 7]]
     assert data.batches[0]["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 1]]
     assert (data.num_samples, data.num_tokens, data.num_dropped_empty) == (2, 5, 1)
+    assert calibration_batches(rows).batches[0]["input_ids"].shape == (2, 3)
 
 
 def test_formatting_func(chat_tokenizer):
@@ -455,6 +465,15 @@ def test_a_processor(chat_tokenizer):
             return chat_tokenizer.apply_chat_template([messages], **options)
 
     assert rows_of(calibration_batches(rows, tokenizer=Processor())) == expected
+
+
+def test_chat_templates_see_no_none(chat_tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        chat_tokenizer, "apply_chat_template", lambda messages, **options: seen.extend(messages) or [1]
+    )
+    calibration_batches([{"messages": [{"role": "user", "content": "hi", "name": None}]}], tokenizer=chat_tokenizer)
+    assert seen == [{"role": "user", "content": "hi"}]
 
 
 @pytest.mark.parametrize("wrap", [list, np.array, torch.tensor])
@@ -657,8 +676,11 @@ def test_position_ids_are_trimmed_by_their_layout_and_take_the_place_of_a_mask()
         batch = {"input_ids": ids, "position_ids": torch.zeros(shape, dtype=torch.long)}
         made = calibration_batches([batch], max_samples=2).batches[0]
         assert made["position_ids"].shape == trimmed
+        assert made["input_ids"].shape == (2, 3)
         assert "attention_mask" not in made
-    assert "attention_mask" in calibration_batches([{"input_ids": ids, "attention_mask": None}]).batches[0]
+    nothing = {"input_ids": ids, "attention_mask": None}
+    assert calibration_batches([nothing]).batches[0]["attention_mask"].tolist() == [[1] * 3] * 4
+    assert "attention_mask" not in calibration_batches([{**nothing, "position_ids": ids}]).batches[0]
 
 
 def test_forms_of_ready_batches(tokenizer):
@@ -669,6 +691,8 @@ def test_forms_of_ready_batches(tokenizer):
     for data in (encoding, [encoding], (encoding,), iter([encoding]), [dict(arrays)]):
         assert_same(calibration_batches(data), expected)
     with_mask_4d = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.zeros(2, 1, 3, 3)}
+    no_rows = {"input_ids": torch.ones(0, 3, dtype=torch.long)}
+    assert len(calibration_batches([no_rows, *expected.batches, no_rows]).batches) == 1
     made = calibration_batches([with_mask_4d])
     assert made.batches[0]["attention_mask"].shape == (2, 1, 3, 3) and made.num_tokens == 6
 

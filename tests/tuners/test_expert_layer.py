@@ -243,10 +243,10 @@ def test_dropout_keeps_the_expectation() -> None:
         expected = layer(hidden, ids, weights)
         layer.train()
         torch.manual_seed(0)
-        mean = torch.stack([layer(hidden, ids, weights) for _ in range(800)]).mean(0)
+        mean = torch.stack([layer(hidden, ids, weights) for _ in range(200)]).mean(0)
         layer.set_adapter([])
         base = layer(hidden, ids, weights)
-    assert (mean - expected).norm() / (expected - base).norm() < 0.1
+    assert (mean - expected).norm() / (expected - base).norm() < 0.2
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

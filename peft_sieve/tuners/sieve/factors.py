@@ -33,9 +33,9 @@ class ExpertFactors(nn.Module):
     grouped products take them as they are.
     """
 
-    def __init__(self, num_slots: int, rank: int, features: int) -> None:
+    def __init__(self, num_slots: int, rank: int, features: int, device: torch.device | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_slots, rank, features))
+        self.weight = nn.Parameter(torch.empty(num_slots, rank, features, device=device))
 
     def extra_repr(self) -> str:
         return "slots={}, rank={}, features={}".format(*self.weight.shape)

@@ -91,8 +91,10 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         if not ranks:
             return
         in_features, out_features = self.shape.projections[next(p for p in group if p in plan.ranks)]
-        factor_a = ExpertFactors(len(plan.experts), sum(ranks), in_features)
-        factor_b = ExpertFactors(len(plan.experts), sum(ranks), out_features)
+        # Filled where they are used: those of a large model take a while on the CPU.
+        device = next(self.get_base_layer().parameters()).device
+        factor_a = ExpertFactors(len(plan.experts), sum(ranks), in_features, device)
+        factor_b = ExpertFactors(len(plan.experts), sum(ranks), out_features, device)
         initialize(factor_a, factor_b, ranks, init)
         getattr(self, f"{name}_A")[adapter_name] = factor_a
         getattr(self, f"{name}_B")[adapter_name] = factor_b

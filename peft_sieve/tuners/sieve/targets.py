@@ -22,8 +22,9 @@ def wanted_layers(config: SieveLoraConfig, layers: list[MoELayer]) -> list[MoELa
     probe = copy.copy(config)
     kept = []
     for layer in layers:
-        probe.target_modules = {layer.path}
-        # PEFT's own rule, asked about the experts module. An excluded one comes back as a falsy marker.
+        # PEFT's own rule, asked about the experts module by its last name (a full name skips the layer indices). An
+        # excluded one comes back as a falsy marker.
+        probe.target_modules = {layer.path.rpartition(".")[2]}
         if check_target_module_exists(probe, layer.path):
             kept.append(layer)
     if not kept:
