@@ -227,7 +227,6 @@ class RoutingProfile:
             self.num_tokens == other.num_tokens
             and self.num_experts_per_tok == other.num_experts_per_tok
             and _same_tensors(self.counts, other.counts)
-            and (self.mass is None) == (other.mass is None)
             and _same_tensors(self.mass or {}, other.mass or {})
         )
 

@@ -82,6 +82,12 @@ def test_profile_keeps_nothing_of_the_callers_memory():
     assert profile.metadata == {"a": [1]}
 
 
+def test_mass_follows_the_order_of_the_counts():
+    profile = RoutingProfile(counts={"b": [1], "a": [2]}, mass={"a": [0.2], "b": [0.1]})
+    assert {name: layer.tolist() for name, layer in profile.mass.items()} == {"b": [0.1], "a": [0.2]}
+    assert list(profile.mass) == ["b", "a"]
+
+
 def test_fields_cannot_be_set():
     with pytest.raises(AttributeError):
         small_profile().num_tokens = 5
@@ -389,6 +395,17 @@ def test_a_failed_save_leaves_the_older_file_and_no_scratch(tmp_path, monkeypatc
         RoutingProfile.from_arrays([[1]]).save(path)
     assert_same(RoutingProfile.load(path), small_profile())
     assert [entry.name for entry in tmp_path.iterdir()] == ["profile"]
+
+
+def test_a_save_never_shows_half_a_file(tmp_path):
+    """Who has the older file open still reads all of it: the new one takes its place, it does not overwrite it."""
+    path = tmp_path / "profile"
+    small_profile().save(path)
+    older = path.read_bytes()
+    with open(path, "rb") as file:
+        RoutingProfile.from_arrays([[1]]).save(path)
+        assert file.read() == older
+    assert_same(RoutingProfile.load(path), RoutingProfile.from_arrays([[1]]))
 
 
 def test_saving_where_nothing_can_be_written(tmp_path):

@@ -174,7 +174,7 @@ def test_greedy_gives_equal_gains_to_the_earlier_layer():
     profile = RoutingProfile(counts={"late name": [2, 2], "early name": [2, 2], "c": [3, 1]})
     chosen = select_experts(profile, top_k=1, strategy="greedy")
     assert dict(chosen) == {"late name": (0,), "early name": (0,), "c": (0,)}
-    profile = profile_of([1] * 4, [1] * 4, [97, 1, 1, 1])
+    profile = RoutingProfile(counts={"z": [1] * 4, "a": [1] * 4, "m": [97, 1, 1, 1]})
     assert [len(experts) for experts in select_experts(profile, top_k=2, strategy="greedy").values()] == [4, 1, 1]
 
 
@@ -210,6 +210,12 @@ def test_coverage_is_reached_at_exactly_the_target():
         profile = profile_of([1] * 10, mass=masses)
         chosen = select_experts(profile, strategy="coverage", coverage=k / 10, score="mass")
         assert chosen["layers.0"] == tuple(range(k))
+
+
+def test_small_masses_beside_a_large_one_are_not_lost():
+    """Added up one by one, each 1.0 would vanish in 1e16 and the first expert alone would seem to be all."""
+    profile = profile_of([1] * 3, mass=[[1e16, 1.0, 1.0]])
+    assert select_experts(profile, strategy="coverage", coverage=1, score="mass")["layers.0"] == (0, 1, 2)
 
 
 def test_coverage_needs_no_budget():
@@ -419,6 +425,7 @@ def test_a_selection_is_an_immutable_mapping():
     chosen = ExpertSelection(source)
     source["b"].append(9)
     assert dict(chosen) == {"b": (1, 3), "a": (2,), "c": ()}
+    assert {type(expert) for experts in chosen.values() for expert in experts} == {int}
     assert list(chosen) == ["b", "a", "c"] and len(chosen) == 3 and "a" in chosen
     assert repr(chosen) == "ExpertSelection(3 layers, 3 experts)"
     with pytest.raises(TypeError):

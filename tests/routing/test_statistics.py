@@ -98,7 +98,7 @@ def test_half_the_uniform_share_is_not_cold():
         assert measured.cold_fraction == cold, counts
 
 
-@pytest.mark.parametrize("num_experts", [1, 2, 3, 7, 60, 64])
+@pytest.mark.parametrize("num_experts", [1, 2, 3, 5, 7, 60, 64])
 def test_even_and_one_sided_routing_are_the_two_ends(num_experts):
     even = routing_statistics(RoutingProfile.from_arrays([[10**9 + 7] * num_experts])).layers["layers.0"]
     assert (even.cv, even.cold_fraction) == (0.0, 0.0)

@@ -46,7 +46,6 @@ class FusedSieveExperts(SieveExpertLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`experts(hidden_states, top_k_index, top_k_weights)`: (tokens, hidden) -> (tokens, hidden)."""
-        self._refuse_mixed_batch(kwargs)
         adapters = self.applied_adapters()
         if not adapters:
             return self.base_layer(*args, **kwargs)

@@ -217,13 +217,6 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         self._before_merge.clear()
         return self.get_base_layer()
 
-    def _refuse_mixed_batch(self, kwargs: dict[str, Any]) -> None:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise SieveError(
-                "adapter_names was passed, expected one set of adapters for the whole batch, since expert adapters "
-                "cannot differ inside a batch: group the samples by adapter and call set_adapter before each group"
-            )
-
     def __repr__(self) -> str:
         return "sieve." + super().__repr__()
 

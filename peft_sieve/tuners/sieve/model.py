@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -152,6 +152,16 @@ class SieveLoraModel(LoraModel):
         if self.training:
             self._check_processes_agree()
         return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise SieveError(
+                "adapter_names was passed, expected one set of adapters for the whole batch, since those of experts and "
+                "routers cannot differ inside a batch: group the samples by adapter and call set_adapter before each group"
+            )
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     def _check_processes_agree(self) -> None:
         """Once per adapter: processes may have been connected only after their masks were made."""

@@ -1,0 +1,213 @@
+"""Every error a user can cause: one sentence, before anything is changed."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from peft_sieve import SieveError, SieveLoraConfig
+from tests.models import randomize_adapters, tiny_model, token_batch
+
+PATH = "model.layers.0.mlp.experts"
+
+
+def assert_one_sentence(text: str) -> None:
+    assert "\n" not in text
+    assert len(text) > 40, "says too little"
+    assert re.search(r"expected|leave it|use |pass |load |take ", text), f"does not say what to do: {text}"
+
+
+def refused(model: nn.Module, config: Any, match: str) -> None:
+    """`get_peft_model` raises, and the model is what it was."""
+    batch = token_batch(model)
+    with torch.no_grad():
+        before = model(**batch).logits
+    names = [name for name, _ in model.named_modules()]
+    requires_grad = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(SieveError, match=match) as caught:
+        get_peft_model(model, config() if callable(config) else config)
+    assert_one_sentence(str(caught.value))
+    assert [name for name, _ in model.named_modules()] == names
+    assert [p.requires_grad for p in model.parameters()] == requires_grad
+    assert not hasattr(model, "peft_config")
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"top_k_frac": 0.0}, "top_k_frac"),
+        ({"top_k_frac": 1.2}, "top_k_frac"),
+        ({"top_k_frac": float("nan")}, "top_k_frac"),
+        ({"top_k_frac": "0.5"}, "top_k_frac"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 2.5}, "top_k"),
+        ({"strategy": "unifrom"}, "unifrom.*uniform"),
+        ({"score": "weight"}, "weight.*count.*mass"),
+        ({"coverage": 1.5}, "coverage"),
+        ({"expert_projections": ["gate"]}, r"gate_proj, up_proj, down_proj"),
+        ({"expert_projections": []}, "expert_projections"),
+        ({"r": 0}, "r is 0"),
+        ({"r": 2.5}, "r is 2.5"),
+        ({"lora_dropout": 1.5}, "lora_dropout"),
+        ({"calib_samples": 0}, "calib_samples"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
+        ({"use_qalora": True}, "use_qalora=True"),
+        ({"layer_replication": [(0, 2)]}, "layer_replication"),
+        ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "eva"}, "eva"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"init_lora_weights": "corda"}, "corda"),
+        ({"init_lora_weights": "mica"}, "mica"),
+        ({"init_lora_weights": 1}, "init_lora_weights=1"),
+        ({"selected_experts": [1, 2]}, "selected_experts is"),
+        ({"selected_experts": {}}, "names no expert"),
+        ({"selected_experts": {PATH: []}}, "names no expert"),
+        ({"selected_experts": {PATH: "12"}}, "expected a list of expert ids"),
+        ({"selected_experts": {PATH: [1, -2]}}, "negative id -2"),
+        ({"selected_experts": {PATH: [1, 1]}}, r"\[1\] more than once"),
+        ({"selected_experts": {PATH: [1.5]}}, "holds 1.5"),
+        ({"selected_experts": {PATH: [True]}}, "holds True"),
+        ({"selected_experts": {3: [1]}}, "key 3"),
+        ({"calibration": "yes"}, "calibration is 'yes'"),
+        ({"expert_shapes": {PATH: [1]}}, "expert_shapes"),
+    ],
+)
+def test_options(options: dict[str, Any], match: str) -> None:
+    """Refused by the configuration itself, so nothing else was touched."""
+    with pytest.raises(SieveError, match=match) as caught:
+        SieveLoraConfig(**options)
+    assert isinstance(caught.value, ValueError)
+    assert_one_sentence(str(caught.value))
+
+
+def data(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    return [token_batch(model)]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, "neither calib_dataset nor selected_experts"),
+        ({"calib_dataset": []}, "empty"),
+        ({"calib_dataset": ["", "  "], "calib_tokenizer": None}, "."),
+        ({"calib_dataset": 5}, "int"),
+        ({"selected_experts": {"model.layers.9.mlp.experts": [1]}}, "model.layers.9.mlp.experts.*does not have"),
+        ({"selected_experts": {PATH: [8]}}, "id 8, expected ids below 8"),
+        ({"selected_experts": {PATH: [1]}, "expert_shapes": {PATH: [16, 32, 24]}}, "experts 16.*this model has experts 8"),
+        ({"selected_experts": {PATH: [1]}, "expert_shapes": {PATH: [8, 64, 24]}}, "hidden size 64.*hidden size 32"),
+        ({"selected_experts": {PATH: [1]}, "target_parameters": ["mlp.foo"]}, "target_parameters.*mlp.foo"),
+        ({"selected_experts": {PATH: [1]}, "target_parameters": ["q_norm.weight"]}, "target_parameters"),
+    ],
+)
+def test_masks_and_data(options: dict[str, Any], match: str) -> None:
+    refused(tiny_model("olmoe"), lambda: SieveLoraConfig(task_type="CAUSAL_LM", **options), match)
+
+
+def test_more_experts_than_there_are() -> None:
+    model = tiny_model("olmoe")
+    refused(model, SieveLoraConfig(top_k=9, calib_dataset=data(model)), "top_k=9.*8 experts")
+
+
+def test_a_model_without_moe_layers() -> None:
+    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    model = AutoModelForCausalLM.from_config(config)
+    refused(model, SieveLoraConfig(calib_dataset=data(model)), "LlamaForCausalLM has no Mixture-of-Experts layer")
+
+
+def test_no_layer_left() -> None:
+    model = tiny_model("olmoe")
+    refused(model, SieveLoraConfig(calib_dataset=data(model), layers_to_transform=[7]), "leave none of the 2 MoE layers")
+
+
+def test_quantised_experts() -> None:
+    model = tiny_model("olmoe")
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(SieveError, match="layers.1.mlp.experts are stored as torch.float8_e4m3fn"):
+        get_peft_model(model, SieveLoraConfig(calib_dataset=data(model)))
+    assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def test_expert_parallel_experts() -> None:
+    model = tiny_model("olmoe")
+    model.model.layers[0].mlp.experts._is_expert_parallel = True
+    with pytest.raises(SieveError, match="expert parallelism"):
+        get_peft_model(model, SieveLoraConfig(calib_dataset=data(model)))
+
+
+def test_parameters_sharded_by_zero3() -> None:
+    model = tiny_model("olmoe")
+    model.lm_head.weight.ds_id = 0  # what DeepSpeed's stage 3 leaves on every parameter
+    with pytest.raises(SieveError, match="ZeRO-3.*selected_experts"):
+        get_peft_model(model, SieveLoraConfig(calib_dataset=data(model)))
+    get_peft_model(model, SieveLoraConfig(selected_experts={PATH: [1]}))
+
+
+def test_a_layer_without_tokens_is_named_and_left_alone() -> None:
+    """A router that never gets tokens: its block is bypassed."""
+    model = tiny_model("olmoe")
+    block = model.model.layers[1].mlp
+    block.forward = lambda hidden_states: hidden_states
+    with pytest.warns(UserWarning, match=r"model\.layers\.1\.mlp\.experts"):
+        peft_model = get_peft_model(model, SieveLoraConfig(calib_dataset=data(model), task_type="CAUSAL_LM"))
+    assert list(peft_model.peft_config["default"].selected_experts) == [PATH]
+    trainable = [n for n, p in peft_model.named_parameters() if p.requires_grad and ".mlp." in n]
+    assert trainable
+    assert not any("layers.1.mlp" in name for name in trainable)
+
+
+def test_a_failed_second_adapter_leaves_the_first() -> None:
+    model = tiny_model("olmoe")
+    batch = token_batch(model)
+    peft_model = get_peft_model(model, SieveLoraConfig(r=4, calib_dataset=[batch], task_type="CAUSAL_LM")).eval()
+    randomize_adapters(peft_model)
+    with torch.no_grad():
+        before = peft_model(**batch).logits
+    for config in (SieveLoraConfig(), SieveLoraConfig(selected_experts={PATH: [8]})):
+        with pytest.raises(SieveError):
+            peft_model.add_adapter("second", config)
+        assert list(peft_model.peft_config) == ["default"]
+        with torch.no_grad():
+            assert torch.equal(peft_model(**batch).logits, before)
+    peft_model.add_adapter("second", SieveLoraConfig(r=4, calib_dataset=[batch], task_type="CAUSAL_LM"))
+    assert isinstance(peft_model, PeftModel)
+
+
+def test_transformers_add_adapter_recovers() -> None:
+    model = tiny_model("olmoe")
+    with pytest.raises(SieveError, match="neither calib_dataset"):
+        model.add_adapter(SieveLoraConfig())
+    model.add_adapter(SieveLoraConfig(r=4, calib_dataset=data(model)))
+    assert model.active_adapters() == ["default"]
+
+
+def test_mixed_batches() -> None:
+    model = tiny_model("olmoe")
+    batch = token_batch(model, batch=2)
+    peft_model = get_peft_model(model, SieveLoraConfig(r=4, calib_dataset=[batch], task_type="CAUSAL_LM")).eval()
+    with pytest.raises(SieveError, match="adapter_names.*set_adapter"):
+        peft_model(**batch, adapter_names=["default", "__base__"])
+
+
+def test_good_input_warns_of_nothing() -> None:
+    model = tiny_model("olmoe")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's own, with transformers 5.23
+        get_peft_model(model, SieveLoraConfig(r=4, calib_dataset=data(model), task_type="CAUSAL_LM"))
