@@ -69,7 +69,9 @@ def _has_sieve(model: PeftModel) -> bool:
     return any(config.peft_type == PEFT_TYPE for config in model.peft_config.values())
 
 
-def _save_pretrained(original: Callable[..., Any], self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+def _save_pretrained(
+    original: Callable[..., Any], self: PeftModel, save_directory: str, *args: Any, **kwargs: Any
+) -> Any:
     """A crash in the middle of a save must leave the previous adapter whole."""
     is_main_process = kwargs.get("is_main_process", args[3] if len(args) > 3 else True)
     if not _has_sieve(self) or not is_main_process or os.path.isfile(save_directory):
@@ -83,7 +85,10 @@ def _carry_over_card(save_directory: str, staging: str) -> None:
     """PEFT updates the model card that it finds; let it find the one that is there."""
     card = os.path.join(save_directory, "README.md")
     if os.path.isfile(card):
-        with open(card, encoding="utf-8") as source, open(os.path.join(staging, "README.md"), "w", encoding="utf-8") as to:
+        with (
+            open(card, encoding="utf-8") as source,
+            open(os.path.join(staging, "README.md"), "w", encoding="utf-8") as to,
+        ):
             to.write(source.read())
 
 

@@ -84,7 +84,9 @@ def naive_experts(
     return torch.stack(rows)
 
 
-def assert_same(actual: torch.Tensor, expected: torch.Tensor, what: str, rtol: float = 1e-9, atol: float = 1e-11) -> None:
+def assert_same(
+    actual: torch.Tensor, expected: torch.Tensor, what: str, rtol: float = 1e-9, atol: float = 1e-11
+) -> None:
     """Close, of one shape, finite, and not trivially so: an expectation of zeros proves nothing.
 
     Args:

@@ -52,7 +52,7 @@ def test_importing_twice_and_reloading(tmp_path: Path) -> None:
     """Also after a reload the wrapped methods lead to PEFT's own, not to a wrapper of a wrapper."""
     config = SieveLoraConfig(selected_experts={"model.layers.0.mlp.experts": [2, 1]})
     dumped = pickle.dumps(config)
-    originals = {n: getattr(PeftModel.__dict__[n], "_peft_sieve_original") for n in ("save_pretrained", "load_adapter")}
+    originals = {n: PeftModel.__dict__[n]._peft_sieve_original for n in ("save_pretrained", "load_adapter")}
     importlib.reload(registration)
     importlib.reload(peft_sieve)
     assert pickle.loads(dumped) == config
@@ -73,7 +73,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
 torch.manual_seed(0)
-model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM"))
+lora = LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM")
+model = get_peft_model(AutoModelForCausalLM.from_config(config), lora)
 model.save_pretrained(sys.argv[1] + "/" + sys.argv[2])
 torch.manual_seed(0)
 loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_config(config), sys.argv[1] + "/" + sys.argv[2])

@@ -148,7 +148,7 @@ def test_trainer_changes_the_adapter_and_nothing_else(tokens: Dataset, tmp_path:
     model = get_peft_model(small_olmoe(), SieveLoraConfig(calib_dataset=tokens, task_type="CAUSAL_LM"))
     before = copied(model.state_dict())
 
-    trainer = plain_trainer(model, tokens, tmp_path, max_steps=15)
+    trainer = plain_trainer(model, tokens, tmp_path, max_steps=12)
     trainer.train()
 
     assert_falls(trainer.losses)
@@ -173,7 +173,7 @@ def test_sft_trainer_needs_only_another_peft_config(texts: Dataset, tmp_path: Pa
         return trainer
 
     train(LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"), max_steps=1)
-    trainer = train(SieveLoraConfig(calib_dataset=texts, task_type="CAUSAL_LM"), max_steps=10)
+    trainer = train(SieveLoraConfig(calib_dataset=texts, task_type="CAUSAL_LM"), max_steps=8)
 
     assert_falls(trainer.losses)
     config = trainer.model.peft_config["default"]
@@ -309,7 +309,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(
         randomize_adapters(model)
         calls = []
         for layer in expert_layers(model).values():
-            layer.register_forward_hook(lambda *_: calls.append(1))
+            layer.register_forward_pre_hook(lambda *_: calls.append(1))
         trainer = plain_trainer(model, tokens, tmp_path, max_steps=1, **changes)
         trainer.train()
         return trainer, len(calls)

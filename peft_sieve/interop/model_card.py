@@ -17,7 +17,7 @@ VERSIONS = "### Framework versions"
 TEMPLATE_TITLE = "# Model Card for Model ID"
 
 
-def add_to_card(model: PeftModel, path: str | os.PathLike[str]) -> None:
+def add_to_card(model: PeftModel, path: str) -> None:
     """Write the section into the card at `path`, in place of an earlier one."""
     card = ModelCard.load(path)
     card.data["tags"] = sorted({*(card.data.get("tags") or []), "lora", "peft_sieve", "mixture-of-experts"})

@@ -1,7 +1,7 @@
 """How expert weights are laid out and where the dispatch can be read: one `MoEFamily` per layout, in an open registry.
 
-A family answers three questions about an experts module: what shapes it has, where the weights of one projection are,
-and what the router dispatched to it. Everything above this file (profiling, injection, merging) speaks only to families.
+A family answers three questions about an experts module: what shapes it has, where the weights of one projection
+are, and what the router dispatched to it. What lies above (profiling, injection, merging) speaks only to families.
 """
 
 from __future__ import annotations
@@ -81,7 +81,11 @@ class FusedExperts(MoEFamily):
     def matches(self, module: nn.Module) -> bool:
         first = getattr(module, "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", None)
         flags = ("num_experts", "has_gate", "has_bias", "is_transposed", "is_concatenated")
-        return _is_stack(first) and _is_stack(getattr(module, "down_proj", None)) and all(hasattr(module, f) for f in flags)
+        return (
+            _is_stack(first)
+            and _is_stack(getattr(module, "down_proj", None))
+            and all(hasattr(module, f) for f in flags)
+        )
 
     def shape(self, experts: nn.Module) -> ExpertsShape:
         names = ("gate_proj", "up_proj", "down_proj") if experts.has_gate else ("up_proj", "down_proj")

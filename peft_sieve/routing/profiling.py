@@ -62,7 +62,7 @@ def profile_routing(
     layers = find_moe_layers(base)
     calibration = calibration_batches(
         data,
-        tokenizer=find_tokenizer(base, tokenizer, data),
+        tokenizer=find_tokenizer(base, tokenizer),
         formatting_func=formatting_func,
         split=split,
         max_samples=max_samples,
@@ -95,8 +95,8 @@ def check_reached(profile: RoutingProfile) -> None:
         )
 
 
-def find_tokenizer(model: nn.Module, tokenizer: Any, data: Any) -> Any:
-    """The tokenizer to read `data` with: the one given, the one of that name, or the one saved with the model.
+def find_tokenizer(model: nn.Module, tokenizer: Any) -> Any:
+    """The tokenizer to read data with: the one given, the one of that name, or the one saved with the model.
 
     Returns None where none is needed or found; reading text then fails with a sentence that asks for one.
     """
@@ -112,8 +112,8 @@ def find_tokenizer(model: nn.Module, tokenizer: Any, data: Any) -> Any:
     except (OSError, ValueError) as error:
         if tokenizer is not None:
             raise SieveError(
-                f"the tokenizer {tokenizer!r} cannot be loaded ({str(error).splitlines()[0]}), expected the name or path "
-                "of one: pass that, or the tokenizer itself"
+                f"the tokenizer {tokenizer!r} cannot be loaded ({str(error).splitlines()[0]}), expected the name or "
+                "path of one: pass that, or the tokenizer itself"
             ) from error
         return None
 
@@ -131,7 +131,9 @@ def profile_batches(
             "or pass selected_experts"
         )
     if device.type == "cpu" and torch.cuda.is_available():
-        warnings.warn("Profiling runs on the CPU, where the model is, though there is a GPU: move the model there first.")
+        warnings.warn(
+            "Profiling runs on the CPU, where the model is, though there is a GPU: move the model there first."
+        )
     with ExitStack() as stack:
         # None: no bar unless a terminal is watching.
         hidden = None if progress else True
@@ -184,13 +186,17 @@ class _Counter:
             if self.real.numel() != bins.shape[0]:
                 raise SieveError(
                     f"a batch of {self.real.numel()} tokens with padding reached an experts module as {bins.shape[0]} "
-                    "tokens, expected as many, since padding must not count: profile with batch_size=1 (calib_batch_size)"
+                    "tokens, expected as many, since padding must not count: profile with batch_size=1 "
+                    "(calib_batch_size)"
                 )
             self.real = self.real.to(bins.device)
             bins = bins.masked_fill(~self.real.unsqueeze(-1), self.num_experts)
         if self._sums is None:
-            sizes = {"size": (self.num_experts + 1,), "fill_value": 0, "device": bins.device}
-            self._sums = torch.full(dtype=torch.int64, **sizes), torch.full(dtype=torch.float64, **sizes)
+            counts, mass = (
+                torch.zeros(self.num_experts + 1, dtype=dtype, device=bins.device)
+                for dtype in (torch.int64, torch.float64)
+            )
+            self._sums = counts, mass
         counts, mass = self._sums
         flat = bins.reshape(-1)
         counts.scatter_add_(0, flat, torch.ones_like(flat))
@@ -224,7 +230,7 @@ def _backbone(model: nn.Module) -> Callable[[dict[str, Any]], None]:
 
 def _input_device(model: nn.Module) -> torch.device:
     """Where the model wants its inputs; offloaded weights are on no device until they are used."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model
+    embeddings: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model  # type: ignore[operator]
     hook = getattr(embeddings, "_hf_hook", None)
     execution_device = getattr(hook, "execution_device", None)
     if execution_device is not None:
@@ -250,13 +256,13 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             model.eval()
-            for module, _ in adapters:
+            for adapter, _ in adapters:
                 # Not enable_adapters(False): that also changes which weights require gradients.
-                module._disable_adapters = True
+                adapter._disable_adapters = True
             yield
     finally:
         random.setstate(python_state)
         for module, training in modes:
             module.training = training
-        for module, disabled in adapters:
-            module._disable_adapters = disabled
+        for adapter, disabled in adapters:
+            adapter._disable_adapters = disabled

@@ -279,7 +279,7 @@ def select_experts(
     coverage: float = 0.6,
     seed: int = 0,
 ) -> ExpertSelection:
-    """Select the experts to adapt in each layer (MoE-Sieve §4; greedy: Appendix C).
+    """Select the experts to adapt in each layer (MoE-Sieve; greedy: Appendix C, random: §6).
 
     A layer's budget is `max(1, round(top_k_frac * num_experts))` or `top_k`. Experts with equal scores are taken in
     the order of their ids. A layer that no token reached, or whose score is 0 for all experts, gets no experts and is

@@ -41,13 +41,13 @@ def test_product_and_gradients(dtype: torch.dtype, k: int, n: int, kernel: bool,
 
     starts = [0, *offsets.tolist()[:-1]]
     wide = torch.float64
-    expected = torch.cat([x[a:b].to(wide) @ weight[g].to(wide) for g, (a, b) in enumerate(zip(starts, offsets, strict=True))])
+    expected = torch.cat(
+        [x[a:b].to(wide) @ weight[g].to(wide) for g, (a, b) in enumerate(zip(starts, offsets, strict=True))]
+    )
     grad_x = torch.cat(
         [grad[a:b].to(wide) @ weight[g].to(wide).T for g, (a, b) in enumerate(zip(starts, offsets, strict=True))]
     )
-    grad_w = torch.stack(
-        [x[a:b].to(wide).T @ grad[a:b].to(wide) for a, b in zip(starts, offsets, strict=True)]
-    )
+    grad_w = torch.stack([x[a:b].to(wide).T @ grad[a:b].to(wide) for a, b in zip(starts, offsets, strict=True)])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
     for actual, wanted, what in ((out, expected, "out"), (x.grad, grad_x, "x"), (weight.grad, grad_w, "weight")):
         assert actual.dtype == dtype

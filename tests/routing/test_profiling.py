@@ -49,7 +49,9 @@ def test_padding_does_not_count_on_either_side(make: Any) -> None:
     one_by_one = [{"input_ids": torch.tensor([tokens])} for tokens in ids]
     expected = profile_routing(model, one_by_one)
     assert expected.num_tokens == 28
-    assert expected.num_experts_per_tok == {"DeepseekLikeForCausalLM": 3, "OlmoeForCausalLM": 3}.get(type(model).__name__, 2)
+    assert expected.num_experts_per_tok == {"DeepseekLikeForCausalLM": 3, "OlmoeForCausalLM": 3}.get(
+        type(model).__name__, 2
+    )
     for path, counts in expected.counts.items():
         assert counts.sum() == 28 * expected.num_experts_per_tok, path
     same(profile_routing(model, [padded(ids, "right")]), expected)

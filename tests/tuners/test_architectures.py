@@ -106,7 +106,9 @@ def test_counts_are_what_the_experts_received(name: str, monkeypatch: pytest.Mon
                 expert.forward = listed
             continue
 
-        def fused(x: Any, ids: torch.Tensor, weights: torch.Tensor, path: str = layer.path, f: Any = layer.experts.forward):
+        def fused(
+            x: Any, ids: torch.Tensor, weights: torch.Tensor, path: str = layer.path, f: Any = layer.experts.forward
+        ):
             for token in range(ids.shape[0]):
                 for pair in range(ids.shape[1]):
                     counts[path][ids[token, pair]] += 1

@@ -109,7 +109,10 @@ def data(model: nn.Module) -> list[dict[str, torch.Tensor]]:
         ({"calib_dataset": 5}, "int"),
         ({"selected_experts": {"model.layers.9.mlp.experts": [1]}}, "model.layers.9.mlp.experts.*does not have"),
         ({"selected_experts": {PATH: [8]}}, "id 8, expected ids below 8"),
-        ({"selected_experts": {PATH: [1]}, "expert_shapes": {PATH: [16, 32, 24]}}, "experts 16.*this model has experts 8"),
+        (
+            {"selected_experts": {PATH: [1]}, "expert_shapes": {PATH: [16, 32, 24]}},
+            "experts 16.*this model has experts 8",
+        ),
         ({"selected_experts": {PATH: [1]}, "expert_shapes": {PATH: [8, 64, 24]}}, "hidden size 64.*hidden size 32"),
         ({"selected_experts": {PATH: [1]}, "target_parameters": ["mlp.foo"]}, "target_parameters.*mlp.foo"),
         ({"selected_experts": {PATH: [1]}, "target_parameters": ["q_norm.weight"]}, "target_parameters"),
@@ -125,14 +128,18 @@ def test_more_experts_than_there_are() -> None:
 
 
 def test_a_model_without_moe_layers() -> None:
-    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
+    )
     model = AutoModelForCausalLM.from_config(config)
     refused(model, SieveLoraConfig(calib_dataset=data(model)), "LlamaForCausalLM has no Mixture-of-Experts layer")
 
 
 def test_no_layer_left() -> None:
     model = tiny_model("olmoe")
-    refused(model, SieveLoraConfig(calib_dataset=data(model), layers_to_transform=[7]), "leave none of the 2 MoE layers")
+    refused(
+        model, SieveLoraConfig(calib_dataset=data(model), layers_to_transform=[7]), "leave none of the 2 MoE layers"
+    )
 
 
 def test_quantised_experts() -> None:

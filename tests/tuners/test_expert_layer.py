@@ -99,7 +99,9 @@ def gradients(layer: nn.Module, *inputs: torch.Tensor) -> dict[str, torch.Tensor
     return found
 
 
-def both(layer: FusedSieveExperts, dtype: torch.dtype = torch.float64) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def both(
+    layer: FusedSieveExperts, dtype: torch.dtype = torch.float64
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(what, fast, reference) for the output and every gradient."""
     hidden, ids, weights = dispatch(dtype)
     target = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)

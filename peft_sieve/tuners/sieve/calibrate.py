@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+
 from torch import nn
 
 from ...errors import SieveError
@@ -12,7 +13,7 @@ from ...routing.distributed import gathered, on_every_rank, rank_and_world, summ
 from ...routing.profile_data import RoutingProfile
 from ...routing.profiling import check_reached, find_tokenizer, profile_batches
 from ...routing.selection import select_experts
-from .config import SieveLoraConfig
+from .config import RUNTIME_ONLY, SieveLoraConfig
 
 
 def calibrate(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer]) -> None:
@@ -55,16 +56,17 @@ def calibrate(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer])
 def _profile(
     config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer]
 ) -> tuple[RoutingProfile, CalibrationData]:
-    if config.calib_dataset is None:
+    data, tokenizer, formatting_func = (vars(config)[name] for name in RUNTIME_ONLY)
+    if data is None:
         raise SieveError(
             "the configuration has neither calib_dataset nor selected_experts, expected one of them to know which "
             "experts to adapt: pass SieveLoraConfig(calib_dataset=...) or the mask of an earlier calibration"
         )
     _refuse_sharded(model)
     calibration = calibration_batches(
-        config.calib_dataset,
-        tokenizer=find_tokenizer(model, config.calib_tokenizer, config.calib_dataset),
-        formatting_func=config.calib_formatting_func,
+        data,
+        tokenizer=find_tokenizer(model, tokenizer),
+        formatting_func=formatting_func,
         split=config.calib_split,
         max_samples=config.calib_samples,
         max_length=config.calib_max_length,

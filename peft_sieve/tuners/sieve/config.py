@@ -19,7 +19,7 @@ from ...moe.families import PROJECTIONS
 from ...routing.selection import validate_selection_options
 
 # Held by the object, never by a dataclass field: PEFT serialises with `dataclasses.asdict`, which deep-copies fields.
-_RUNTIME_ONLY = ("calib_dataset", "calib_tokenizer", "calib_formatting_func")
+RUNTIME_ONLY = ("calib_dataset", "calib_tokenizer", "calib_formatting_func")
 
 # LoRA options that have no meaning for adapters inside a stack of experts, and what to write instead.
 _REFUSED = {
@@ -107,10 +107,8 @@ class SieveLoraConfig(LoraConfig):
     def __post_init__(self, calib_dataset: Any, calib_tokenizer: Any, calib_formatting_func: Any) -> None:
         self._refuse_options()
         super().__post_init__()
-        self.peft_type = PeftType.SIEVE_LORA
-        self.calib_dataset = calib_dataset
-        self.calib_tokenizer = calib_tokenizer
-        self.calib_formatting_func = calib_formatting_func
+        self.peft_type = PeftType("SIEVE_LORA")
+        vars(self).update(zip(RUNTIME_ONLY, (calib_dataset, calib_tokenizer, calib_formatting_func), strict=True))
         self.awaits_weights = False
         validate_selection_options(self.top_k_frac, self.top_k, self.strategy, self.score, self.coverage)
         self.expert_projections = _checked_projections(self.expert_projections)
@@ -149,12 +147,12 @@ class SieveLoraConfig(LoraConfig):
         clone = copy.copy(self)
         memo[id(self)] = clone
         for name, value in self.__dict__.items():
-            clone.__dict__[name] = value if name in _RUNTIME_ONLY else copy.deepcopy(value, memo)
+            clone.__dict__[name] = value if name in RUNTIME_ONLY else copy.deepcopy(value, memo)
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in _RUNTIME_ONLY:
+        for name in RUNTIME_ONLY:
             # A name or a path travels to another process; a data set, a tokenizer or a lambda may not be able to.
             if not isinstance(state.get(name), str):
                 state[name] = None
@@ -224,7 +222,9 @@ def _checked_ids(path: str, ids: list[Any]) -> list[int]:
         )
     repeated = sorted({n for n in numbers if numbers.count(n) > 1})
     if repeated:
-        raise SieveError(f"selected_experts[{path!r}] holds {repeated} more than once, expected each id once: drop them")
+        raise SieveError(
+            f"selected_experts[{path!r}] holds {repeated} more than once, expected each id once: drop them"
+        )
     return numbers
 
 

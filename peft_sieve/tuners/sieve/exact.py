@@ -35,7 +35,7 @@ class ExactLinear(_ExactUnmerge, Linear):
     """`lora.Linear` with an exact `unmerge`."""
 
     def _base_parameter(self) -> torch.Tensor:
-        return self.get_base_layer().weight
+        return self.get_base_layer().get_parameter("weight")
 
 
 class ExactParamWrapper(_ExactUnmerge, ParamWrapper):

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ...moe.families import bind_dispatch
 from ...moe.grouped import ALIGNMENT_BYTES, grouped_mm, is_aligned_width
@@ -59,7 +58,7 @@ class FusedSieveExperts(SieveExpertLayer):
         expert_weights: torch.Tensor,
         adapters: list[str],
     ) -> torch.Tensor:
-        experts = self.get_base_layer()
+        experts: Any = self.get_base_layer()
         # The stock forwards differ in how they multiply and in which order they sum. Following the one in use makes an
         # adapter that adds zero change nothing, to the bit: for experts_implementation="eager", an expert at a time.
         eager = getattr(getattr(experts, "config", None), "_experts_implementation", None) == "eager"
@@ -72,7 +71,7 @@ class FusedSieveExperts(SieveExpertLayer):
         for name in adapters:
             up = self._add_input_delta(name, up, x, rows[name])
         activation = experts._apply_gate if experts.has_gate else experts.act_fn
-        # (pairs, intermediate); vectorised functions round the end of a tensor differently, so eager goes by expert here
+        # (pairs, intermediate); vectorised functions round the end of a tensor differently, so eager goes by expert
         act = torch.cat([activation(part) for part in up.split(dispatch.counts.tolist())]) if eager else activation(up)
         out = _project(experts, "down_proj", act, dispatch, eager)  # (pairs, hidden)
         for name in adapters:
@@ -85,7 +84,7 @@ class FusedSieveExperts(SieveExpertLayer):
 
     def _hot_rows(self, adapter_name: str, dispatch: Dispatch) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The rows of adapted experts (None: all of them) and the end of each slot's share of them."""
-        mapping = self.lora_experts[adapter_name]
+        mapping = self.slots_module(adapter_name)
         offsets = dispatch.counts[mapping.ids].cumsum(0, dtype=torch.int32)
         if mapping.ids.numel() == self.shape.num_experts:
             return None, offsets
@@ -99,7 +98,7 @@ class FusedSieveExperts(SieveExpertLayer):
         if adapter_name not in self.lora_gate_up_A:
             return up
         deltas = self._low_rank(adapter_name, "lora_gate_up", INPUT_PROJECTIONS, x, hot)
-        experts = self.get_base_layer()
+        experts: Any = self.get_base_layer()
         if not experts.has_gate:
             return _add_rows(up, deltas["up_proj"], hot[0])
         known = next(iter(deltas.values()))
@@ -156,7 +155,7 @@ def _sort_by_expert(expert_ids: torch.Tensor, num_experts: int, rank_major: bool
     return Dispatch(order, tokens, sorted_ids, counts)
 
 
-def _project(experts: nn.Module, name: str, x: torch.Tensor, dispatch: Dispatch, loop: bool) -> torch.Tensor:
+def _project(experts: Any, name: str, x: torch.Tensor, dispatch: Dispatch, loop: bool) -> torch.Tensor:
     """One projection of every pair through the frozen stack."""
     weight = getattr(experts, name)
     matrices = weight if experts.is_transposed else weight.transpose(1, 2)  # (num_experts, in, out)
@@ -183,16 +182,17 @@ def _add_rows(target: torch.Tensor, delta: torch.Tensor, rows: torch.Tensor | No
     return target + delta if rows is None else target.index_add_(0, rows, delta)
 
 
-def _aligned_ranks(
-    a: torch.Tensor, b: torch.Tensor, ranks: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+def _aligned_ranks(a: torch.Tensor, b: torch.Tensor, ranks: list[int]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Pad each rank with zeros to what the grouped kernel takes; no copy when all fit already."""
     if all(is_aligned_width(rank, a.dtype) for rank in ranks):
         return a, b, ranks
     unit = ALIGNMENT_BYTES // a.dtype.itemsize
     padded = [-(-rank // unit) * unit for rank in ranks]
     parts = [
-        [F.pad(part, (0, 0, 0, after - rank)) for part, rank, after in zip(w.split(ranks, 1), ranks, padded, strict=True)]
+        [
+            F.pad(part, (0, 0, 0, after - rank))
+            for part, rank, after in zip(w.split(ranks, 1), ranks, padded, strict=True)
+        ]
         for w in (a, b)
     ]
     return torch.cat(parts[0], 1), torch.cat(parts[1], 1), padded

@@ -62,9 +62,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
     def _get_in_out_features(self, module: nn.Module) -> tuple[None, None]:
         return None, None
 
-    def update_layer(  # type: ignore[override]
-        self, adapter_name: str, experts: Sequence[int], config: SieveLoraConfig
-    ) -> None:
+    def update_layer(self, adapter_name: str, experts: Sequence[int], config: SieveLoraConfig) -> None:
         """Add an adapter for `experts` (ascending ids), initialised as `config.init_lora_weights` says."""
         wanted = config.expert_projections or PROJECTIONS
         projections = [name for name in self.shape.projections if name in wanted]
@@ -99,10 +97,11 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         getattr(self, f"{name}_A")[adapter_name] = factor_a
         getattr(self, f"{name}_B")[adapter_name] = factor_b
 
-    def _pattern(self, patterns: dict[str, Any], projection: str, default: Any) -> Any:
+    def _pattern(self, patterns: dict[str, Any] | None, projection: str, default: Any) -> Any:
         """A rank or alpha from PEFT's patterns, which may name the layer or one projection of it."""
+        patterns = patterns or {}
         for key in (f"{self.path}.{projection}", self.path):
-            match = get_pattern_key(patterns.keys(), key)
+            match = get_pattern_key(list(patterns), key)
             if match in patterns:
                 return patterns[match]
         return default
@@ -133,10 +132,16 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             self._verify_slots(name)
         return names
 
+    def slots_module(self, adapter_name: str) -> ExpertSlots:
+        """The map between experts and slots of one adapter."""
+        module = self.lora_experts[adapter_name]
+        assert isinstance(module, ExpertSlots)
+        return module
+
     def _verify_slots(self, adapter_name: str) -> None:
-        """Loaders that assign tensors without asking (transformers' `load_adapter`) may bring those of other experts."""
+        """Loaders that assign without asking (transformers' `load_adapter`) may bring the tensors of other experts."""
         expected = slots_of(self.shape.num_experts, self.plans[adapter_name].experts)
-        if not torch.equal(self.lora_experts[adapter_name].slots.cpu(), expected):
+        if not torch.equal(self.slots_module(adapter_name).slots.cpu(), expected):
             raise SieveError(
                 f"the weights of adapter '{adapter_name}' in {self.path} belong to other experts than its "
                 "selected_experts name, expected the same: load adapter_config.json and weights of one save"
@@ -148,7 +153,9 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         plan = self.plans[adapter_name]
         if projection not in plan.ranks:
             return None
-        group, name = (("down_proj",), "lora_down") if projection == "down_proj" else (INPUT_PROJECTIONS, "lora_gate_up")
+        group, name = (
+            (("down_proj",), "lora_down") if projection == "down_proj" else (INPUT_PROJECTIONS, "lora_gate_up")
+        )
         start = sum(plan.ranks.get(p, 0) for p in group[: group.index(projection)])
         rows = slice(start, start + plan.ranks[projection])
         scaling = self.scaling[adapter_name] * plan.relative_scaling[projection]
@@ -158,7 +165,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
     # Merging
 
     def get_delta_weight(self, adapter_name: str, projection: str, expert: int) -> torch.Tensor:
-        """What the adapter adds to one projection of one adapted expert: shape (out, in), float32 (float64 if it is)."""
+        """What the adapter adds to one projection of one adapted expert: (out, in), in float32 or wider."""
         factors = self.factors(adapter_name, projection)
         assert factors is not None
         a, b, scaling = factors

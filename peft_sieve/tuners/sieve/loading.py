@@ -47,8 +47,8 @@ def read_config_file(path: str) -> dict[str, Any] | None:
         if "selected_experts" not in content:
             return None
         raise SieveError(
-            f"{path} has peft_type {content.get('peft_type')!r}, expected 'SIEVE_LORA', since it holds selected_experts: "
-            "save or download the adapter again"
+            f"{path} has peft_type {content.get('peft_type')!r}, expected 'SIEVE_LORA', since it holds "
+            "selected_experts: save or download the adapter again"
         )
     _check_weights_file(content, folder)
     return content
@@ -108,8 +108,8 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
         if adapter_name not in layer.plans:
             if _belongs(given, path):
                 raise SieveError(
-                    f"the weights hold experts of {path}, and adapter '{adapter_name}' selects none there, expected the "
-                    "same mask: load them under the configuration they were saved with"
+                    f"the weights hold experts of {path}, and adapter '{adapter_name}' selects none there, expected "
+                    "the same mask: load them under the configuration they were saved with"
                 )
             continue
         slots = given.get(path + SLOTS_KEY)
@@ -122,8 +122,8 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
         if slots.numel() != layer.shape.num_experts or _ids(slots) != expected:
             raise SieveError(
                 f"the weights belong to experts {_ids(slots)} of {slots.numel()} in {path}, and adapter "
-                f"'{adapter_name}' selects {expected} of {layer.shape.num_experts}, expected the same mask: resume with "
-                "the configuration of the checkpoint (its adapter_config.json), or start a new run"
+                f"'{adapter_name}' selects {expected} of {layer.shape.num_experts}, expected the same mask: resume "
+                "with the configuration of the checkpoint (its adapter_config.json), or start a new run"
             )
         _check_factors(given, path, layer, adapter_name)
 

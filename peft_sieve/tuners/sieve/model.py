@@ -105,14 +105,18 @@ class SieveLoraModel(LoraModel):
                 key = f"{router.path}.{router.parameter}"
                 parent, target, name = _get_submodules(model, router.path)
                 self._create_and_replace(
-                    without_dropout, adapter_name, target, name, parent, current_key=key, parameter_name=router.parameter
+                    without_dropout,
+                    adapter_name,
+                    target,
+                    name,
+                    parent,
+                    current_key=key,
+                    parameter_name=router.parameter,
                 )
                 injected.append(key)
         return injected
 
-    def _inject_experts(
-        self, config: SieveLoraConfig, model: nn.Module, adapter_name: str, layer: MoELayer
-    ) -> None:
+    def _inject_experts(self, config: SieveLoraConfig, model: nn.Module, adapter_name: str, layer: MoELayer) -> None:
         parent, target, name = _get_submodules(model, layer.path)
         experts = config.selected_experts[layer.path]  # type: ignore[index]
         if isinstance(target, SieveExpertLayer):
@@ -157,8 +161,8 @@ class SieveLoraModel(LoraModel):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise SieveError(
-                "adapter_names was passed, expected one set of adapters for the whole batch, since those of experts and "
-                "routers cannot differ inside a batch: group the samples by adapter and call set_adapter before each group"
+                "adapter_names was passed, expected one set of adapters for the whole batch, since those of experts "
+                "and routers cannot differ inside a batch: group the samples by adapter and call set_adapter before each"
             )
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
@@ -169,7 +173,10 @@ class SieveLoraModel(LoraModel):
         if not new:
             return
         if rank_and_world()[1] > 1:
-            masks = {name: {l.path: l.plans[name].experts for _, l in sieve_layers(self) if name in l.plans} for name in new}
+            masks = {
+                name: {path: layer.plans[name].experts for path, layer in sieve_layers(self) if name in layer.plans}
+                for name in new
+            }
             check_agreement("selected experts", masks)
             self._agreed.update(new)
 

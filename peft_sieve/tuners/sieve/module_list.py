@@ -23,13 +23,13 @@ from .layer import SieveExpertLayer
 class ModuleListSieveExperts(SieveExpertLayer):
     """LoRA on some experts of a `ModuleList`; indexing, length and iteration are those of the list."""
 
+    base_layer: nn.ModuleList
+
     def __init__(self, base_layer: nn.Module, layer: MoELayer) -> None:
         super().__init__(base_layer, layer)
         self._hooks: dict[tuple[str, int], Any] = {}
 
-    def update_layer(  # type: ignore[override]
-        self, adapter_name: str, experts: Any, config: SieveLoraConfig
-    ) -> None:
+    def update_layer(self, adapter_name: str, experts: Any, config: SieveLoraConfig) -> None:
         super().update_layer(adapter_name, experts, config)
         for projection in self.plans[adapter_name].ranks:
             for expert in experts:

@@ -24,7 +24,7 @@ def wanted_layers(config: SieveLoraConfig, layers: list[MoELayer]) -> list[MoELa
     for layer in layers:
         # PEFT's own rule, asked about the experts module by its last name (a full name skips the layer indices). An
         # excluded one comes back as a falsy marker.
-        probe.target_modules = {layer.path.rpartition(".")[2]}
+        probe.target_modules = [layer.path.rpartition(".")[2]]
         if check_target_module_exists(probe, layer.path):
             kept.append(layer)
     if not kept:
@@ -43,7 +43,7 @@ def resolve_targets(config: SieveLoraConfig, model: nn.Module, layers: list[MoEL
     """
     masked = [layer for layer in layers if (config.selected_experts or {}).get(layer.path)]
     if config.target_modules is None:
-        config.target_modules = set(_always_active(config, model, layers))
+        config.target_modules = set(_always_active(config, model, layers))  # type: ignore[assignment]
     else:
         _keep_out_of_experts(config, model, layers)
     resolved = sorted({name for layer in masked for name in _parameter_names(config, layer)})
@@ -82,7 +82,7 @@ def _keep_out_of_experts(config: SieveLoraConfig, model: nn.Module, layers: list
         return
     _maybe_include_all_linear_layers(config, model)
     matched = {path for path in modules if path and check_target_module_exists(config, path)}
-    config.target_modules = {path for path in matched if not path.startswith(inside)}
+    config.target_modules = {path for path in matched if not path.startswith(inside)}  # type: ignore[assignment]
 
 
 def _parameter_names(config: SieveLoraConfig, layer: MoELayer) -> list[str]:
