@@ -343,7 +343,8 @@ def test_files_give_the_same_subset_as_a_list(tmp_path, tokenizer):
 def test_long_csv_field_and_the_field_limit(tmp_path, tokenizer):
     text = "word " * 40_000
     (tmp_path / "long.csv").write_text(f'text\n"{text}"\n')
-    limit = csv.field_size_limit()
+    limit = 131_072
+    csv.field_size_limit(limit)
     data = calibration_batches(tmp_path / "long.csv", tokenizer=tokenizer)
     assert rows_of(data) == [tokenizer(text)["input_ids"][:2048]]
     assert csv.field_size_limit() == limit
@@ -395,7 +396,7 @@ def test_a_hub_id_goes_through_load_dataset(tokenizer, monkeypatch):
     assert_same(data, calibration_batches(TEXTS, tokenizer=tokenizer))
 
 
-def test_datasets_objects(tokenizer):
+def test_datasets_objects(tokenizer, tmp_path):
     dataset = datasets.Dataset.from_list([{"text": text, "id": i} for i, text in enumerate(TEXTS)])
     expected = calibration_batches(TEXTS, tokenizer=tokenizer)
     stream = dataset.to_iterable_dataset()
@@ -408,14 +409,19 @@ def test_datasets_objects(tokenizer):
         made = calibration_batches(data, tokenizer=tokenizer, split="dev")
         assert sorted(rows_of(made)) == sorted(rows_of(expected))
     assert calibration_batches(dataset, tokenizer=tokenizer).name == "Dataset"
+    dataset.to_parquet(tmp_path / "a.parquet")
+    from_file = datasets.Dataset.from_parquet(str(tmp_path / "a.parquet"))
+    assert calibration_batches(from_file, tokenizer=tokenizer).name == "Dataset"  # not "parquet"
     dataset.info.dataset_name = "gsm8k"
     assert calibration_batches(dataset, tokenizer=tokenizer).name == "gsm8k"
 
 
 def test_chat_of_a_dataset(chat_tokenizer):
     rows = [{"messages": CHAT}, {"messages": [{"role": "user", "content": "x", "name": "Bo"}]}]
-    data = calibration_batches(datasets.Dataset.from_list(rows), tokenizer=chat_tokenizer)
-    assert rows_of(data) == encoded(chat_tokenizer, CHAT_TEXT, "<user>xBo")  # no "None" for the missing name
+    dataset = datasets.Dataset.from_list(rows)
+    for made in (dataset, dataset.with_format("numpy"), dataset.to_iterable_dataset().with_format("numpy")):
+        data = calibration_batches(made, tokenizer=chat_tokenizer)
+        assert rows_of(data) == encoded(chat_tokenizer, CHAT_TEXT, "<user>xBo")  # no "None" for the missing name
 
 
 def test_a_format_decides_on_the_columns():
@@ -837,6 +843,7 @@ ACCEPTED = "expected a Hub id or a local file (str), a datasets.Dataset, a list 
             "row 0 of the calibration data holds no flat list of integers in `input_ids`; expected",
         ),
         ([{"input_ids": "12"}], "holds no flat list of integers in `input_ids`"),
+        ([{"input_ids": b"12"}], "holds no flat list of integers in `input_ids`"),
         ([{"input_ids": [1.5]}], "holds no flat list of integers in `input_ids`"),
         ([{"input_ids": [1, -100]}], "row 0 of the calibration data has the negative token id -100 in `input_ids`"),
         ([{"input_ids": [1, 2], "attention_mask": [1]}], "has 2 `input_ids` but an `attention_mask` of length 1"),

@@ -381,21 +381,32 @@ def generator_of_batches() -> Any:
 
 
 @pytest.mark.parametrize("make_data", [Uncopyable, generator_of_batches])
-def test_a_config_can_be_handled_whatever_its_data_set(make_data: Callable[[], Any]) -> None:
-    data = make_data()
-    config = SieveLoraConfig(r=4, calib_dataset=data, calib_formatting_func=lambda row: row)
-    for clone in (copy.copy(config), copy.deepcopy(config), dataclasses.replace(config)):
-        assert clone == config and clone is not config
-        assert clone.calib_dataset is data
-        assert clone.calib_formatting_func is config.calib_formatting_func
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, dataclasses.replace])
+def test_copies_of_a_config_share_its_data_set(
+    make_data: Callable[[], Any], duplicate: Callable[[SieveLoraConfig], SieveLoraConfig]
+) -> None:
+    config = SieveLoraConfig(r=4, calib_dataset=make_data(), calib_formatting_func=lambda row: row)
+    clone = duplicate(config)
+    assert clone is not config and clone == config
+    assert clone.calib_dataset is config.calib_dataset
+    assert clone.calib_formatting_func is config.calib_formatting_func
+
+
+@pytest.mark.parametrize("make_data", [Uncopyable, generator_of_batches])
+def test_what_leaves_the_process_holds_no_data_set(make_data: Callable[[], Any]) -> None:
+    config = SieveLoraConfig(r=4, calib_dataset=make_data(), calib_formatting_func=lambda row: row)
     pickled = pickle.loads(pickle.dumps(config))
     assert pickled == config
-    assert pickled.calib_dataset is None
-    assert dataclasses.replace(config, r=8) != config
-    assert config != SieveLoraConfig(r=5, calib_dataset=data)
+    assert pickled.calib_dataset is pickled.calib_formatting_func is None
     for plain in (dataclasses.asdict(config), config.to_dict()):
         assert not {"calib_dataset", "calib_tokenizer", "calib_formatting_func"} & plain.keys()
     assert json.loads(json.dumps(config.to_dict()))["r"] == 4
+
+
+def test_configs_are_compared_by_their_settings() -> None:
+    config = SieveLoraConfig(r=4, calib_dataset=Uncopyable())
+    assert config == SieveLoraConfig(r=4, calib_dataset=Uncopyable())
+    assert config != dataclasses.replace(config, r=5)
 
 
 def test_a_deep_copy_of_a_config_shares_nothing_else() -> None:

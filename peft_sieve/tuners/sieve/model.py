@@ -162,7 +162,7 @@ class SieveLoraModel(LoraModel):
         if kwargs.get("adapter_names") is not None:
             raise SieveError(
                 "adapter_names was passed, expected one set of adapters for the whole batch, since those of experts "
-                "and routers cannot differ inside a batch: group the samples by adapter and call set_adapter before each"
+                "and routers cannot differ inside it: group the samples by adapter, and call set_adapter before each group"
             )
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
@@ -191,7 +191,7 @@ def _refuse_storage(layer: MoELayer) -> None:
     """Experts whose weights cannot take an adapter as they are stored."""
     if getattr(layer.experts, "_is_expert_parallel", False):
         raise SieveError(
-            f"the experts of {layer.path} are spread over processes (expert parallelism), expected all of them in each: "
+            f"the experts of {layer.path} are spread over processes (expert parallelism), expected all in each: "
             "load the model without a distributed_config that enables it"
         )
     for parameter in layer.experts.parameters():
