@@ -123,8 +123,9 @@ def _format_row(row: Any, where: str, formatting_func: RowFormatter) -> list[Sam
     if isinstance(made, str):
         return [made]
     if isinstance(made, (list, tuple)):
-        if all(isinstance(item, str) for item in made):
-            return list(made) or [""]
+        texts = [item for item in made if isinstance(item, str)]
+        if len(texts) == len(made):
+            return [*texts] or [""]
         if all(_is_message(item) for item in made):
             return [_conversation(made, "messages", row if isinstance(row, Mapping) else {}, where)]
     raise SieveError(
@@ -324,7 +325,7 @@ def _tokenise_chat(conversation: Conversation, tokenizer: Any, text_tokenizer: A
 @contextmanager
 def _settings_restored(tokenizer: Any) -> Iterator[None]:
     """Leaves the tokenizer as it was: a call switches off truncation and padding that its file asked for."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
     warned = getattr(tokenizer, "deprecation_warnings", None)
     before = dict(warned) if warned is not None else {}

@@ -148,6 +148,8 @@ def profile_batches(
                 stack.callback(handle.remove)
         for batch in calibration.batches:
             mask = batch.get("attention_mask")
+            if mask is not None and mask.dim() != 2:
+                mask = None  # one per query, as for packed samples: it says nothing of padding
             real = None if mask is None or bool(mask.all()) else mask.reshape(-1).bool()
             for counter in counters.values():
                 counter.real = real
@@ -218,7 +220,8 @@ def _backbone(model: nn.Module) -> Callable[[dict[str, Any]], None]:
 
     def forward(batch: dict[str, Any]) -> None:
         mask = batch.get("attention_mask")
-        if "position_ids" in parameters and "position_ids" not in batch and mask is not None and not mask[:, 0].all():
+        positions_wanted = "position_ids" in parameters and "position_ids" not in batch
+        if positions_wanted and mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all()):
             # Left padding: a token's position is its place among the real ones.
             batch["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         if takes_any or "use_cache" in parameters:

@@ -162,7 +162,7 @@ class SieveLoraModel(LoraModel):
         if kwargs.get("adapter_names") is not None:
             raise SieveError(
                 "adapter_names was passed, expected one set of adapters for the whole batch, since those of experts "
-                "and routers cannot differ inside it: group the samples by adapter, and call set_adapter before each group"
+                "and routers cannot differ in it: group the samples by adapter, and call set_adapter before each group"
             )
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield

@@ -1,0 +1,149 @@
+"""Several processes hold one mask or stop: two real ones, connected by gloo on loopback.
+
+Starting a process takes longer than any scenario, so one pair goes through all of them (tests/workers/two_processes.py)
+and each test judges how one of them ended on both ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+# The workers end by themselves before that, also if they hang.
+BACKSTOP_SECONDS = 170
+
+Outcome = Callable[[str], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the pair of processes left its results."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    processes = []
+    try:
+        for rank in range(2):
+            with open(folder / f"log.{rank}", "wb") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "tests.workers.two_processes", str(folder)],
+                        env=environment(rank),
+                        cwd=ROOT,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        for process in processes:
+            process.wait(BACKSTOP_SECONDS)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return folder
+
+
+def environment(rank: int) -> dict[str, str]:
+    """That of torchrun, one thread a process, and no network but loopback."""
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": loopback,
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@pytest.fixture(scope="module")
+def outcome(folder: Path) -> Outcome:
+    def read(name: str, rank: int) -> dict[str, Any]:
+        path = folder / f"{name}.{rank}.json"
+        if not path.exists():
+            log = (folder / f"log.{rank}").read_text("utf-8", errors="replace")
+            pytest.fail(f"process {rank} did not finish {name!r}; the end of its output:\n{log[-4000:]}")
+        content = json.loads(path.read_text("utf-8"))
+        if "crash" in content:
+            pytest.fail(f"process {rank} failed in {name!r}:\n{content['crash']}")
+        return content
+
+    def both(name: str) -> list[dict[str, Any]]:
+        ranks = {"alone_on_texts": [0], "alone_summed": [1]}.get(name, [0, 1])
+        return [read(name, rank) for rank in ranks]
+
+    return both
+
+
+def test_different_data_give_the_mask_of_the_summed_counts(outcome: Outcome) -> None:
+    (expected,) = outcome("alone_summed")
+    assert expected["question"] != expected["answer"], "the data must ask for different masks"
+    assert expected["mask"] not in (expected["question"], expected["answer"])
+
+    first, second = outcome("different_data")
+    assert first["mask"] == second["mask"] == expected["mask"]
+    assert first["tokens"] == second["tokens"] == expected["tokens"]
+    assert first["coverage"] == second["coverage"]
+
+
+def test_same_data_give_what_one_process_gets(outcome: Outcome) -> None:
+    """The mask, and its provenance: samples, tokens, coverage, fingerprint and all the rest."""
+    (alone,) = outcome("alone_on_texts")
+    assert alone["samples"] == 20
+    first, second = outcome("same_data")
+    assert first == alone
+    assert second == alone
+
+
+@pytest.mark.parametrize(
+    ("scenario", "words"),
+    [
+        ("different_masks", ["processes [1] of 2 hold other selected_experts than process 0"]),
+        ("mask_and_calibration", ["processes [1] of 2", "than process 0"]),
+        ("masks_made_before_connecting", ["processes [1] of 2 hold other selected experts than process 0"]),
+    ],
+)
+def test_disagreement_stops_every_process(scenario: str, words: list[str], outcome: Outcome) -> None:
+    """Masks of the same size, so nothing else would notice; the last one in the first forward of DDP training."""
+    for end in outcome(scenario):
+        assert end["refusal"] is not None, "went on with different masks"
+        assert all(word in end["refusal"] for word in words), end["refusal"]
+        assert end.get("untouched", True), "an adapter was left on the model"
+
+
+def test_broken_data_on_one_process_stop_every_process(outcome: Outcome) -> None:
+    first, second = outcome("empty_data")
+    assert first["refusal"] is not None and second["refusal"] is not None
+    assert first["refusal"].startswith("process 1 of 2 failed, so this one stops too; it said: ")
+    assert first["refusal"].endswith(second["refusal"]), (first["refusal"], second["refusal"])
+    assert first["untouched"] and second["untouched"]
+
+
+def test_training_leaves_the_same_adapter_on_every_process(outcome: Outcome, folder: Path) -> None:
+    for end in outcome("training"):
+        assert end["world_size"] == 2
+        assert len(end["losses"]) == 3 and all(map(math.isfinite, end["losses"]))
+
+    initial = [load_file(folder / f"initial.{rank}.safetensors") for rank in range(2)]
+    trained = [load_file(folder / f"trained.{rank}.safetensors") for rank in range(2)]
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert trained[0].keys() == trained[1].keys() == saved.keys()
+    factors = [name for name in saved if name.endswith(".weight")]
+    assert any(not torch.equal(initial[0][name], initial[1][name]) for name in factors)
+    for name in factors:
+        assert not torch.equal(trained[0][name], initial[0][name]), f"{name} was not trained"
+    for name in saved:
+        assert torch.equal(trained[0][name], trained[1][name]), name
+        assert torch.equal(trained[0][name], saved[name]), name
