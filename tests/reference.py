@@ -77,7 +77,7 @@ def naive_experts(
             else:
                 act = experts.act_fn(project("up_proj", expert, x))
             y = project("down_proj", expert, act)
-            if experts.has_post_expert_norm:
+            if getattr(experts, "has_post_expert_norm", False):
                 y = experts.post_expert_norm(y)
             total = total + y * expert_weights[token, pair]
         rows.append(total)

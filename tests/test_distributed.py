@@ -1,7 +1,7 @@
 """Several processes hold one mask or stop: two real ones, connected by gloo on loopback.
 
-Starting a process takes longer than any scenario, so one pair goes through all of them (tests/workers/two_processes.py)
-and each test judges how one of them ended on both ranks.
+Starting a process takes longer than any scenario, so one pair goes through all of them
+(tests/workers/two_processes.py), and each test judges how one of them ended on both ranks.
 """
 
 from __future__ import annotations

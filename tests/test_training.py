@@ -293,8 +293,8 @@ def test_best_checkpoint_is_loaded_at_the_end_and_old_ones_go(
 # Precision, checkpointing, gradients
 
 
-# Reentrant checkpointing runs the first forward without gradients, so the router logits that transformers collects there
-# have none, and the load-balancing loss trains nothing. That is so with any adapter, LoRA's too: here it is off.
+# Reentrant checkpointing runs the first forward without gradients, so the router logits that transformers collects
+# there have none, and the load-balancing loss trains nothing. That is so with any adapter, LoRA's too: here it is off.
 @pytest.mark.parametrize(("use_reentrant", "balancing_loss"), [(True, False), (False, True)])
 def test_gradient_checkpointing_changes_neither_loss_nor_gradients(
     use_reentrant: bool, balancing_loss: bool, mask: dict[str, list[int]], tokens: Dataset, tmp_path: Path

@@ -7,16 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from peft_sieve.routing.profile_data import RoutingProfile
 from peft_sieve.routing.selection import ExpertSelection
-from peft_sieve.routing.statistics import LayerStatistics, routing_statistics
+from peft_sieve.routing.statistics import routing_statistics
 
 _HEADER = ("layer", "adapted", "coverage", "cold", "CV")
 _UNKNOWN = "-"
 
 
-def coverage_table(
-    profile: RoutingProfile, selection: Mapping[str, Iterable[int]], *, score: str = "count"
-) -> str:
-    """What a selection adapts and how much of the routing that is, layer by layer (MoE-Sieve Table 7).
+def coverage_table(profile: RoutingProfile, selection: Mapping[str, Iterable[int]], *, score: str = "count") -> str:
+    """What a selection adapts and how much of the routing that is, layer by layer (columns of MoE-Sieve Table 7).
 
     Args:
         profile: what the router did.
@@ -26,80 +24,44 @@ def coverage_table(
             score.
 
     Returns:
-        Lines of equal meaning, without a final line break: one row a layer in the profile's order, then one over all
-        layers. The columns are the experts adapted of all, the share of the score that they received, the experts
-        that get fewer than half the uniform share of tokens, and the coefficient of variation of the counts. The last
-        row adds up the experts and takes the mean of the rest over the layers that tokens reached. What a layer
-        without tokens cannot have is a dash.
+        One line a layer in the profile's order, then one over all layers; no line break at the end. Columns: experts
+        adapted of all; their share of the layer's score; cold experts, which get fewer than half the uniform share of
+        tokens; coefficient of variation of the counts. The last line has the sums of the experts and the means of the
+        shares and variations, over the layers that tokens reached. A layer without tokens has dashes.
 
     Raises:
         SieveError: if the selection names a layer or an expert that the profile lacks, or the profile lacks the score.
     """
     chosen = ExpertSelection(selection)
-    coverage = chosen.coverage(profile, score=score)
+    coverage = dict.fromkeys(profile.counts, 0.0) | chosen.coverage(profile, score=score)
     statistics = routing_statistics(profile)
     rows: list[Sequence[str]] = [_HEADER]
+    reached, cold_experts = [], 0
     for layer, counts in profile.counts.items():
+        adapted = f"{len(chosen.get(layer, ()))} of {len(counts)}"
         measured = statistics.layers[layer]
-        # A layer without tokens has no shares; one that nothing was selected in has covered none of them.
-        share = coverage.get(layer, 0.0) if _reached(measured) else math.nan
-        rows.append(
-            (
-                layer,
-                _of(len(chosen.get(layer, ())), len(counts)),
-                _percent(share),
-                _cold(measured, len(counts)),
-                _number(measured.cv),
-            )
-        )
-    reached = {layer: measured for layer, measured in statistics.layers.items() if _reached(measured)}
-    rows.append(
-        (
-            "all layers" if len(profile.counts) > 1 else "in all",
-            _of(sum(map(len, chosen.values())), sum(map(len, profile.counts.values()))),
-            _percent(_mean([coverage.get(layer, 0.0) for layer in reached])),
-            _of(
-                sum(round(measured.cold_fraction * len(profile.counts[layer])) for layer, measured in reached.items()),
-                sum(len(profile.counts[layer]) for layer in reached),
-            )
-            if reached
-            else _UNKNOWN,
-            _number(statistics.mean_layer_cv),
-        )
-    )
-    return _aligned(rows)
+        if math.isnan(measured.cv):  # no token came here
+            rows.append((layer, adapted, _UNKNOWN, _UNKNOWN, _UNKNOWN))
+            continue
+        cold = round(measured.cold_fraction * len(counts))
+        rows.append((layer, adapted, f"{coverage[layer]:.1%}", f"{cold} of {len(counts)}", f"{measured.cv:.2f}"))
+        reached.append(layer)
+        cold_experts += cold
+    total = sum(map(len, profile.counts.values()))
+    summary = ["all layers", f"{sum(map(len, chosen.values()))} of {total}", _UNKNOWN, _UNKNOWN, _UNKNOWN]
+    if reached:
+        mean_coverage = math.fsum(coverage[layer] for layer in reached) / len(reached)
+        cold_of = sum(len(profile.counts[layer]) for layer in reached)
+        summary[2:] = [f"{mean_coverage:.1%}", f"{cold_experts} of {cold_of}", f"{statistics.mean_layer_cv:.2f}"]
+    return _aligned([*rows, summary])
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:
     """Names to the left, numbers to the right, a rule below the header and above the last row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    lines = []
+    for name, *numbers in rows:
+        padded = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]))
     rule = "-" * len(lines[0])
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
-def _reached(layer: LayerStatistics) -> bool:
-    return not math.isnan(layer.cv)
-
-
-def _cold(layer: LayerStatistics, num_experts: int) -> str:
-    return _of(round(layer.cold_fraction * num_experts), num_experts) if _reached(layer) else _UNKNOWN
-
-
-def _of(part: int, whole: int) -> str:
-    return f"{part} of {whole}"
-
-
-def _percent(share: float) -> str:
-    return _UNKNOWN if math.isnan(share) else f"{share:.1%}"
-
-
-def _number(value: float) -> str:
-    return _UNKNOWN if math.isnan(value) else f"{value:.2f}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan

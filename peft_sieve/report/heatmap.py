@@ -1,0 +1,168 @@
+"""A picture of a router: which share of its tokens each layer sends to each expert."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from peft_sieve.errors import SieveError
+from peft_sieve.routing.profile_data import RoutingProfile, check_profile
+from peft_sieve.routing.selection import ExpertSelection
+
+# Pale to dark in one hue, and an outline of the hue that all kinds of colour vision tell from it.
+_COLORMAP, _OUTLINE, _NO_EXPERT = "Blues", "#D55E00", "#BBBBBB"
+_TITLE = "Share of its layer's routed tokens that each expert receives"
+_DPI = 150
+_FONT = 8  # points
+# Inches. A cell is as large as a line of text where there is room, and never too small to see its outline.
+_LARGEST_CELL, _SMALLEST_CELL, _WIDEST_GRID, _TALLEST_GRID = 0.28, 0.08, 10.0, 9.0
+_SMALLEST_GRID = (4.0, 1.2)  # the title and the colour bar need that much
+_RIGHT, _TOP, _BOTTOM = 0.95, 0.75, 0.55
+_LINE, _CHARACTER = 0.15, 0.07  # height of a line of tick labels, width of a character of one
+_LONGEST_LABEL = 30  # characters
+
+
+def save_heatmap(
+    profile: RoutingProfile,
+    path: str | os.PathLike[str],
+    selection: Mapping[str, Iterable[int]] | None = None,
+) -> None:
+    """Draw each layer's routed tokens over its experts, as a PNG file.
+
+    One row a layer, the first on top, one column an expert id. The colour is the expert's share of the tokens routed in
+    its layer; a layer that no token reached is all 0. The colour bar marks the share that every expert would get from
+    a uniform router, if the layers have as many experts. Places without an expert, in layers that have fewer than
+    others, are hatched.
+
+    Args:
+        profile: what the router did.
+        path: file to write, whatever its suffix; an older file there is replaced.
+        selection: layer name -> ids of the experts to outline, for example those to adapt.
+
+    Raises:
+        SieveError: if matplotlib is not installed, nothing can be written to `path`, or the selection names a layer or
+            an expert that the profile lacks.
+    """
+    check_profile(profile)
+    chosen = ExpertSelection(selection or {})
+    chosen.coverage(profile)  # raises for layers and experts of another model
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.collections import LineCollection
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SieveError(
+            f"a heat map is drawn with matplotlib, which cannot be imported ({error}): pip install peft-sieve[report]"
+        ) from error
+    shares = _shares(profile)
+    labels, layers = _short_names(list(profile.counts))
+    grid = _Grid(shares.shape, left=0.45 + _CHARACTER * max(map(len, labels)))
+    # Not pyplot: it would keep the figure, and choose a backend for the whole process.
+    figure = Figure(figsize=grid.figure_size, dpi=_DPI)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes(grid.place(grid.left, grid.width))
+    axes.patch.set(facecolor="white", hatch="////", edgecolor=_NO_EXPERT)
+    image = axes.pcolormesh(100 * shares.numpy(), cmap=_COLORMAP, vmin=0)
+    axes.add_collection(
+        LineCollection(
+            _outlines(profile, chosen), colors=_OUTLINE, linewidths=1.2, capstyle="projecting", clip_on=False
+        )
+    )
+    axes.set(xlim=(0, shares.shape[1]), ylim=(shares.shape[0], 0))
+    axes.set_xticks(*_ticks([str(expert) for expert in range(shares.shape[1])], grid.width / (2 * _LINE)))
+    axes.set_yticks(*_ticks(labels, grid.height / _LINE))
+    axes.tick_params(labelsize=_FONT, length=2)
+    axes.set_xlabel("expert", fontsize=_FONT + 1)
+    axes.set_ylabel("layer", fontsize=_FONT + 1)
+    for text, line, size in ((_TITLE, 0, _FONT + 2), (layers, 1, _FONT), (_summary(profile, chosen), 2, _FONT)):
+        y = 1 - (0.12 + 0.2 * line) / grid.figure_size[1]
+        figure.text(0.12 / grid.figure_size[0], y, text, fontsize=size, va="top", parse_math=False)
+    bar_axes = figure.add_axes(grid.place(grid.left + grid.width + 0.15, 0.14))
+    bar = figure.colorbar(image, cax=bar_axes, format="%.3g%%")
+    bar.outline.set_visible(False)
+    bar_axes.tick_params(labelsize=_FONT, length=2)
+    if not shares.isnan().any():
+        uniform = 100 / shares.shape[1]
+        bar_axes.plot(
+            [0, 1], [uniform, uniform], color="black", linewidth=1.5, transform=bar_axes.get_yaxis_transform()
+        )
+        bar_axes.set_xlabel(f"line: {uniform:.3g}%\n(uniform)", fontsize=_FONT)
+    try:
+        figure.savefig(path, format="png", dpi=_DPI)
+    except OSError as error:
+        raise SieveError(
+            f"could not write the heat map to {os.fspath(path)} ({error.strerror or error}), expected a file name in a "
+            "writable folder: create the folder or choose another path"
+        ) from error
+
+
+class _Grid:
+    """Where the cells of `shape` (layers, experts) stand in the figure; all sizes in inches."""
+
+    def __init__(self, shape: Sequence[int], left: float) -> None:
+        self.left = left
+        self.width = max(shape[1] * _cell(shape[1], _WIDEST_GRID), _SMALLEST_GRID[0])
+        self.height = max(shape[0] * _cell(shape[0], _TALLEST_GRID), _SMALLEST_GRID[1])
+        self.figure_size = (left + self.width + _RIGHT, _TOP + self.height + _BOTTOM)
+
+    def place(self, left: float, width: float) -> tuple[float, float, float, float]:
+        """A rectangle as high as the grid, in shares of the figure."""
+        across, up = self.figure_size
+        return left / across, _BOTTOM / up, width / across, self.height / up
+
+
+def _cell(number: int, space: float) -> float:
+    """Inches for each of `number` rows or columns in `space` inches; more space than that if they would vanish."""
+    return max(min(space / number, _LARGEST_CELL), _SMALLEST_CELL)
+
+
+def _shares(profile: RoutingProfile) -> Tensor:
+    """Share of its layer's tokens that each expert gets, `(layers, most experts)`; NaN where there is no expert."""
+    most = max(len(counts) for counts in profile.counts.values())
+    shares = torch.full((len(profile.counts), most), torch.nan, dtype=torch.float64)
+    for row, counts in zip(shares, profile.counts.values(), strict=True):
+        row[: len(counts)] = counts / max(int(counts.sum()), 1)
+    return shares
+
+
+def _outlines(profile: RoutingProfile, selection: ExpertSelection) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Lines around the groups of selected cells, from corner (x, y) to corner: the sides where a group ends."""
+    cells = {(expert, row) for row, layer in enumerate(profile.counts) for expert in selection.get(layer, ())}
+    sides = []
+    for x, y in cells:
+        sides += [((x + dx, y), (x + dx, y + 1)) for dx, beside in ((0, x - 1), (1, x + 1)) if (beside, y) not in cells]
+        sides += [((x, y + dy), (x + 1, y + dy)) for dy, beside in ((0, y - 1), (1, y + 1)) if (x, beside) not in cells]
+    return sorted(sides)
+
+
+def _ticks(labels: Sequence[str], room: float) -> tuple[list[float], list[str]]:
+    """Where to write which labels: each, or every 2nd, 4th, 8th, ... so that no more than `room` stand in a row."""
+    step = 1
+    while len(labels) / step > room:
+        step *= 2
+    return [index + 0.5 for index in range(0, len(labels), step)], list(labels[::step])
+
+
+def _short_names(names: Sequence[str]) -> tuple[list[str], str]:
+    """What tells the layers apart, and what they have in common with a star in its place.
+
+    `a.0.b` and `a.1.b` become `0` and `1` and the pattern `a.*.b`.
+    """
+    parts = [name.split(".") for name in names]
+    shortest = min(map(len, parts)) - 1  # something must be left of each
+    start = next((i for i in range(shortest) if len({name[i] for name in parts}) > 1), shortest)
+    room = shortest - start
+    end = next((i for i in range(room) if len({name[-1 - i] for name in parts}) > 1), room)
+    labels = [".".join(name[start : len(name) - end]) for name in parts]
+    pattern = ".".join([*parts[0][:start], "*", *parts[0][len(parts[0]) - end :]])
+    return [name if len(name) <= _LONGEST_LABEL else f"...{name[3 - _LONGEST_LABEL :]}" for name in labels], pattern
+
+
+def _summary(profile: RoutingProfile, selection: ExpertSelection) -> str:
+    tokens = "" if profile.num_tokens is None else f"{profile.num_tokens:,} tokens"
+    selected, total = sum(map(len, selection.values())), sum(map(len, profile.counts.values()))
+    outlined = f"outlined: {selected:,} of {total:,} experts" if selected else ""
+    return ", ".join(part for part in (tokens, outlined) if part)
