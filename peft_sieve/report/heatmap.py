@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,11 +13,14 @@ from peft_sieve.errors import SieveError
 from peft_sieve.routing.profile_data import RoutingProfile, check_profile
 from peft_sieve.routing.selection import ExpertSelection
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # Pale to dark in one hue, and an outline of the hue that all kinds of colour vision tell from it.
 _COLORMAP, _OUTLINE, _NO_EXPERT = "Blues", "#D55E00", "#BBBBBB"
 _TITLE = "Share of its layer's routed tokens that each expert receives"
 _DPI = 150
-_FONT = 8  # points
+_FONT, _OUTLINE_WIDTH = 8, 1.0  # points
 # Inches. A cell is as large as a line of text where there is room, and never too small to see its outline.
 _LARGEST_CELL, _SMALLEST_CELL, _WIDEST_GRID, _TALLEST_GRID = 0.28, 0.08, 10.0, 9.0
 _SMALLEST_GRID = (4.0, 1.2)  # the title and the colour bar need that much
@@ -51,45 +55,15 @@ def save_heatmap(
     chosen.coverage(profile)  # raises for layers and experts of another model
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.collections import LineCollection
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SieveError(
             f"a heat map is drawn with matplotlib, which cannot be imported ({error}): pip install peft-sieve[report]"
         ) from error
-    shares = _shares(profile)
-    labels, layers = _short_names(list(profile.counts))
-    grid = _Grid(shares.shape, left=0.45 + _CHARACTER * max(map(len, labels)))
     # Not pyplot: it would keep the figure, and choose a backend for the whole process.
-    figure = Figure(figsize=grid.figure_size, dpi=_DPI)
+    figure = Figure(dpi=_DPI)
     FigureCanvasAgg(figure)
-    axes = figure.add_axes(grid.place(grid.left, grid.width))
-    axes.patch.set(facecolor="white", hatch="////", edgecolor=_NO_EXPERT)
-    image = axes.pcolormesh(100 * shares.numpy(), cmap=_COLORMAP, vmin=0)
-    axes.add_collection(
-        LineCollection(
-            _outlines(profile, chosen), colors=_OUTLINE, linewidths=1.2, capstyle="projecting", clip_on=False
-        )
-    )
-    axes.set(xlim=(0, shares.shape[1]), ylim=(shares.shape[0], 0))
-    axes.set_xticks(*_ticks([str(expert) for expert in range(shares.shape[1])], grid.width / (2 * _LINE)))
-    axes.set_yticks(*_ticks(labels, grid.height / _LINE))
-    axes.tick_params(labelsize=_FONT, length=2)
-    axes.set_xlabel("expert", fontsize=_FONT + 1)
-    axes.set_ylabel("layer", fontsize=_FONT + 1)
-    for text, line, size in ((_TITLE, 0, _FONT + 2), (layers, 1, _FONT), (_summary(profile, chosen), 2, _FONT)):
-        y = 1 - (0.12 + 0.2 * line) / grid.figure_size[1]
-        figure.text(0.12 / grid.figure_size[0], y, text, fontsize=size, va="top", parse_math=False)
-    bar_axes = figure.add_axes(grid.place(grid.left + grid.width + 0.15, 0.14))
-    bar = figure.colorbar(image, cax=bar_axes, format="%.3g%%")
-    bar.outline.set_visible(False)
-    bar_axes.tick_params(labelsize=_FONT, length=2)
-    if not shares.isnan().any():
-        uniform = 100 / shares.shape[1]
-        bar_axes.plot(
-            [0, 1], [uniform, uniform], color="black", linewidth=1.5, transform=bar_axes.get_yaxis_transform()
-        )
-        bar_axes.set_xlabel(f"line: {uniform:.3g}%\n(uniform)", fontsize=_FONT)
+    _draw(figure, profile, chosen)
     try:
         figure.savefig(path, format="png", dpi=_DPI)
     except OSError as error:
@@ -99,13 +73,49 @@ def save_heatmap(
         ) from error
 
 
-class _Grid:
-    """Where the cells of `shape` (layers, experts) stand in the figure; all sizes in inches."""
+def _draw(figure: Figure, profile: RoutingProfile, selection: ExpertSelection) -> None:
+    from matplotlib.collections import PolyCollection
 
-    def __init__(self, shape: Sequence[int], left: float) -> None:
+    shares = _shares(profile)
+    num_layers, num_experts = shares.shape
+    labels, layers = _short_names(list(profile.counts))
+    grid = _Grid(num_layers, num_experts, left=0.45 + _CHARACTER * max(map(len, labels)))
+    figure.set_size_inches(grid.figure_size)
+
+    axes = figure.add_axes(grid.place(grid.left, grid.width))
+    axes.patch.set(facecolor="white", hatch="////", edgecolor=_NO_EXPERT)  # seen where the image has no value
+    image = axes.pcolormesh(100 * shares.numpy(), cmap=_COLORMAP, vmin=0)
+    boxes = PolyCollection(_outlines(profile, selection, grid), facecolors="none", edgecolors=_OUTLINE)
+    boxes.set(linewidth=_OUTLINE_WIDTH, zorder=3)  # above the frame (2.5), which would hide the outer sides
+    axes.add_collection(boxes)
+    axes.set(xlim=(0, num_experts), ylim=(num_layers, 0))
+    # Side by side, labels of three digits need twice the room of a line.
+    axes.set_xticks(*_ticks([str(expert) for expert in range(num_experts)], grid.width / (2 * _LINE)))
+    axes.set_yticks(*_ticks(labels, grid.height / _LINE))
+    axes.tick_params(labelsize=_FONT, length=2)
+    axes.set_xlabel("expert", fontsize=_FONT + 1)
+    axes.set_ylabel("layer", fontsize=_FONT + 1)
+    for text, line, size in ((_TITLE, 0, _FONT + 2), (layers, 1, _FONT), (_summary(profile, selection), 2, _FONT)):
+        x, y = 0.12 / grid.figure_size[0], 1 - (0.12 + 0.2 * line) / grid.figure_size[1]
+        figure.text(x, y, text, fontsize=size, va="top", parse_math=False)
+
+    bar_axes = figure.add_axes(grid.place(grid.left + grid.width + 0.15, 0.14))
+    bar = figure.colorbar(image, cax=bar_axes, format="%.3g%%")
+    bar.outline.set_visible(False)
+    bar_axes.tick_params(labelsize=_FONT, length=2)
+    uniform = _uniform_share(profile)
+    if uniform is not None:
+        bar_axes.axhline(100 * uniform, color="black", linewidth=1.5)
+
+
+class _Grid:
+    """Where the cells stand in the figure; all sizes in inches."""
+
+    def __init__(self, num_layers: int, num_experts: int, left: float) -> None:
         self.left = left
-        self.width = max(shape[1] * _cell(shape[1], _WIDEST_GRID), _SMALLEST_GRID[0])
-        self.height = max(shape[0] * _cell(shape[0], _TALLEST_GRID), _SMALLEST_GRID[1])
+        self.width = max(num_experts * _cell(num_experts, _WIDEST_GRID), _SMALLEST_GRID[0])
+        self.height = max(num_layers * _cell(num_layers, _TALLEST_GRID), _SMALLEST_GRID[1])
+        self.cell = (self.width / num_experts, self.height / num_layers)
         self.figure_size = (left + self.width + _RIGHT, _TOP + self.height + _BOTTOM)
 
     def place(self, left: float, width: float) -> tuple[float, float, float, float]:
@@ -128,14 +138,15 @@ def _shares(profile: RoutingProfile) -> Tensor:
     return shares
 
 
-def _outlines(profile: RoutingProfile, selection: ExpertSelection) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Lines around the groups of selected cells, from corner (x, y) to corner: the sides where a group ends."""
-    cells = {(expert, row) for row, layer in enumerate(profile.counts) for expert in selection.get(layer, ())}
-    sides = []
-    for x, y in cells:
-        sides += [((x + dx, y), (x + dx, y + 1)) for dx, beside in ((0, x - 1), (1, x + 1)) if (beside, y) not in cells]
-        sides += [((x, y + dy), (x + 1, y + dy)) for dy, beside in ((0, y - 1), (1, y + 1)) if (x, beside) not in cells]
-    return sorted(sides)
+def _outlines(profile: RoutingProfile, selection: ExpertSelection, grid: _Grid) -> list[list[tuple[float, float]]]:
+    """The corners (x, y) of a rectangle just inside each selected cell, so that those of neighbours stay apart."""
+    # In cells; an outline's centre line keeps two thirds of its width from the border.
+    dx, dy = (2 / 3 * _OUTLINE_WIDTH / 72 / inches for inches in grid.cell)
+    return [
+        [(x + dx, y + dy), (x + 1 - dx, y + dy), (x + 1 - dx, y + 1 - dy), (x + dx, y + 1 - dy)]
+        for y, layer in enumerate(profile.counts)
+        for x in selection.get(layer, ())
+    ]
 
 
 def _ticks(labels: Sequence[str], room: float) -> tuple[list[float], list[str]]:
@@ -161,8 +172,18 @@ def _short_names(names: Sequence[str]) -> tuple[list[str], str]:
     return [name if len(name) <= _LONGEST_LABEL else f"...{name[3 - _LONGEST_LABEL :]}" for name in labels], pattern
 
 
+def _uniform_share(profile: RoutingProfile) -> float | None:
+    """What every expert would get from a uniform router; None if layers have different numbers of experts."""
+    sizes = {len(counts) for counts in profile.counts.values()}
+    return 1 / sizes.pop() if len(sizes) == 1 else None
+
+
 def _summary(profile: RoutingProfile, selection: ExpertSelection) -> str:
-    tokens = "" if profile.num_tokens is None else f"{profile.num_tokens:,} tokens"
+    parts = [] if profile.num_tokens is None else [f"{profile.num_tokens:,} tokens"]
     selected, total = sum(map(len, selection.values())), sum(map(len, profile.counts.values()))
-    outlined = f"outlined: {selected:,} of {total:,} experts" if selected else ""
-    return ", ".join(part for part in (tokens, outlined) if part)
+    if selected:
+        parts.append(f"outlined: {selected:,} of {total:,} experts")
+    uniform = _uniform_share(profile)
+    if uniform is not None:
+        parts.append(f"line in the colour bar: uniform share, {100 * uniform:.3g}%")
+    return "; ".join(parts)

@@ -218,3 +218,11 @@ def test_good_input_warns_of_nothing() -> None:
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's own, with transformers 5.23
         get_peft_model(model, SieveLoraConfig(r=4, calib_dataset=data(model), task_type="CAUSAL_LM"))
+
+
+def test_weighted_sums_of_adapters() -> None:
+    model = tiny_model("olmoe")
+    peft_model = get_peft_model(model, SieveLoraConfig(r=4, calib_dataset=data(model), task_type="CAUSAL_LM"))
+    with pytest.raises(SieveError, match="add_weighted_adapter.*set_adapter"):
+        peft_model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert list(peft_model.peft_config) == ["default"]

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -494,14 +495,22 @@ def _count_changes(action: Callable[[], Any], below: Path, before: int | None) -
     return count
 
 
-def outcome(one: Saved, path: Path, known: dict[str, torch.Tensor | None]) -> str:
-    """Which of the known adapters is found at `path`; None stands for no adapter."""
+def outcome(one: Saved, path: Path, known: dict[str, torch.Tensor | None], seen: dict[Any, str]) -> str:
+    """Which of the known adapters is found at `path`; None stands for no adapter. Each pair of files is loaded once."""
     try:
+        PeftConfig.from_pretrained(str(path))
+        files = tuple((path / name).read_bytes() for name in (CONFIG, WEIGHTS))
+        if files in seen:
+            return seen[files]
         logits = one.logits(PeftModel.from_pretrained(one.fresh, str(path)))
     except ValueError as error:
         assert not isinstance(error, SieveError) and f"Can't find '{CONFIG}' at" in str(error)
         return next(name for name, expected in known.items() if expected is None)
-    return next(name for name, expected in known.items() if expected is not None and torch.equal(logits, expected))
+    for name, expected in known.items():
+        if expected is not None and torch.equal(logits, expected):
+            seen[files] = name
+            return name
+    raise AssertionError(f"{path} loads as something else")
 
 
 @pytest.fixture(scope="module")
@@ -534,26 +543,41 @@ def test_a_killed_save_leaves_the_old_adapters_or_the_new_ones(
     """At every moment of a save, which reads as old adapters (or none) up to one moment and as new ones after it."""
     old, new = versions
     olds, news = logits_by_adapter(tiny, old), logits_by_adapter(tiny, new)
-    new.save_pretrained(tmp_path / "expected")
+    (tmp_path / "old").mkdir()
+    if overwrites:
+        old.save_pretrained(tmp_path / "old")
     outcomes: dict[str, list[str]] = {"default": [], "second": []}
+    seen: dict[Any, str] = {}
     moment, changes = 1, None
     while changes is None:
-        folder = tmp_path / str(moment)
-        if overwrites:
-            old.save_pretrained(folder)
-        else:
-            folder.mkdir()
+        folder = Path(shutil.copytree(tmp_path / "old", tmp_path / str(moment)))
         changes = killed(lambda folder=folder: new.save_pretrained(folder), folder, before=moment)
         # The second one first: reading the other would finish the save for both.
         for name, path in (("second", folder / "second"), ("default", folder)):
             known = {"old": olds[name] if overwrites else None, "new": news[name]}
-            outcomes[name].append(outcome(tiny, path, known))
-        new.save_pretrained(folder)
-        assert contents(folder) == contents(tmp_path / "expected"), f"leftovers of a save killed at moment {moment}"
+            outcomes[name].append(outcome(tiny, path, known, seen))
         moment += 1
     for name, found in outcomes.items():
         assert found == sorted(found, reverse=True), f"{name}: {found}"
         assert {"old", "new"} == set(found), f"{name}: {found}"
+
+
+@needs_fork
+def test_the_next_save_removes_what_a_killed_one_left(
+    tiny: Saved, versions: tuple[PeftModel, PeftModel], tmp_path: Path
+) -> None:
+    _, new = versions
+    new.save_pretrained(tmp_path / "expected")
+    left, moment, changes = 0, 1, None
+    while changes is None:
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        changes = killed(lambda folder=folder: new.save_pretrained(folder), folder, before=moment)
+        left += contents(folder) != contents(tmp_path / "expected")
+        new.save_pretrained(folder)
+        assert contents(folder) == contents(tmp_path / "expected"), f"left by a save that was killed at {moment}"
+        moment += 5
+    assert left > 4
 
 
 @needs_fork
@@ -567,7 +591,7 @@ def test_a_reader_killed_while_it_finishes_a_save_leaves_the_new_adapter(
         folder = tmp_path / str(moment)
         committed(old, new, folder)
         changes = killed(lambda folder=folder: PeftConfig.from_pretrained(str(folder)), folder, before=moment)
-        assert outcome(tiny, folder, expected) == "new"
+        assert outcome(tiny, folder, expected, {}) == "new"
         moment += 1
     assert moment > 4, "the reader changed nothing"
 
@@ -576,6 +600,18 @@ def committed(old: PeftModel, new: PeftModel, folder: Path) -> None:
     """A folder with `old`, and a complete save of `new` none of whose files is in its place."""
     old.save_pretrained(folder)
     new.save_pretrained(folder / peft_sieve.files.COMPLETE)
+
+
+def test_resuming_from_an_interrupted_save_gets_its_weights(
+    tiny: Saved, versions: tuple[PeftModel, PeftModel], tmp_path: Path
+) -> None:
+    """The configuration is not read then: the adapter is there already."""
+    old, new = versions
+    committed(old, new, tmp_path)
+    for name, path in (("second", tmp_path / "second"), ("default", tmp_path)):
+        model = get_peft_model(tiny.fresh, copy.deepcopy(new.peft_config[name]))
+        model.load_adapter(str(path), "default", is_trainable=True)
+        assert torch.equal(tiny.logits(model), logits_by_adapter(tiny, new)[name])
 
 
 def test_two_readers_may_finish_a_save_at_once(
@@ -595,7 +631,7 @@ def test_two_readers_may_finish_a_save_at_once(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", after_another_process)
-    assert outcome(tiny, tmp_path, expected) == "new"
+    assert outcome(tiny, tmp_path, expected, {}) == "new"
     assert others == 1
 
 

@@ -54,7 +54,7 @@ class ExpertSlots(nn.Module):
     def __init__(self, num_experts: int, experts: Sequence[int]) -> None:
         super().__init__()
         self.register_buffer("slots", slots_of(num_experts, experts))
-        self.register_buffer("ids", torch.tensor(list(experts), dtype=torch.int64), persistent=False)
+        self.register_buffer("ids", torch.tensor(list(experts), dtype=torch.int64, device="cpu"), persistent=False)
 
     def extra_repr(self) -> str:
         return f"adapted={self.ids.numel()}, num_experts={self.slots.numel()}"

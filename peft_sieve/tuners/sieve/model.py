@@ -180,6 +180,12 @@ class SieveLoraModel(LoraModel):
             check_agreement("selected experts", masks)
             self._agreed.update(new)
 
+    def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        raise SieveError(
+            f"add_weighted_adapter was called for {adapters}, expected adapters without expert factors, since those "
+            "belong to different experts: activate several at once with set_adapter instead"
+        )
+
     def unload(self) -> nn.Module:
         """The base model without adapters, and without what was merged into it."""
         if any(getattr(module, "merged", False) for module in self.modules()):
