@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from peft_sieve import SieveError, SieveLoraConfig
+from peft_sieve import MoEFamily, SieveError, SieveLoraConfig, register_moe_family
+from peft_sieve.moe.families import FusedExperts
 from tests.models import randomize_adapters, tiny_model, token_batch
 
 PATH = "model.layers.0.mlp.experts"
@@ -149,6 +150,19 @@ def test_quantised_experts() -> None:
     with pytest.raises(SieveError, match="layers.1.mlp.experts are stored as torch.float8_e4m3fn"):
         get_peft_model(model, SieveLoraConfig(calib_dataset=data(model)))
     assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def test_a_family_without_an_adapter_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(MoEFamily):
+        name = "odd"
+        matches, shape, expert_weight, watch, parameter_names = (
+            getattr(FusedExperts(), n) for n in ("matches", "shape", "expert_weight", "watch", "parameter_names")
+        )
+
+    monkeypatch.setattr("peft_sieve.moe.families._FAMILIES", [])
+    register_moe_family(Odd())
+    model = tiny_model("olmoe")
+    refused(model, SieveLoraConfig(calib_dataset=data(model)), "family 'odd', which has no adapter layer")
 
 
 def test_expert_parallel_experts() -> None:

@@ -78,6 +78,7 @@ class SieveLoraModel(LoraModel):
     def _checked_layers(self, config: SieveLoraConfig) -> list[MoELayer]:
         layers = find_moe_layers(self.model)
         for layer in layers:
+            _layer_class(layer)
             _refuse_storage(layer)
         if config.selected_experts is not None:
             check_mask(config, layers)
@@ -122,8 +123,7 @@ class SieveLoraModel(LoraModel):
         if isinstance(target, SieveExpertLayer):
             target.update_layer(adapter_name, experts, config)
             return
-        layer_class = next(cls for family, cls in _LAYER_CLASSES.items() if isinstance(layer.family, family))
-        wrapper = layer_class(target, layer)
+        wrapper = _layer_class(layer)(target, layer)
         wrapper.set_adapter(self.active_adapters)
         wrapper.update_layer(adapter_name, experts, config)
         if adapter_name not in self.active_adapters:
@@ -191,6 +191,17 @@ class SieveLoraModel(LoraModel):
         if any(getattr(module, "merged", False) for module in self.modules()):
             self.unmerge_adapter()
         return super().unload()
+
+
+def _layer_class(layer: MoELayer) -> type[SieveExpertLayer]:
+    for family, layer_class in _LAYER_CLASSES.items():
+        if isinstance(layer.family, family):
+            return layer_class
+    names = " or ".join(family.__name__ for family in _LAYER_CLASSES)
+    raise SieveError(
+        f"the experts of {layer.path} belong to the family {layer.family.name!r}, which has no adapter layer, expected "
+        f"one derived from {names}: derive it from the one that is called alike"
+    )
 
 
 def _refuse_storage(layer: MoELayer) -> None:
