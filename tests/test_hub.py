@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,7 +143,7 @@ def story(hub: HubStandIn, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("story")
     command = [sys.executable, "-c", READER, str(folder / "outputs.pt")]
     environment = hub.environment(folder / "reader")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, text=True, **pipes) as reader:
         try:
             written = hub.run(WRITER, folder / "outputs.pt", hf_home=folder / "writer")
@@ -233,6 +232,7 @@ def test_the_card_is_one_that_the_hub_takes(hub: HubStandIn, story: dict[str, An
     card = hub.files(ADAPTER)["README.md"].decode()
     assert f"base_model: {BASE}\n" in card and "library_name: peft\n" in card
     assert f"of `{CORPUS}`" in card
+    assert card.count("## Sparse expert adapter") == 1, "pushed twice"
     assert any(call.path == "/api/validate-yaml" and call.status == 200 for call in hub.log)
     assert not any(call.path == "/api/validate-yaml" and call.status != 200 for call in hub.log)
 

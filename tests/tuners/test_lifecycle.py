@@ -52,7 +52,7 @@ class Subject:
 def masks(base: nn.Module, ids: list[int], layers: int = 2) -> dict[str, list[int]]:
     """The same ids in the last layers."""
     paths = [path for path, _ in base.named_modules() if path.endswith(".mlp.experts")]
-    return {path: ids for path in paths[-layers:]}
+    return dict.fromkeys(paths[-layers:], ids)
 
 
 def config(base: nn.Module, ids: list[int], **settings: Any) -> SieveLoraConfig:

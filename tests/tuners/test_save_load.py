@@ -665,6 +665,13 @@ def test_a_save_leaves_other_files_of_the_folder_alone(tiny: Saved, tmp_path: Pa
     }
 
 
+def test_only_the_main_process_writes(tiny: Saved, tmp_path: Path) -> None:
+    tiny.model.save_pretrained(str(tmp_path / "adapter"), is_main_process=False)
+    assert [name for name in contents(tmp_path) if name != "adapter"] == []
+    tiny.model.save_pretrained(str(tmp_path / "adapter"), is_main_process=True)
+    assert contents(tmp_path / "adapter") == contents(tiny.path)
+
+
 # Other methods of PEFT
 
 
@@ -694,8 +701,12 @@ def without_us(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_methods_save_and_load_as_before(
     tiny: Saved, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refuse(folder: Any) -> None:
+        raise AssertionError("does not write in place")
+
     torch.manual_seed(0)
     model = get_peft_model(tiny.fresh, OTHERS[method]())
+    monkeypatch.setattr("peft_sieve.registration.replaced_when_done", refuse)
     model.save_pretrained(tmp_path / "with")
     loaded = PeftModel.from_pretrained(tiny.fresh, str(tmp_path / "with"))
     assert torch.equal(tiny.logits(loaded), tiny.logits(model))

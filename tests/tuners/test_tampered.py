@@ -26,7 +26,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FIRST, SECOND = "model.layers.0.mlp.experts", "model.layers.1.mlp.experts"
 MASK = {FIRST: [1, 6], SECOND: [0, 3]}
 KEY = "base_model.model."
-Edit = Callable[[Path], None]
+Edit = Callable[[Path], Any]
 
 
 @dataclass
@@ -111,6 +111,10 @@ def without(*keys: str) -> Edit:
     return edit
 
 
+def both(first: Edit, second: Edit) -> Edit:
+    return lambda folder: (first(folder), second(folder))
+
+
 def mask(ids: Any) -> Edit:
     """Other experts for the first layer."""
     return edited(selected_experts={**MASK, FIRST: ids})
@@ -134,7 +138,7 @@ def other_tensor(name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Edi
 
 
 def file_text(text: str) -> Edit:
-    return lambda folder: (folder / CONFIG).write_text(text) and None
+    return lambda folder: (folder / CONFIG).write_text(text)
 
 
 SLOTS, DOWN_A = f"{FIRST}.lora_experts.slots", f"{FIRST}.lora_down_A.weight"
@@ -171,9 +175,7 @@ EDITS: dict[str, Edit] = {
     "type unknown": edited(peft_type="SIEVE_LORA_2"),
     "type null": edited(peft_type=None),
     "type gone": without("peft_type"),
-    "type LORA, mask gone": lambda folder: (
-        [e(folder) for e in (edited(peft_type="LORA"), without("selected_experts"))] and None
-    ),
+    "type LORA, mask gone": both(edited(peft_type="LORA"), without("selected_experts")),
     "not an object": file_text("[1, 2]"),
     "rank": edited(r=8),
     "rank a string": edited(r="4"),

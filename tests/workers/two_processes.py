@@ -24,7 +24,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
-from transformers import DataCollatorForLanguageModeling, PreTrainedModel, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, profile_routing, select_experts
 from tests.models import small_olmoe, small_tokenizer
@@ -88,10 +88,11 @@ def calibrate_on_different_data() -> dict[str, Any]:
     return {"mask": model.peft_config["default"].selected_experts, **model.peft_config["default"].calibration}
 
 
-def refused(base: PreTrainedModel, *settings: dict[str, Any]) -> Callable[[], Any]:
-    """Adapt `base` with the settings of this rank; the outcome says whether it was left without adapters."""
+def refused(*settings: dict[str, Any]) -> Callable[[], Any]:
+    """Adapt a model with the settings of this rank; the outcome says whether it was left without adapters."""
 
     def scenario() -> dict[str, Any]:
+        base = small_olmoe()
         try:
             get_peft_model(base, config(**settings[RANK]))
         except SieveError as error:
@@ -189,12 +190,11 @@ def main(folder: Path) -> None:
 
     record("different_data", calibrate_on_different_data)
     record("same_data", calibrate_on_texts)
-    base = small_olmoe()
     mask, other_mask = ({"selected_experts": mask_from(first)} for first in (0, 8))
     data = {"calib_dataset": texts}
-    record("different_masks", refused(base, mask, other_mask))
-    record("mask_and_calibration", refused(base, mask, data))
-    record("empty_data", refused(base, data, {"calib_dataset": []}))
+    record("different_masks", refused(mask, other_mask))
+    record("mask_and_calibration", refused(mask, data))
+    record("empty_data", refused(data, {"calib_dataset": []}))
     record("masks_made_before_connecting", first_forward(divided))
     record("training", train_three_steps(agreeing, folder))
 

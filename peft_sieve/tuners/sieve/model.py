@@ -200,7 +200,7 @@ def _layer_class(layer: MoELayer) -> type[SieveExpertLayer]:
     names = " or ".join(family.__name__ for family in _LAYER_CLASSES)
     raise SieveError(
         f"the experts of {layer.path} belong to the family {layer.family.name!r}, which has no adapter layer, expected "
-        f"one derived from {names}: derive it from the one that is called alike"
+        f"one derived from {names}: derive it from the one whose forward it shares"
     )
 
 
