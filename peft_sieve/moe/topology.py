@@ -104,14 +104,23 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     stacks = {match.group(1) or "" for layer in layers if (match := _BLOCK_INDEX.match(layer.path))}
     found = []
     for path, module in base_modules(model).items():
-        if not isinstance(module, nn.Linear):
+        if not _is_linear(module):
             continue
         match = _BLOCK_INDEX.match(path)
         if match is None or (match.group(1) or "") not in stacks:
             continue
-        if any(_ATTENTION.search(part) for part in path[match.end() + 1 :].split(".")[:-1]):
+        parents = path[match.end() + 1 :].split(".")[:-1]
+        # An indexer picks keys without gradients: an adapter in it would never learn.
+        if any(_ATTENTION.search(part) for part in parents) and "indexer" not in parents:
             found.append(path)
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether LoRA's forward fits: a linear layer, quantised or not, but none with a forward from the model's own file
+    (phimoe's router, deepseek_v4's grouped projection)."""
+    own_forward = type(module).forward is not nn.Linear.forward and ".modeling_" in type(module).__module__
+    return isinstance(module, nn.Linear) and not own_forward
 
 
 def _routers(modules: dict[str, nn.Module], block: str) -> tuple[Router, ...]:
@@ -120,20 +129,18 @@ def _routers(modules: dict[str, nn.Module], block: str) -> tuple[Router, ...]:
         router = modules.get(path)
         if router is None:
             continue
-        # Some routers are linear layers with a forward of their own, defined in the model's file (phimoe).
-        own_forward = type(router).__module__ == type(modules[block]).__module__
-        if isinstance(router, nn.Linear) and not own_forward:
+        if _is_linear(router):
             return (Router(path, None),)
         weight = getattr(router, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 2:
             return (Router(path, "weight"),)
-        inner = [p for p, m in modules.items() if p.startswith(path + ".") and isinstance(m, nn.Linear)]
+        inner = [p for p, m in modules.items() if p.startswith(path + ".") and _is_linear(m)]
         return tuple(Router(p, None) for p in inner)
     return ()
 
 
 def _shared(modules: dict[str, nn.Module], block: str) -> tuple[str, ...]:
     prefix = block + "."
-    linears = (p for p, m in modules.items() if p.startswith(prefix) and isinstance(m, nn.Linear))
+    linears = (p for p, m in modules.items() if p.startswith(prefix) and _is_linear(m))
     # shared_expert_gate is not an expert: it has one output, and the paper leaves it alone.
     return tuple(p for p in linears if _SHARED.fullmatch(p[len(prefix) :].split(".")[0]))
