@@ -96,6 +96,7 @@ def test_different_data_give_the_mask_of_the_summed_counts(outcome: Outcome) -> 
     assert first["mask"] == second["mask"] == expected["mask"]
     assert first["tokens"] == second["tokens"] == expected["tokens"]
     assert first["coverage"] == second["coverage"]
+    assert first["fingerprint"] == second["fingerprint"]
 
 
 def test_same_data_give_what_one_process_gets(outcome: Outcome) -> None:
@@ -113,6 +114,7 @@ def test_same_data_give_what_one_process_gets(outcome: Outcome) -> None:
         ("different_masks", ["processes [1] of 2 hold other selected_experts than process 0"]),
         ("mask_and_calibration", ["processes [1] of 2", "than process 0"]),
         ("masks_made_before_connecting", ["processes [1] of 2 hold other selected experts than process 0"]),
+        ("native_masks_made_before_connecting", ["processes [1] of 2 hold other selected experts than process 0"]),
     ],
 )
 def test_disagreement_stops_every_process(scenario: str, words: list[str], outcome: Outcome) -> None:

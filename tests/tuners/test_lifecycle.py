@@ -349,8 +349,10 @@ def assert_no_trace(model: PeftModel, adapter: str) -> None:
     assert [key for key in model.state_dict() if f".{adapter}." in key] == []
     for module in model.modules():
         if isinstance(module, SieveExpertLayer):
-            names = (*module.adapter_layer_names, *module.other_param_names)
-            assert [name for name in names if adapter in getattr(module, name)] == []
+            known = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+            known |= dict(module.named_children())
+            held = [name for name, v in known.items() if isinstance(v, dict | nn.ModuleDict) and adapter in v]
+            assert held == []
 
 
 @each_model
@@ -367,24 +369,32 @@ def test_deleting_a_merged_adapter_is_refused(name: str) -> None:
 def test_adapters_on_different_layers() -> None:
     """Each has a layer that the other has not."""
     base = tiny_model("olmoe")
-    last, first = masks(base, [1, 4], layers=1), {"model.layers.0.mlp.experts": [2]}
     alone = {"train_attention": False, "train_router": False}
-    model = get_peft_model(copy.deepcopy(base), config(base, [], selected_experts=last, **alone))
+    model = get_peft_model(
+        copy.deepcopy(base), config(base, [], selected_experts=masks(base, [1, 4], layers=1), **alone), "first"
+    )
     one = Subject(base, token_batch(base), model)
-    one.model.add_adapter("second", config(base, [], selected_experts=first, **alone))
-    randomize_adapters(one.model)
-    outputs = {}
-    for adapter in ("default", "second"):
-        one.model.set_adapter(adapter)
-        outputs[adapter] = one.logits()
-        assert not torch.equal(outputs[adapter], one.plain)
-    assert not torch.equal(outputs["default"], outputs["second"])
-    one.model.merge_adapter()
+    randomize_adapters(model)
+    outputs = {"first": one.logits()}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    model.add_adapter("second", config(base, [], selected_experts={"model.layers.0.mlp.experts": [2]}, **alone))
+    for name, parameter in model.named_parameters():
+        if ".second." in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(2))
+    assert model.get_model_status().active_adapters == ["first"]
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+    assert torch.equal(one.logits(), outputs["first"])
+    model.set_adapter("second")
+    outputs["second"] = one.logits()
+    assert not torch.equal(outputs["second"], one.plain)
+    assert not torch.equal(outputs["second"], outputs["first"])
+    model.merge_adapter()
     assert_close(one.logits(), outputs["second"])
-    one.model.unmerge_adapter()
-    one.model.delete_adapter("second")
-    one.model.set_adapter("default")
-    assert torch.equal(one.logits(), outputs["default"])
+    model.unmerge_adapter()
+    model.delete_adapter("second")
+    model.set_adapter("first")
+    assert torch.equal(one.logits(), outputs["first"])
 
 
 @each_model

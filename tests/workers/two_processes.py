@@ -23,6 +23,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
@@ -102,12 +103,13 @@ def refused(*settings: dict[str, Any]) -> Callable[[], Any]:
     return scenario
 
 
-def first_forward(model: PeftModel) -> Callable[[], Any]:
+def first_forward(model: nn.Module) -> Callable[[], Any]:
     """Training with DDP of adapters that were made before there was a process group."""
 
     def scenario() -> dict[str, Any]:
         ids = torch.arange(100, 124).reshape(2, 12)
-        parallel = DistributedDataParallel(model.train())
+        # Buffers broadcast from rank 0 would hide from rank 1 that it holds another mask.
+        parallel = DistributedDataParallel(model.train(), broadcast_buffers=False)
         try:
             parallel(input_ids=ids, labels=ids)
         except SieveError as error:
@@ -182,6 +184,8 @@ def main(folder: Path) -> None:
     # Different initial adapters on the two ranks, and for one scenario different masks of the same size.
     torch.manual_seed(RANK)
     divided = get_peft_model(small_olmoe(), config(selected_experts=mask_from(RANK * 8)))
+    native = small_olmoe()  # through transformers, which keeps the layers and drops the tuner
+    native.add_adapter(config(selected_experts=mask_from(RANK * 8)))
     agreeing = get_peft_model(small_olmoe(), config(selected_experts=mask_from(8)))
     if RANK == 0:
         record("alone_on_texts", calibrate_on_texts, together=False)
@@ -196,6 +200,7 @@ def main(folder: Path) -> None:
     record("mask_and_calibration", refused(mask, data))
     record("empty_data", refused(data, {"calib_dataset": []}))
     record("masks_made_before_connecting", first_forward(divided))
+    record("native_masks_made_before_connecting", first_forward(native))
     record("training", train_three_steps(agreeing, folder))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib.metadata import PackageNotFoundError, version
 
 from torch import nn
@@ -40,8 +41,8 @@ def calibrate(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer])
     config.selected_experts = {path: ids for path, ids in selection.to_dict().items() if ids}
     coverage = selection.coverage(total, score=config.score)
     config.calibration = {
-        "dataset": calibration.name,
-        "fingerprint": calibration.fingerprint,
+        "dataset": ", ".join(dict.fromkeys(gathered(calibration.name))),
+        "fingerprint": _common_fingerprint(gathered(calibration.fingerprint)),
         "samples": sum(gathered(calibration.num_samples)),
         "tokens": total.num_tokens,
         "max_length": config.calib_max_length,
@@ -51,6 +52,13 @@ def calibrate(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer])
         "coverage": {path: round(coverage[path], 4) for path in config.selected_experts},
         "peft_sieve_version": package_version(),
     }
+
+
+def _common_fingerprint(fingerprints: list[str]) -> str:
+    """The processes' fingerprint; where each had data of its own, one over all of theirs."""
+    if len(set(fingerprints)) == 1:
+        return fingerprints[0]
+    return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()
 
 
 def _profile(

@@ -42,8 +42,6 @@ class SieveLoraModel(LoraModel):
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # Plain attribute, before nn.Module exists; which adapters all processes were seen to agree on.
-        object.__setattr__(self, "_agreed", set())
         try:
             super().__init__(model, *args, **kwargs)
         except Exception:
@@ -65,7 +63,9 @@ class SieveLoraModel(LoraModel):
         run = on_every_rank if together else lambda function: function()
         layers = run(lambda: self._checked_layers(peft_config))
         if together:
-            check_agreement("ways to come to a mask", "calibrate" if peft_config.selected_experts is None else "given")
+            check_agreement(
+                "sources of the mask (selected_experts or calib_dataset)", peft_config.selected_experts is None
+            )
         if peft_config.selected_experts is None:
             calibrate(peft_config, self.model, layers)
         mask = peft_config.selected_experts or {}
@@ -115,6 +115,7 @@ class SieveLoraModel(LoraModel):
                     parameter_name=router.parameter,
                 )
                 injected.append(key)
+        _check_at_next_training_forward(model)
         return injected
 
     def _inject_experts(self, config: SieveLoraConfig, model: nn.Module, adapter_name: str, layer: MoELayer) -> None:
@@ -152,11 +153,6 @@ class SieveLoraModel(LoraModel):
 
     # Use
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training:
-            self._check_processes_agree()
-        return self.model(*args, **kwargs)
-
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -166,19 +162,6 @@ class SieveLoraModel(LoraModel):
             )
         with super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
-
-    def _check_processes_agree(self) -> None:
-        """Once per adapter: processes may have been connected only after their masks were made."""
-        new = set(self.active_adapters) - self._agreed
-        if not new:
-            return
-        if rank_and_world()[1] > 1:
-            masks = {
-                name: {path: layer.plans[name].experts for path, layer in sieve_layers(self) if name in layer.plans}
-                for name in new
-            }
-            check_agreement("selected experts", masks)
-            self._agreed.update(new)
 
     def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
         raise SieveError(
@@ -190,6 +173,7 @@ class SieveLoraModel(LoraModel):
         """The base model without adapters, and without what was merged into it."""
         if any(getattr(module, "merged", False) for module in self.modules()):
             self.unmerge_adapter()
+        _stop_checking(self.model)
         return super().unload()
 
 
@@ -230,3 +214,24 @@ def _undo_injection(model: nn.Module, adapter_name: str) -> None:
             tuner.delete_adapter(adapter_name)
         return
     tuner.unload()
+
+
+# On the base model, not in the tuner's forward: transformers' add_adapter keeps the layers and drops the tuner.
+def _check_at_next_training_forward(model: nn.Module) -> None:
+    """Have processes compare their masks once more: they may be connected only after the masks were made."""
+    _stop_checking(model)
+    vars(model)["_sieve_check"] = model.register_forward_pre_hook(_check_processes_agree)
+
+
+def _stop_checking(model: nn.Module) -> None:
+    handle = vars(model).pop("_sieve_check", None)
+    if handle is not None:
+        handle.remove()
+
+
+def _check_processes_agree(model: nn.Module, args: tuple[Any, ...]) -> None:
+    if not model.training or rank_and_world()[1] == 1:
+        return
+    masks = {path: {name: plan.experts for name, plan in layer.plans.items()} for path, layer in sieve_layers(model)}
+    check_agreement("selected experts", masks)
+    _stop_checking(model)
