@@ -6,11 +6,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# A folder of this name holds a complete save whose files were not all moved to their places yet.
+# A folder of this name holds a complete save whose files were not all moved to their places yet,
 COMPLETE = ".peft_sieve_saved"
+# and one whose name starts like this a save that is not complete.
+STAGING = ".peft_sieve_saving_"
 
 
 @contextmanager
@@ -23,7 +25,9 @@ def replaced_when_done(directory: str | os.PathLike[str]) -> Iterator[str]:
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     finish_interrupted_save(target)
-    staging = Path(tempfile.mkdtemp(prefix=".peft_sieve_saving_", dir=target))
+    for abandoned in target.glob(f"{STAGING}*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target))
     try:
         yield str(staging)
         for path in _files(staging):
@@ -35,15 +39,22 @@ def replaced_when_done(directory: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def finish_interrupted_save(directory: str | os.PathLike[str]) -> None:
-    """Move the files of a save that was complete when its process died; nothing to do otherwise."""
+    """Move the files of a save that was complete when its process died; nothing to do otherwise.
+
+    Several processes may find one at the same time: what another has moved is in its place already.
+    """
     complete = Path(directory, COMPLETE)
     if not complete.is_dir():
         return
     for path in _files(complete):
         place = Path(directory, path.relative_to(complete))
         place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(path, place)
-    shutil.rmtree(complete, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            os.replace(path, place)
+    # Only folders that are empty: by now there may be another save.
+    for folder in (*sorted(filter(Path.is_dir, complete.rglob("*")), reverse=True), complete):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _files(directory: Path) -> list[Path]:

@@ -1,12 +1,13 @@
-"""The one place that touches PEFT: its registry of methods, and four of its methods that offer no hook.
+"""The one place that touches PEFT: its registry of methods, and some of its methods that offer no hook.
 
-Each of the four does for a sieve adapter what it cannot do from outside, and calls the original unchanged for every
+Each of these does for a sieve adapter what it cannot do from outside, and calls the original unchanged for every
 other method. Importing twice or reloading replaces what was there by the same.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import peft.mapping
 from peft import PeftModel, PeftType
 from peft.config import PeftConfigMixin
-from safetensors import SafetensorError
+from transformers.integrations.peft import PeftAdapterMixin
 
 from .files import replaced_when_done
 
@@ -39,7 +40,7 @@ def add_peft_type() -> None:
 
 
 def register(config_cls: type, model_cls: type) -> None:
-    """Enter the method in PEFT's tables, and put the four wrappers in place."""
+    """Enter the method in PEFT's tables, and put the wrappers in place."""
     method = PeftType(PEFT_TYPE)
     # Not register_peft_method: it refuses a prefix that another method has, and ours is LoRA's on purpose.
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method] = config_cls
@@ -47,13 +48,16 @@ def register(config_cls: type, model_cls: type) -> None:
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[method] = model_cls.prefix  # type: ignore[attr-defined]
     _wrap(PeftModel, "save_pretrained", _save_pretrained)
     _wrap(PeftModel, "create_or_update_model_card", _create_or_update_model_card)
+    _wrap(PeftModel, "from_pretrained", _from_pretrained)
     _wrap(PeftModel, "load_adapter", _load_adapter)
+    _wrap(PeftModel, "_upload_modified_files", _upload_modified_files)
+    _wrap(PeftAdapterMixin, "load_adapter", _load_adapter_in_transformers)
     _wrap(PeftConfigMixin, "from_json_file", _from_json_file)
 
 
 def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace a method by `wrapper(original, ...)`, once: a second call wraps the same original."""
-    current = owner.__dict__[name]
+    current = inspect.getattr_static(owner, name)
     as_function = current.__func__ if isinstance(current, classmethod) else current
     original = getattr(as_function, "_peft_sieve_original", as_function)
 
@@ -101,15 +105,59 @@ def _create_or_update_model_card(original: Callable[..., Any], self: PeftModel, 
     return result
 
 
-def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return original(self, model_id, *args, **kwargs)
-    except SafetensorError as error:
-        if not _has_sieve(self):
-            raise
-        from .tuners.sieve.loading import broken_weights
+def _upload_modified_files(
+    original: Callable[..., Any], self: PeftModel, folder: str, *args: Any, **kwargs: Any
+) -> Any:
+    """`push_to_hub` of transformers writes the card of the repository over ours: put our section into that."""
+    if _has_sieve(self):
+        self.create_or_update_model_card(folder)
+    return original(self, folder, *args, **kwargs)
 
-        raise broken_weights(model_id, error) from error
+
+def _from_pretrained(original: Callable[..., Any], cls: type, model: Any, *args: Any, **kwargs: Any) -> Any:
+    from .tuners.sieve.undo import as_before_on_error
+
+    with as_before_on_error(model):
+        return original(cls, model, *args, **kwargs)
+
+
+def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, *args: Any, **kwargs: Any) -> Any:
+    from .tuners.sieve.loading import explained, finish_interrupted_saves
+    from .tuners.sieve.undo import as_before_on_error
+
+    folder = os.path.join(model_id, kwargs.get("subfolder") or "")
+    with as_before_on_error(self):
+        try:
+            # An adapter that is there already gets weights without its configuration being read.
+            finish_interrupted_saves(folder)
+            return original(self, model_id, *args, **kwargs)
+        except Exception as error:
+            if not _has_sieve(self) or explained(error, folder) is error:
+                raise
+            raise explained(error, folder) from error
+
+
+def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    from .tuners.sieve.loading import check_loaded, explained
+    from .tuners.sieve.undo import as_before_on_error
+
+    before = set(getattr(self, "peft_config", {}))
+
+    def ours() -> list[str]:
+        configs = getattr(self, "peft_config", {})
+        return [name for name, c in configs.items() if name not in before and c.peft_type == PEFT_TYPE]
+
+    with as_before_on_error(self):
+        try:
+            loaded = original(self, *args, **kwargs)
+        except Exception as error:
+            path = kwargs.get("peft_model_id") or (args[0] if args else None) or "the state dict"
+            if not ours() or explained(error, path) is error:
+                raise
+            raise explained(error, path) from error
+        for name in ours():
+            check_loaded(self, name, getattr(loaded, "missing_keys", ()), getattr(loaded, "unexpected_keys", ()))
+    return loaded
 
 
 def _from_json_file(original: Callable[..., Any], cls: type, path_json_file: str, **kwargs: Any) -> Any:

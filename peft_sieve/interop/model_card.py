@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 
 from ..tuners.sieve.config import SieveLoraConfig
@@ -15,6 +15,8 @@ START, END = "<!-- peft_sieve -->", "<!-- /peft_sieve -->"
 # PEFT ends a card with its list of versions.
 VERSIONS = "### Framework versions"
 TEMPLATE_TITLE = "# Model Card for Model ID"
+# What transformers fills in.
+TEMPLATE_DESCRIPTION = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
 
 def add_to_card(model: PeftModel, path: str) -> None:
@@ -29,11 +31,19 @@ def add_to_card(model: PeftModel, path: str) -> None:
     block = "\n\n".join([START, *sections, END])
     text = re.sub(re.escape(START) + ".*?" + re.escape(END), "", card.text, flags=re.DOTALL).strip()
     before, found, after = text.partition(VERSIONS)
-    if TEMPLATE_TITLE in before:
-        # The Hub's template with every blank left blank says nothing that the section does not.
+    if _is_blank(before):
+        # It says nothing that the section does not.
         before = f"# Sparse LoRA for {_base_name(model)}"
     card.text = f"\n{before.rstrip()}\n\n{block}\n\n{found}{after}".rstrip() + "\n"
     card.save(path)
+
+
+def _is_blank(text: str) -> bool:
+    """Whether `text` is the Hub's template with every blank left blank."""
+    if TEMPLATE_TITLE not in text:
+        return False
+    lines = {line for line in text.splitlines() if not line.startswith(TEMPLATE_DESCRIPTION)}
+    return lines <= set(ModelCard.from_template(ModelCardData()).text.splitlines())
 
 
 def _section(model: PeftModel, adapter_name: str, config: SieveLoraConfig) -> str:

@@ -228,6 +228,7 @@ def test_merge_and_unload_gives_a_plain_model_with_the_outputs_of_the_adapted(
     plain = one.model.merge_and_unload()
     assert type(plain) is type(one.base)
     assert tuner_layers(plain) == []
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())
     assert plain.state_dict().keys() == one.base.state_dict().keys()
     assert_close(one.logits(plain), adapted, dtype)
     assert not torch.equal(one.logits(plain), one.plain)

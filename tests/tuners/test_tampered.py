@@ -229,7 +229,10 @@ def assert_refused(saved: Saved, path: Path, load: Callable[[nn.Module, Path], n
 
 def describe(model: nn.Module) -> tuple[list[Any], list[str]]:
     """Modules by name and identity, and what is trainable."""
-    modules = [(name, id(module), len(module._forward_hooks)) for name, module in model.named_modules()]
+    modules = [
+        (name, id(module), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in model.named_modules()
+    ]
     return modules, [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
@@ -318,15 +321,28 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(saved: Saved, broken: Pa
     assert torch.equal(saved.logits(by_peft(base, saved.path)), saved.adapted)
 
 
-@pytest.mark.parametrize("load", [by_peft, by_transformers])
-def test_weights_that_break_after_the_config_was_read_are_refused(
-    saved: Saved, broken: Path, load: Callable[[nn.Module, Path], nn.Module], monkeypatch: pytest.MonkeyPatch
+def cut_in_half(folder: Path) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("way", MAIN_WAYS)
+@pytest.mark.parametrize("edit", ["cut in half", "other ids", "layers swapped", "slots in another order"])
+def test_weights_that_come_after_the_config_was_read_are_refused(
+    saved: Saved, broken: Path, edit: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on the Hub, whose client brings the configuration first."""
     monkeypatch.setattr("peft_sieve.tuners.sieve.loading._check_weights_file", lambda *args: None)
-    content = (broken / WEIGHTS).read_bytes()
-    (broken / WEIGHTS).write_bytes(content[: len(content) // 2])
-    assert_refused(saved, broken, load)
+    {"cut in half": cut_in_half, **EDITS}[edit](broken)
+    assert_refused(saved, broken, WAYS[way])
+
+
+def test_weights_of_another_type_that_come_after_the_config_was_read_are_refused(
+    saved: Saved, broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_sieve.tuners.sieve.loading._check_weights_file", lambda *args: None)
+    EDITS["attention read as integers"](broken)
+    assert_refused(saved, broken, by_peft)
 
 
 @pytest.mark.parametrize("load", [by_peft, by_transformers])

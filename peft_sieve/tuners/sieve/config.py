@@ -109,7 +109,6 @@ class SieveLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType("SIEVE_LORA")
         vars(self).update(zip(RUNTIME_ONLY, (calib_dataset, calib_tokenizer, calib_formatting_func), strict=True))
-        self.awaits_weights = False
         validate_selection_options(self.top_k_frac, self.top_k, self.strategy, self.score, self.coverage)
         self.expert_projections = _checked_projections(self.expert_projections)
         self.selected_experts = checked_mask(self.selected_experts)
@@ -137,11 +136,18 @@ class SieveLoraConfig(LoraConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SieveError(f"{name} is {_shown(value)}, expected a positive whole number: pass one")
+        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, int | float):
+            raise SieveError(f"lora_alpha is {_shown(self.lora_alpha)}, expected a number: pass one")
         dropout = self.lora_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
             raise SieveError(f"lora_dropout is {_shown(dropout)}, expected a number in [0, 1): pass one")
 
     # The data set, the tokenizer and the function stay with the object, are shared by its copies, and go no further.
+
+    def __copy__(self) -> SieveLoraConfig:
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        return clone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SieveLoraConfig:
         clone = copy.copy(self)
@@ -171,16 +177,6 @@ class SieveLoraConfig(LoraConfig):
             super().save_pretrained(staging, **kwargs)
             path = Path(staging, CONFIG_NAME)
             path.write_text(_compact_lists(path.read_text()) + "\n")
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> SieveLoraConfig:
-        """As `PeftConfig.from_pretrained`."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        # Who injects it is about to load weights; if those turn out wrong, the injection is undone (`loading.py`).
-        config.awaits_weights = True
-        return config
 
 
 def checked_mask(mask: Any) -> dict[str, list[int]] | None:

@@ -129,7 +129,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             return []
         names = [name for name in self.active_adapters if name in self.plans]
         for name in self._unverified.intersection(names):
-            self._verify_slots(name)
+            self.verify_slots(name)
         return names
 
     def slots_module(self, adapter_name: str) -> ExpertSlots:
@@ -138,7 +138,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         assert isinstance(module, ExpertSlots)
         return module
 
-    def _verify_slots(self, adapter_name: str) -> None:
+    def verify_slots(self, adapter_name: str) -> None:
         """Loaders that assign without asking (transformers' `load_adapter`) may bring the tensors of other experts."""
         expected = slots_of(self.shape.num_experts, self.plans[adapter_name].experts)
         if not torch.equal(self.slots_module(adapter_name).slots.cpu(), expected):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -18,6 +19,7 @@ from ...files import finish_interrupted_save
 from .layer import SieveExpertLayer
 
 SLOTS_KEY = ".lora_experts.slots"
+_WEIGHTS_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
 def read_config_file(path: str) -> dict[str, Any] | None:
@@ -30,7 +32,7 @@ def read_config_file(path: str) -> dict[str, Any] | None:
         SieveError: it is a sieve adapter's, but cut short or changed, or the weights beside it do not belong to it.
     """
     folder = Path(path).parent
-    finish_interrupted_save(folder)
+    finish_interrupted_saves(folder)
     text = Path(path).read_text(errors="replace")
     try:
         content = json.loads(text)
@@ -42,16 +44,28 @@ def read_config_file(path: str) -> dict[str, Any] | None:
             ) from error
         return None
     if not isinstance(content, dict):
+        if _has_slots(folder):
+            raise SieveError(
+                f"{path} holds no mapping, expected the settings that save_pretrained wrote: save or download the "
+                "adapter again"
+            )
         return None
     if content.get("peft_type") != "SIEVE_LORA":
-        if "selected_experts" not in content:
+        if "selected_experts" not in content and not _has_slots(folder):
             return None
         raise SieveError(
-            f"{path} has peft_type {content.get('peft_type')!r}, expected 'SIEVE_LORA', since it holds "
-            "selected_experts: save or download the adapter again"
+            f"{path} has peft_type {content.get('peft_type')!r}, expected 'SIEVE_LORA', since it belongs to selected "
+            "experts: save or download the adapter again"
         )
     _check_weights_file(content, folder)
     return content
+
+
+def finish_interrupted_saves(folder: str | os.PathLike[str]) -> None:
+    """Finish a save of the adapter in `folder`, or of all adapters of a model, which are saved as one."""
+    # An adapter with a name is saved into a folder of the model's, so a crash leaves its files one level up.
+    for place in (Path(folder).parent, Path(folder)):
+        finish_interrupted_save(place)
 
 
 def _has_slots(folder: Path) -> bool:
@@ -69,13 +83,18 @@ def _check_weights_file(content: dict[str, Any], folder: Path) -> None:
         return
     try:
         with safe_open(weights, "pt") as file:
-            saved = {k: file.get_tensor(k) for k in file.keys() if k.endswith(SLOTS_KEY)}  # noqa: SIM118
+            names = list(file.keys())
+            slots = {name: file.get_tensor(name) for name in names if name.endswith(SLOTS_KEY)}
+            types = {name: file.get_slice(name).get_dtype() for name in names if name not in slots}
     except SafetensorError as error:
         raise broken_weights(weights, error) from error
+    for name, dtype in types.items():
+        if ".lora_" in name and not dtype.startswith(("F", "BF")):
+            raise _wrong_type(name, dtype)
     mask = content.get("selected_experts")
     if not isinstance(mask, Mapping):
         return
-    found = {key.removesuffix(SLOTS_KEY).removeprefix("base_model.model."): _ids(slots) for key, slots in saved.items()}
+    found = {_in_base_model(name.removesuffix(SLOTS_KEY)): _ids(value) for name, value in slots.items()}
     expected = {path: ids for path, ids in mask.items() if ids}
     for path in {**expected, **found}:
         if found.get(path) != expected.get(path):
@@ -103,43 +122,103 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
     Raises:
         SieveError: and nothing was loaded.
     """
-    given = {key.removeprefix("base_model.model."): value for key, value in state_dict.items()}
+    given = {_in_base_model(key): value for key, value in state_dict.items()}
     for path, layer in sieve_layers(model):
-        if adapter_name not in layer.plans:
-            if _belongs(given, path):
-                raise SieveError(
-                    f"the weights hold experts of {path}, and adapter '{adapter_name}' selects none there, expected "
-                    "the same mask: load them under the configuration they were saved with"
-                )
-            continue
-        slots = given.get(path + SLOTS_KEY)
-        if slots is None:
+        if adapter_name in layer.plans:
+            _check_slots(given.get(path + SLOTS_KEY), path, layer, adapter_name)
+        elif path + SLOTS_KEY in given:
             raise SieveError(
-                f"the weights hold no {path}{SLOTS_KEY}, expected it beside the factors, since it says whose they are: "
-                "save or download the adapter again"
+                f"the weights hold experts of {path}, and adapter '{adapter_name}' selects none there, expected the "
+                "same mask: load them under the configuration they were saved with"
             )
-        expected = list(layer.plans[adapter_name].experts)
-        if slots.numel() != layer.shape.num_experts or _ids(slots) != expected:
-            raise SieveError(
-                f"the weights belong to experts {_ids(slots)} of {slots.numel()} in {path}, and adapter "
-                f"'{adapter_name}' selects {expected} of {layer.shape.num_experts}, expected the same mask: resume "
-                "with the configuration of the checkpoint (its adapter_config.json), or start a new run"
-            )
-        _check_factors(given, path, layer, adapter_name)
-
-
-def _check_factors(given: Mapping[str, torch.Tensor], path: str, layer: SieveExpertLayer, adapter_name: str) -> None:
-    for name in layer.adapter_layer_names:
-        modules = getattr(layer, name)
-        if adapter_name not in modules:
-            continue
-        key, shape = f"{path}.{name}.weight", tuple(modules[adapter_name].weight.shape)
+    expected = dict(_adapter_tensors(model, adapter_name))
+    for key, shape in expected.items():
         found = tuple(given[key].shape) if key in given else None
-        if found != shape:
+        if found is None or shape not in (None, found):
             raise SieveError(
                 f"the weights hold {key} with shape {found}, expected {shape}: load them under the configuration and "
                 "the base model they were saved with"
             )
+        if not given[key].is_floating_point():
+            raise _wrong_type(key, str(given[key].dtype))
+    foreign = [key for key in given if ".lora_" in key and key not in expected and not key.endswith(SLOTS_KEY)]
+    if foreign:
+        raise SieveError(
+            f"the weights hold {foreign[0]}, which adapter '{adapter_name}' has not ({len(foreign)} in all), expected "
+            "its own only: load them under the configuration they were saved with"
+        )
+
+
+def _check_slots(slots: torch.Tensor | None, path: str, layer: SieveExpertLayer, adapter_name: str) -> None:
+    if slots is None:
+        raise SieveError(
+            f"the weights hold no {path}{SLOTS_KEY}, expected it beside the factors, since it says whose they are: "
+            "save or download the adapter again"
+        )
+    expected = list(layer.plans[adapter_name].experts)
+    if slots.numel() != layer.shape.num_experts or _ids(slots) != expected:
+        raise SieveError(
+            f"the weights belong to experts {_ids(slots)} of {slots.numel()} in {path}, and adapter "
+            f"'{adapter_name}' selects {expected} of {layer.shape.num_experts}, expected the same mask: resume with "
+            "the configuration of the checkpoint (its adapter_config.json), or start a new run"
+        )
+
+
+def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...] | None]]:
+    """(checkpoint key, shape) of an adapter's parameters; no shape where a layer's are spread over processes."""
+    for path, layer in model.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        spread = getattr(layer.get_base_layer(), "_hf_tp_plan", None) is not None
+        for name in layer.adapter_layer_names:
+            held = getattr(layer, name)
+            if adapter_name not in held:
+                continue
+            factor = held[adapter_name]
+            parameters = factor.named_parameters() if isinstance(factor, nn.Module) else [("", factor)]
+            for parameter_name, parameter in parameters:
+                key = ".".join(filter(None, (path, name, parameter_name)))
+                yield _in_base_model(key), None if spread else tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def check_loaded(model: nn.Module, adapter_name: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse what transformers' `load_adapter`, which assigns tensors without asking, has loaded."""
+    keys = [key for key in (*missing, *unexpected) if ".lora_" in key]
+    if keys:
+        raise SieveError(
+            f"the weights and adapter '{adapter_name}' do not have {keys[0]} in common ({len(keys)} such in all), "
+            "expected the same tensors: load them under the configuration they were saved with"
+        )
+    for _, layer in sieve_layers(model):
+        if adapter_name in layer.plans:
+            layer.verify_slots(adapter_name)
+
+
+def explained(error: Exception, path: str | os.PathLike[str]) -> Exception:
+    """The error to raise for `error`, which came up while the weights in a folder or repository were loaded."""
+    if isinstance(error, SafetensorError):
+        return broken_weights(path, error)
+    if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, n)) for n in _WEIGHTS_NAMES):
+        return SieveError(
+            f"{path} holds no {SAFETENSORS_WEIGHTS_NAME}, expected it beside {CONFIG_NAME}: save or download the "
+            "adapter again"
+        )
+    if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error):
+        return SieveError(
+            f"the weights in {path} have other shapes than the adapter (the report above lists them), expected the "
+            "same: load them under the configuration and the base model they were saved with"
+        )
+    return error
+
+
+def _wrong_type(key: str, dtype: str) -> SieveError:
+    return SieveError(
+        f"the weights hold {key} as {dtype}, expected a floating-point type: save or download the adapter again"
+    )
+
+
+def _in_base_model(key: str) -> str:
+    return key.removeprefix("base_model.model.")
 
 
 def sieve_layers(model: nn.Module) -> list[tuple[str, SieveExpertLayer]]:
@@ -147,11 +226,10 @@ def sieve_layers(model: nn.Module) -> list[tuple[str, SieveExpertLayer]]:
     return [(module.path, module) for module in model.modules() if isinstance(module, SieveExpertLayer)]
 
 
-def _belongs(given: Mapping[str, torch.Tensor], path: str) -> bool:
-    return path + SLOTS_KEY in given
-
-
 def _ids(slots: torch.Tensor) -> list[int]:
-    """Expert ids by slot."""
-    order = slots[slots >= 0].argsort()
+    """Expert ids by slot; none if the slots are not numbered from 0 on."""
+    used = slots[slots >= 0]
+    order = used.argsort()
+    if slots.dim() != 1 or used[order].tolist() != list(range(used.numel())):
+        return []
     return (slots >= 0).nonzero().squeeze(-1)[order].tolist()

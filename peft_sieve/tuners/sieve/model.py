@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import _get_submodules
 from peft.utils.integrations import init_empty_weights
 from torch import nn
@@ -18,13 +18,14 @@ from torch import nn
 from ...errors import SieveError
 from ...moe.families import FusedExperts, ModuleListExperts
 from ...moe.topology import MoELayer, find_moe_layers
-from ...routing.distributed import check_agreement, on_every_rank, rank_and_world
+from ...routing.distributed import check_agreement, on_every_rank
+from .agreement import check_at_next_training_forward, stop_checking
 from .calibrate import calibrate
 from .config import SieveLoraConfig
 from .exact import with_exact_unmerge
 from .fused import FusedSieveExperts
 from .layer import SieveExpertLayer
-from .loading import check_state_dict, sieve_layers
+from .loading import check_state_dict
 from .mask import check_mask, shape_of
 from .module_list import ModuleListSieveExperts
 from .targets import resolve_targets, router_parameters, wanted_layers
@@ -115,7 +116,7 @@ class SieveLoraModel(LoraModel):
                     parameter_name=router.parameter,
                 )
                 injected.append(key)
-        _check_at_next_training_forward(model)
+        check_at_next_training_forward(model)
         return injected
 
     def _inject_experts(self, config: SieveLoraConfig, model: nn.Module, adapter_name: str, layer: MoELayer) -> None:
@@ -142,13 +143,7 @@ class SieveLoraModel(LoraModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SieveLoraConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        fresh, config.awaits_weights = config.awaits_weights, False
-        try:
-            check_state_dict(model, adapter_name, state_dict)
-        except SieveError:
-            if fresh:
-                _undo_injection(model, adapter_name)
-            raise
+        check_state_dict(model, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # Use
@@ -169,11 +164,40 @@ class SieveLoraModel(LoraModel):
             "belong to different experts: activate several at once with set_adapter instead"
         )
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, in all layers or in none: when one refuses, the others are as before."""
+        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        before = [list(layer.merged_adapters) for layer in layers]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except Exception:
+            for layer, names in zip(layers, before, strict=True):
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if not (merge and safe_merge):
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        # Before any layer is taken out: one of them may refuse.
+        self.merge_adapter(adapter_names, safe_merge)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
     def unload(self) -> nn.Module:
         """The base model without adapters, and without what was merged into it."""
         if any(getattr(module, "merged", False) for module in self.modules()):
             self.unmerge_adapter()
-        _stop_checking(self.model)
+        stop_checking(self.model)
         return super().unload()
 
 
@@ -201,37 +225,3 @@ def _refuse_storage(layer: MoELayer) -> None:
                 f"the experts of {layer.path} are stored as {parameter.dtype}, expected float64, float32, bfloat16 or "
                 "float16: load the model without quantisation of its experts"
             )
-
-
-def _undo_injection(model: nn.Module, adapter_name: str) -> None:
-    """Take out an adapter whose weights could not be loaded."""
-    tuner = model.base_model if hasattr(model, "base_model") and isinstance(model.base_model, BaseTuner) else None
-    if tuner is None:
-        return
-    if len(tuner.peft_config) > 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tuner.delete_adapter(adapter_name)
-        return
-    tuner.unload()
-
-
-# On the base model, not in the tuner's forward: transformers' add_adapter keeps the layers and drops the tuner.
-def _check_at_next_training_forward(model: nn.Module) -> None:
-    """Have processes compare their masks once more: they may be connected only after the masks were made."""
-    _stop_checking(model)
-    vars(model)["_sieve_check"] = model.register_forward_pre_hook(_check_processes_agree)
-
-
-def _stop_checking(model: nn.Module) -> None:
-    handle = vars(model).pop("_sieve_check", None)
-    if handle is not None:
-        handle.remove()
-
-
-def _check_processes_agree(model: nn.Module, args: tuple[Any, ...]) -> None:
-    if not model.training or rank_and_world()[1] == 1:
-        return
-    masks = {path: {name: plan.experts for name, plan in layer.plans.items()} for path, layer in sieve_layers(model)}
-    check_agreement("selected experts", masks)
-    _stop_checking(model)

@@ -1,0 +1,85 @@
+"""The way back when an adapter was put into a model, and then its weights turned out wrong."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.functional import delete_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import _get_submodules
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .agreement import stop_checking
+from .exact import ExactLinear, ExactParamWrapper
+from .layer import SieveExpertLayer
+
+_OURS = (SieveExpertLayer, ExactLinear, ExactParamWrapper)
+_WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+@contextmanager
+def as_before_on_error(model: nn.Module) -> Iterator[None]:
+    """When the block ends with an exception, take out the sieve adapters that came into `model` during it.
+
+    Its modules, its other adapters, and what is trainable are as before then. Adapters of other methods are PEFT's
+    business.
+    """
+    adapters, wrappers = _adapters(model), {id(module) for module in model.modules() if isinstance(module, _WRAPPERS)}
+    trainable = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
+    attributes = {name: vars(model)[name] for name in _ATTRIBUTES if name in vars(model)}
+    try:
+        yield
+    except Exception:
+        new = [path for path, m in model.named_modules() if isinstance(m, _WRAPPERS) and id(m) not in wrappers]
+        names = _adapters(model) - adapters
+        if any(isinstance(m, _OURS) and (id(m) not in wrappers or names & _held(m)) for m in model.modules()):
+            _take_out(model, new, names)
+            _restore(model, trainable, attributes, names)
+            if not any(isinstance(module, SieveExpertLayer) for module in model.modules()):
+                for module in model.modules():
+                    stop_checking(module)
+        raise
+
+
+# What PEFT and transformers set on a model that takes adapters.
+_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
+
+
+def _held(layer: BaseTunerLayer) -> set[str]:
+    return layer._get_available_adapters()
+
+
+def _adapters(model: nn.Module) -> set[str]:
+    return {name for module in model.modules() if isinstance(module, BaseTunerLayer) for name in _held(module)}
+
+
+def _take_out(model: nn.Module, new_wrappers: list[str], names: set[str]) -> None:
+    # The inner ones first: one wrapper may be around another.
+    for path in reversed(new_wrappers):
+        parent, _, name = _get_submodules(model, path)
+        wrapper: Any = getattr(parent, name)
+        if hasattr(wrapper, "unload_and_optionally_merge_module"):
+            inside = wrapper.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+        else:
+            inside = wrapper.get_base_layer()
+        setattr(parent, name, inside)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            delete_adapter(model, adapter_name=name, prefix="lora_")
+
+
+def _restore(model: nn.Module, trainable: dict[int, bool], attributes: dict[str, Any], names: set[str]) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(trainable.get(id(parameter), parameter.requires_grad))
+    for name in names:
+        getattr(model, "peft_config", {}).pop(name, None)
+    for attribute in _ATTRIBUTES:
+        if attribute in attributes:
+            setattr(model, attribute, attributes[attribute])
+        else:
+            vars(model).pop(attribute, None)
