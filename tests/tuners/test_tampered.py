@@ -211,7 +211,9 @@ def broken(saved: Saved, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved.path, tmp_path / "broken"))
 
 
-def assert_refused(saved: Saved, path: Path, load: Callable[[nn.Module, Path], nn.Module]) -> str:
+def assert_refused(
+    saved: Saved, path: Path, load: Callable[[nn.Module, Path], nn.Module], afterwards: bool = True
+) -> str:
     """It is refused, the model is as it was, and takes a good adapter afterwards; returns the message."""
     base = copy.deepcopy(saved.base)
     modules, trainable = describe(base)
@@ -221,7 +223,8 @@ def assert_refused(saved: Saved, path: Path, load: Callable[[nn.Module, Path], n
     assert describe(base) == (modules, trainable)
     assert not hasattr(base, "peft_config")
     assert torch.equal(saved.logits(base), saved.plain)
-    assert torch.equal(saved.logits(load(base, saved.path)), saved.adapted)
+    if afterwards:
+        assert torch.equal(saved.logits(load(base, saved.path)), saved.adapted)
     message = str(refusal.value)
     assert_one_sentence(message)
     return message
@@ -245,12 +248,12 @@ def assert_one_sentence(message: str) -> None:
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_adapter_is_refused(saved: Saved, broken: Path, edit: str, way: str) -> None:
     EDITS[edit](broken)
-    assert_refused(saved, broken, WAYS[way])
+    assert_refused(saved, broken, WAYS[way], afterwards=way == "PeftModel")
 
 
 # One that is noticed from the configuration, one from the weights beside it, and two from the weights in the model.
 @pytest.mark.parametrize("edit", ["mask a list", "other ids", "factor gone", "attention of another rank"])
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in MAIN_WAYS])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "PeftModel"])
 def test_every_way_to_load_refuses(saved: Saved, broken: Path, edit: str, way: str) -> None:
     EDITS[edit](broken)
     assert_refused(saved, broken, WAYS[way])

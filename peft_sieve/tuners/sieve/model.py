@@ -185,6 +185,7 @@ class SieveLoraModel(LoraModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        stop_checking(self.model)
         if not (merge and safe_merge):
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         # Before any layer is taken out: one of them may refuse.
@@ -197,7 +198,6 @@ class SieveLoraModel(LoraModel):
         """The base model without adapters, and without what was merged into it."""
         if any(getattr(module, "merged", False) for module in self.modules()):
             self.unmerge_adapter()
-        stop_checking(self.model)
         return super().unload()
 
 
