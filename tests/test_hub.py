@@ -21,6 +21,7 @@ COMMON = """
 import copy, json, sys
 import torch
 torch.set_num_threads(1)
+torch.manual_seed(0)
 from transformers import AutoModelForCausalLM
 
 def logits(model):

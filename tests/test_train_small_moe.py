@@ -1,0 +1,38 @@
+"""The script that trains a small MoE really trains one."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_sieve.moe.topology import find_moe_layers
+from tests.models import EXAMPLES
+
+
+def test_trains_saves_and_loads(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("It was a bright cold day in April. " * 80)
+    lines = [json.dumps({"text": f"def add_{n}(a, b): return a + b + {n}"}) for n in range(150)]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "train_small_moe.py"), "--out", str(tmp_path / "moe")]
+    command += ["--domain", f"prose=1:{tmp_path}/*.txt", "--domain", f"code=2:{tmp_path}/b.jsonl"]
+    options = {"steps": 40, "batch-size": 4, "length": 32, "layers": 2, "experts": 8, "hidden-size": 32}
+    options |= {"log-every": 10, "vocab-size": 300, "learning-rate": 0.01}
+    command += [f"--{name}={value}" for name, value in options.items()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    losses = [float(value) for value in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses[-1] < losses[0] - 2, losses
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "moe")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", dtype=torch.float32)
+    text = "def add_12(a, b): return a + b + 12"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert tokenizer.decode(ids[0]) == text
+    assert [layer.num_experts for layer in find_moe_layers(model)] == [8, 8]
+    assert model(input_ids=ids, labels=ids).loss < 4
