@@ -18,8 +18,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# Nothing is downloaded. One thread of the CPU gives everybody the same numbers, and loses little on matrices this small:
-# several threads wait for each other, for minutes in all where other programs share the cores.
+# Nothing is downloaded. One thread of the CPU gives everybody the same numbers, and loses little on matrices this
+# small: several threads wait for each other, for minutes in all where other programs share the cores.
 os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 os.environ.update(TQDM_DISABLE="1", TRANSFORMERS_VERBOSITY="error")
 
