@@ -5,34 +5,39 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+# Bytecode is compiled at first import: compiling all of it at once takes longer than the rest.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: quickstart test lint types bench clean
 
-$(READY):
+# What running it needs, and what testing it needs on top.
+$(STAMP)-run:
 	@echo "Setting up $(VENV) (once; a minute or two) ..."
 	$(PYTHON) -m venv $(VENV)
 	@# torch by its exact version first: left to a range, pip may choose a build with gigabytes of GPU libraries.
 	$(PIP) torch
-	$(PIP) --editable ".[test,dev]"
-	@rm -f $(VENV)/.ready-*
+	$(PIP) --editable ".[trl,report]"
 	@touch $@
 
-quickstart: $(READY)
-	OMP_NUM_THREADS=2 $(BIN)/python examples/quickstart.py
+$(STAMP)-test: $(STAMP)-run
+	$(PIP) --editable ".[test,dev]"
+	@touch $@
 
-test: $(READY)
+quickstart: $(STAMP)-run
+	$(BIN)/python examples/quickstart.py
+
+test: $(STAMP)-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-lint: $(READY)
+lint: $(STAMP)-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-types: $(READY)
+types: $(STAMP)-test
 	$(BIN)/mypy peft_sieve
 
-bench: $(READY)
+bench: $(STAMP)-run
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/bench_profiling.py
 
 clean:

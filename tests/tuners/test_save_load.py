@@ -260,7 +260,6 @@ def test_loads_to_the_bit_and_trainable(tiny: Saved, no_calibration: None, way: 
 
 @pytest.mark.parametrize("way", ["AutoPeftModel", "transformers", "AutoModel"])
 def test_the_small_trained_model_loads_to_the_bit(example: Saved, no_calibration: None, way: str) -> None:
-    """Its products are large enough to round in another order where memory is not aligned, as in a mapped file."""
     loaders: dict[str, Callable[[], Any]] = {
         "AutoPeftModel": lambda: AutoPeftModelForCausalLM.from_pretrained(example.path, dtype=torch.float32),
         "transformers": lambda: by_transformers(example),
@@ -270,6 +269,23 @@ def test_the_small_trained_model_loads_to_the_bit(example: Saved, no_calibration
     assert model.name_or_path == str(TINY_OLMOE)
     assert torch.equal(example.logits(model), example.logits(example.model))
     assert not torch.equal(example.logits(model), example.logits(example.base))
+
+
+def test_transformers_does_not_map_the_adapter_from_its_file(
+    example: Saved, no_calibration: None, tmp_path: Path
+) -> None:
+    """Products round differently in memory that is not aligned, and a file may be written to."""
+    path = Path(shutil.copytree(example.path, tmp_path / "adapter"))
+    tensors, expected = load_file(Path(example.path, WEIGHTS)), example.logits(example.model)
+    places = set()
+    for padding in (0, 8, 24, 40):
+        (path / WEIGHTS).write_bytes(save(tensors, {"format": "pt", "padding": "-" * padding}))
+        places.add(int.from_bytes((path / WEIGHTS).read_bytes()[:8], "little") % 64)
+        model = by_transformers(dataclasses.replace(example, path=str(path)))
+        with open(path / WEIGHTS, "rb+") as file:
+            file.write(b"\xff" * (path / WEIGHTS).stat().st_size)
+        assert torch.equal(example.logits(model), expected), f"with {padding} bytes more in front of the tensors"
+    assert len(places) == 4
 
 
 def test_the_spy_notices_a_calibration(tiny: Saved, no_calibration: None) -> None:
