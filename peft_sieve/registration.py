@@ -138,7 +138,7 @@ def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, 
 
 
 def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    from .tuners.sieve.loading import check_loaded, explained
+    from .tuners.sieve.loading import check_loaded, explained, unmap
     from .tuners.sieve.undo import as_before_on_error
 
     before = set(getattr(self, "peft_config", {}))
@@ -156,6 +156,7 @@ def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args
                 raise
             raise explained(error, path) from error
         for name in ours():
+            unmap(self, name)
             check_loaded(self, name, getattr(loaded, "missing_keys", ()), getattr(loaded, "unexpected_keys", ()))
     return loaded
 

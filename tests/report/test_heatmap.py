@@ -1,6 +1,5 @@
 """The heat map: what is drawn, read back from matplotlib's objects and from the pixels of the file."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -158,15 +157,10 @@ def test_names_of_layers():
     assert short(["x" * 40, "y"])[0][0] == "..." + "x" * 27
 
 
-def test_drawing_leaves_pyplot_alone(tmp_path):
-    """In a process of its own: others may have imported pyplot in this one."""
-    code = (
-        "import sys; from peft_sieve import RoutingProfile; from peft_sieve.report.heatmap import save_heatmap\n"
-        "assert 'matplotlib' not in sys.modules\n"
-        f"save_heatmap(RoutingProfile.from_arrays([[1, 2]]), {str(tmp_path / 'map.png')!r})\n"
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_drawing_leaves_pyplot_alone(monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    save_heatmap(SIZES["one expert"], tmp_path / "map.png")
+    assert "matplotlib.pyplot" not in sys.modules
 
 
 def test_without_matplotlib(monkeypatch, tmp_path):

@@ -181,6 +181,19 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str,
                 yield _in_base_model(key), None if spread else tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def unmap(model: nn.Module, adapter_name: str) -> None:
+    """Give an adapter that transformers mapped from its file memory of its own.
+
+    Mapped memory may be unaligned, where products round differently, and changes when the file does.
+    """
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            for held in (getattr(layer, name) for name in layer.adapter_layer_names):
+                if adapter_name in held and isinstance(held[adapter_name], nn.Module):
+                    for parameter in held[adapter_name].parameters():
+                        parameter.data = parameter.data.clone()
+
+
 def check_loaded(model: nn.Module, adapter_name: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """Refuse what transformers' `load_adapter`, which assigns tensors without asking, has loaded."""
     keys = [key for key in (*missing, *unexpected) if ".lora_" in key]
