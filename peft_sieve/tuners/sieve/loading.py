@@ -192,6 +192,10 @@ def unmap(model: nn.Module, adapter_name: str) -> None:
                 if adapter_name in held and isinstance(held[adapter_name], nn.Module):
                     for parameter in held[adapter_name].parameters():
                         parameter.data = parameter.data.clone()
+    for _, expert_layer in sieve_layers(model):
+        if adapter_name in expert_layer.plans:
+            mapping = expert_layer.slots_module(adapter_name)
+            mapping.slots = mapping.slots.clone()
 
 
 def check_loaded(model: nn.Module, adapter_name: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
