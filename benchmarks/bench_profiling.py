@@ -127,6 +127,7 @@ def main() -> None:
         for setting in SETTINGS:
             row = measure(setting, args.repeats)
             file.write(json.dumps({**row, **about}) + "\n")
+            file.flush()
             print(
                 f"{setting:42s} plain {row['plain_s_p50']:.3f} s   profiled {row['profiled_s_p50']:.3f} s   "
                 f"ratio p20 {row['ratio_p20']:.3f}  p50 {row['ratio_p50']:.3f}  p80 {row['ratio_p80']:.3f}"
