@@ -766,3 +766,21 @@ def test_a_lora_config_without_its_type_raises_what_it_raised(tiny: Saved, tmp_p
     (tmp_path / CONFIG).write_text(text)
     with pytest.raises(KeyError, match="peft_type"):
         PeftModel.from_pretrained(tiny.fresh, str(tmp_path))
+
+
+def test_transformers_does_not_map_embedding_adapters_either(tmp_path: Path) -> None:
+    """Their factors are bare parameters, not modules."""
+    model = tiny_model("olmoe")
+    batch = token_batch(model)
+    config = SieveLoraConfig(
+        r=4, calib_dataset=[batch], target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config).eval()
+    randomize_adapters(adapted)
+    adapted.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = tiny_model("olmoe")
+    loaded.load_adapter(str(tmp_path))
+    with open(tmp_path / WEIGHTS, "rb+") as file:
+        file.write(b"\xff" * (tmp_path / WEIGHTS).stat().st_size)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, adapted(**batch).logits)

@@ -189,8 +189,9 @@ def unmap(model: nn.Module, adapter_name: str) -> None:
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
             for held in (getattr(layer, name) for name in layer.adapter_layer_names):
-                if adapter_name in held and isinstance(held[adapter_name], nn.Module):
-                    for parameter in held[adapter_name].parameters():
+                if adapter_name in held:
+                    factor = held[adapter_name]  # a bare parameter where embeddings are adapted
+                    for parameter in factor.parameters() if isinstance(factor, nn.Module) else [factor]:
                         parameter.data = parameter.data.clone()
     for _, expert_layer in sieve_layers(model):
         if adapter_name in expert_layer.plans:
