@@ -1,101 +1,274 @@
-"""Grouped matrix products: one small matrix per group of consecutive rows.
+"""Products of row ranges with a matrix each: what experts on sorted rows are made of.
 
-One function, `grouped_mm`, and behind it one implementation per backend: `torch.nn.functional.grouped_mm` wherever its
-rules on dtype, stride and device are met, and a plain loop over the groups (any dtype, float64 included) elsewhere.
+`Groups` says which rows belong to which matrix. `LoopGroups` knows the ranges on the host and makes one product each:
+any device and any type, and on the CPU as fast as it gets, since the CPU kernel behind
+`torch.nn.functional.grouped_mm` is such a loop. `DeviceGroups` keeps the ranges on the GPU and never waits for it.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 
+from ..errors import SieveError
+from .dropout import Dropout, dropped_positions
+
 # torch.nn.functional.grouped_mm reads rows in units of this many bytes, and raises when a stride is not a multiple.
 ALIGNMENT_BYTES = 16
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Which implementation runs, for finding out whether one of them is to blame for something.
+BACKEND_VARIABLE = "PEFT_SIEVE_BACKEND"
 
 
-def grouped_mm(x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, *, loop: bool = False) -> torch.Tensor:
-    """Multiply each group of rows by its own matrix.
+class Groups(ABC):
+    """Ranges of rows, one matrix each. Rows in no range are neither read nor written."""
 
-    Differentiable in `x` and `weight`; the gradient of a `weight` that does not require one is never formed.
+    @abstractmethod
+    def select(self, slots: Mapping[int, int], ids: torch.Tensor) -> Groups:
+        """The ranges of some matrices only, under other numbers.
+
+        Args:
+            slots: matrix -> its new number.
+            ids: the matrices in the order of their new numbers, (slots,), on the device.
+        """
+
+    @abstractmethod
+    def project(self, x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        """Each range times its matrix: (rows, in), (groups, in, out) -> (rows, out). The ranges cover all rows."""
+
+    @abstractmethod
+    def multiply(
+        self,
+        x: torch.Tensor,
+        matrices: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        alpha: float = 1.0,
+        accumulate: bool = False,
+        dropout: Dropout | None = None,
+        drop_output: bool = False,
+    ) -> None:
+        """Write `alpha` times each range times its matrix to the same rows of `out`, or add it to them.
+
+        Args:
+            x: (rows, in).
+            matrices: (groups, in, out).
+            out: (rows, out); any strides.
+            dropout: applied to `x`, or to the product if `drop_output`.
+        """
+
+    @abstractmethod
+    def outer(
+        self, x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, *, alpha: float = 1.0, dropout: Dropout | None = None
+    ) -> None:
+        """Write `alpha` times the transposed rows of `x` times the same rows of `y`, for each range.
+
+        Args:
+            x: (rows, m).
+            y: (rows, n).
+            out: (groups, m, n), zeros to begin with.
+            dropout: applied to `y`.
+        """
+
+
+@dataclass(frozen=True)
+class LoopGroups(Groups):
+    """Ranges known on the host.
+
+    Attributes:
+        spans: (matrix, start, end), the ranges that have rows.
+        first_row: which row of the whole dispatch row 0 is, for dropout.
+    """
+
+    spans: Sequence[tuple[int, int, int]]
+    first_row: int = 0
+    # What the forward drew, for the backward.
+    _dropped: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def select(self, slots: Mapping[int, int], ids: torch.Tensor) -> LoopGroups:
+        return LoopGroups([(slots[g], start, end) for g, start, end in self.spans if g in slots], self.first_row)
+
+    def project(self, x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        out = x.new_empty(x.shape[0], matrices.shape[2])
+        for group, start, end in self.spans:
+            torch.mm(x[start:end], matrices[group], out=out[start:end])
+        return out
+
+    def multiply(
+        self,
+        x: torch.Tensor,
+        matrices: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        alpha: float = 1.0,
+        accumulate: bool = False,
+        dropout: Dropout | None = None,
+        drop_output: bool = False,
+    ) -> None:
+        alpha = alpha if dropout is None else alpha * dropout.scale
+        beta = 1 if accumulate else 0
+        for group, start, end in self.spans:
+            rows, target = x[start:end], out[start:end]
+            if dropout is None:
+                target.addmm_(rows, matrices[group], beta=beta, alpha=alpha)
+            elif drop_output:
+                product = self._drop(rows @ matrices[group], dropout, start)
+                target.copy_(product.mul_(alpha)) if not accumulate else target.add_(product, alpha=alpha)
+            else:
+                dropped = self._drop(rows.clone(memory_format=torch.contiguous_format), dropout, start)
+                target.addmm_(dropped, matrices[group], beta=beta, alpha=alpha)
+
+    def outer(
+        self, x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, *, alpha: float = 1.0, dropout: Dropout | None = None
+    ) -> None:
+        alpha = alpha if dropout is None else alpha * dropout.scale
+        for group, start, end in self.spans:
+            rows = y[start:end]
+            if dropout is not None:
+                rows = self._drop(rows.clone(memory_format=torch.contiguous_format), dropout, start)
+            # By value: the gradient of a float32 factor may come from operands in half precision.
+            out[group] = (x[start:end].T @ rows).mul_(alpha)
+
+    def _drop(self, rows: torch.Tensor, dropout: Dropout, start: int) -> torch.Tensor:
+        """Zero elements in place."""
+        key = (dropout.seed, start)
+        if key not in self._dropped:
+            positions = dropped_positions(dropout, self.first_row + start, rows.numel())
+            self._dropped[key] = positions.to(rows.device)
+        rows.view(-1).index_fill_(0, self._dropped[key], 0)
+        return rows
+
+
+@dataclass(frozen=True)
+class DeviceGroups(Groups):
+    """Ranges known to the device only.
+
+    Attributes:
+        starts, ends: int32, (groups,); ascending and disjoint.
+    """
+
+    starts: torch.Tensor
+    ends: torch.Tensor
+
+    def select(self, slots: Mapping[int, int], ids: torch.Tensor) -> DeviceGroups:
+        return DeviceGroups(self.starts[ids], self.ends[ids])
+
+    def project(self, x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        return F.grouped_mm(x, matrices, offs=self.ends)
+
+    def multiply(
+        self,
+        x: torch.Tensor,
+        matrices: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        alpha: float = 1.0,
+        accumulate: bool = False,
+        dropout: Dropout | None = None,
+        drop_output: bool = False,
+    ) -> None:
+        from .triton_groups import multiply
+
+        multiply(
+            x,
+            matrices,
+            self.starts,
+            self.ends,
+            out,
+            alpha=alpha,
+            accumulate=accumulate,
+            dropout=dropout,
+            drop_output=drop_output,
+        )
+
+    def outer(
+        self, x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, *, alpha: float = 1.0, dropout: Dropout | None = None
+    ) -> None:
+        from .triton_groups import outer
+
+        outer(x, y, self.starts, self.ends, out, alpha=alpha, dropout=dropout)
+
+
+# Rows that one pass of the loop handles at least: what they go through then stays in the processor's cache.
+CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive rows of a dispatch that go through the experts together: all rows of some experts.
+
+    Attributes:
+        rows: which rows.
+        groups: their ranges, one an expert, counted from the first of these rows.
+    """
+
+    rows: slice
+    groups: Groups
+
+
+def loop_chunks(counts: torch.Tensor, chunk_rows: int = CHUNK_ROWS) -> list[Chunk]:
+    """Chunks of at least `chunk_rows` rows, except for the last; waits for the device.
 
     Args:
-        x: rows sorted by group, shape (rows, in).
-        weight: one matrix a group, shape (groups, in, out); a transposed view is fine.
-        offsets: end of each group, int32, shape (groups,), non-decreasing; the last one must be `rows`.
-        loop: one product a group even where the kernel would do, for the bits of an expert-at-a-time forward.
-
-    Returns:
-        Shape (rows, out).
+        counts: rows of each expert, (num_experts,).
     """
-    if not loop and kernel_usable(x, weight):
-        out = F.grouped_mm(x, weight, offs=offsets)
-        if out.requires_grad:
-            # The backward has the same rules, and a gradient may come as a strided or expanded view.
-            out.register_hook(torch.Tensor.contiguous)
-        return out
-    return _GroupedMM.apply(x, weight, offsets)
+    chunks: list[Chunk] = []
+    spans: list[tuple[int, int, int]] = []
+    first = end = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            spans.append((expert, end - first, end - first + count))
+            end += count
+        if end - first >= chunk_rows:
+            chunks.append(Chunk(slice(first, end), LoopGroups(spans, first)))
+            spans, first = [], end
+    if spans:
+        chunks.append(Chunk(slice(first, end), LoopGroups(spans, first)))
+    return chunks
 
 
-def kernel_usable(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `torch.nn.functional.grouped_mm` takes these operands, in the forward and in the backward."""
-    if not hasattr(F, "grouped_mm") or x.dtype != weight.dtype or x.dtype not in _KERNEL_DTYPES:
+def device_chunks(counts: torch.Tensor, num_rows: int) -> list[Chunk]:
+    """All rows at once."""
+    ends = counts.cumsum(0, dtype=torch.int32)
+    return [Chunk(slice(0, num_rows), DeviceGroups(ends - counts.to(torch.int32), ends))]
+
+
+def device_groups_usable(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> bool:
+    """Whether the GPU's kernels take rows like `x` and these matrices, each (groups, in, out)."""
+    choice = os.environ.get(BACKEND_VARIABLE, "auto")
+    if choice not in ("auto", "loop", "device"):
+        raise SieveError(
+            f"{BACKEND_VARIABLE} is {choice!r}, expected auto, loop (any device) or device (a GPU with Triton): "
+            "set one of these or leave it out"
+        )
+    if choice == "auto" and not _capable(x.device):
         return False
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return False
-    if x.device.type not in ("cuda", "cpu"):
-        return False
-    # The gradients of both operands are laid out by `in` and `out`, so both widths must be aligned too.
-    widths_aligned = all(is_aligned_width(width, x.dtype) for width in weight.shape[1:])
-    return widths_aligned and _is_aligned(x) and _is_aligned(weight)
+    return choice != "loop" and all(_kernel_takes(x, matrix) for matrix in matrices)
 
 
-def is_aligned_width(width: int, dtype: torch.dtype) -> bool:
-    """Whether a row of `width` elements is a whole number of kernel units."""
+def _capable(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return find_spec("triton") is not None
+
+
+def _kernel_takes(x: torch.Tensor, matrix: torch.Tensor) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` takes these, and in the backward the matrices transposed."""
+    if not hasattr(F, "grouped_mm") or x.dtype != matrix.dtype or x.dtype not in _KERNEL_DTYPES:
+        return False
+    return all(_is_aligned(width, x.dtype) for width in matrix.shape[1:]) and _starts_aligned(matrix)
+
+
+def _is_aligned(width: int, dtype: torch.dtype) -> bool:
     return width * dtype.itemsize % ALIGNMENT_BYTES == 0
 
 
-def _is_aligned(tensor: torch.Tensor) -> bool:
-    if tensor.stride(-1) == 1:
-        leading = tensor.stride(-2)
-    elif tensor.stride(-2) == 1:
-        leading = tensor.stride(-1)
-    else:
-        return False
-    # Weights mapped from a file may start anywhere.
-    return is_aligned_width(leading, tensor.dtype) and tensor.data_ptr() % ALIGNMENT_BYTES == 0
-
-
-class _GroupedMM(torch.autograd.Function):
-    """The loop over groups, for what the kernel does not take. Only the gradients asked for are computed."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bounds = _bounds(offsets)
-        out = x.new_empty(x.shape[0], weight.shape[2])
-        for group, (start, end) in ctx.bounds:
-            torch.mm(x[start:end], weight[group], out=out[start:end])
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        (grad,) = grads
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for group, (start, end) in ctx.bounds:
-            if grad_x is not None:
-                torch.mm(grad[start:end], weight[group].T, out=grad_x[start:end])
-            if grad_weight is not None:
-                grad_weight[group] = x[start:end].T @ grad[start:end]
-        return grad_x, grad_weight, None
-
-
-def _bounds(offsets: torch.Tensor) -> list[tuple[int, tuple[int, int]]]:
-    """(group, (start, end)) of every group that has rows; one device-to-host copy."""
-    ends = offsets.tolist()
-    starts = [0, *ends[:-1]]
-    return [(group, pair) for group, pair in enumerate(zip(starts, ends, strict=True)) if pair[1] > pair[0]]
+def _starts_aligned(matrix: torch.Tensor) -> bool:
+    inner, outer = sorted(matrix.stride()[1:])
+    return inner == 1 and _is_aligned(outer, matrix.dtype) and matrix.data_ptr() % ALIGNMENT_BYTES == 0

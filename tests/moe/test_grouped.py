@@ -1,74 +1,160 @@
-"""Both implementations of the grouped product against one product a group, forward and backward."""
+"""Products over row ranges against one product a range in float64, and how rows are cut into chunks."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 
-from peft_sieve.moe.grouped import grouped_mm, kernel_usable
+from peft_sieve import SieveError
+from peft_sieve.moe.dropout import Dropout
+from peft_sieve.moe.grouped import (
+    BACKEND_VARIABLE,
+    DeviceGroups,
+    Groups,
+    LoopGroups,
+    device_chunks,
+    device_groups_usable,
+    loop_chunks,
+)
 from tests.reference import assert_same
 
-
-def _operands(dtype: torch.dtype, k: int, n: int, transposed: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    sizes = [3, 0, 5, 1]  # one group without rows
-    x = torch.randn(sum(sizes), k, generator=generator, dtype=torch.float64).to(dtype)
-    shape = (len(sizes), n, k) if transposed else (len(sizes), k, n)
-    weight = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-    return x, weight, torch.tensor(sizes).cumsum(0, dtype=torch.int32)
+ROWS, IN, OUT = 12, 8, 16
+# Two gaps, a range of one row; matrix 1 has no rows.
+SPANS = [(0, 1, 4), (2, 4, 9), (3, 10, 11)]
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+def ranges(kind: str) -> Groups:
+    if kind == "loop":
+        return LoopGroups(SPANS)
+    bounds = {group: (start, end) for group, start, end in SPANS}
+    pairs = [bounds.get(group, (4, 4)) for group in range(4)]
+    return DeviceGroups(*(torch.tensor(side, dtype=torch.int32) for side in zip(*pairs, strict=True)))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture(params=["loop", "device"])
+def kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "device":
+        pytest.importorskip("triton")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_multiply(kind: str, dtype: torch.dtype, accumulate: bool) -> None:
+    if kind == "device" and dtype == torch.float64:
+        pytest.skip("the kernels take no float64")
+    x, matrices = random(ROWS, IN, dtype=dtype), random(4, OUT, IN, dtype=dtype, seed=1).transpose(1, 2)
+    before = random(ROWS, 2 * OUT, dtype=dtype, seed=2)
+    out = before.clone()
+    ranges(kind).multiply(x, matrices, out[:, ::2], alpha=0.5, accumulate=accumulate)
+    assert torch.equal(out[:, 1::2], before[:, 1::2])
+    idle = [0, 9, 11]
+    assert torch.equal(out[idle], before[idle])
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    for group, start, end in SPANS:
+        expected = 0.5 * x[start:end].double() @ matrices[group].double()
+        if accumulate:
+            expected += before[start:end, ::2].double()
+        assert_same(out[start:end, ::2], expected, f"range {group}", rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_outer(kind: str, out_dtype: torch.dtype) -> None:
+    x, y = random(ROWS, IN, dtype=torch.bfloat16), random(ROWS, OUT, dtype=torch.bfloat16, seed=1)
+    out = torch.zeros(4, IN, OUT, dtype=out_dtype)
+    ranges(kind).outer(x, y, out, alpha=2.0)
+    assert (out[1] == 0).all()
+    for group, start, end in SPANS:
+        expected = 2 * x[start:end].double().T @ y[start:end].double()
+        assert_same(out[group], expected, f"range {group}", rtol=2e-2, atol=2e-2)
+
+
+def test_dropout_drops_the_same_in_all_products(kind: str) -> None:
+    """The mask is read off products with the identity, and holds for the transposed uses of a backward."""
+    groups, dropout = ranges(kind), Dropout(0.4, 2**40 + 7)
+    ones, identity = torch.ones(ROWS, IN), torch.eye(IN).expand(4, IN, IN).contiguous()
+    mask = torch.zeros(ROWS, IN)
+    groups.multiply(ones, identity, mask, dropout=dropout)
+    inside = torch.tensor([row for _, start, end in SPANS for row in range(start, end)])
+    share = (mask[inside] == 0).float().mean()
+    assert 0.15 < share < 0.65
+    assert torch.allclose(mask[inside][mask[inside] != 0], torch.tensor(1 / 0.6))
+
+    product = torch.zeros(ROWS, IN)
+    groups.multiply(ones, identity, product, dropout=dropout, drop_output=True, accumulate=True)
+    assert torch.equal(product, mask)
+
+    y, out = random(ROWS, IN), torch.zeros(4, 2, IN)
+    groups.outer(torch.ones(ROWS, 2), y, out, dropout=dropout)
+    for group, start, end in SPANS:
+        assert_same(out[group, 0], (mask * y)[start:end].sum(0), f"range {group}", rtol=1e-5, atol=1e-6)
+
+    other = torch.zeros(ROWS, IN)
+    groups.multiply(ones, identity, other, dropout=Dropout(0.4, 8))
+    assert not torch.equal(other, mask)
+
+
+def test_project_covers_all_rows() -> None:
+    x, matrices = random(ROWS, IN), random(4, IN, OUT, seed=1)
+    counts = torch.tensor([5, 0, 6, 1])
+    expected = torch.cat([x[:5] @ matrices[0], x[5:11] @ matrices[2], x[11:] @ matrices[3]])
+    (whole,) = device_chunks(counts, ROWS)
+    assert whole.rows == slice(0, ROWS)
+    assert_same(whole.groups.project(x, matrices), expected, "kernel", rtol=1e-5, atol=1e-6)
+    parts = [chunk.groups.project(x[chunk.rows], matrices) for chunk in loop_chunks(counts, 4)]
+    assert_same(torch.cat(parts), expected, "loop", rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "k", "n", "kernel"),
+    ("chunk_rows", "expected"),
+    [(1, [(0, 5), (5, 11), (11, 12)]), (6, [(0, 11), (11, 12)]), (100, [(0, 12)])],
+)
+def test_chunks_hold_whole_experts(chunk_rows: int, expected: list[tuple[int, int]]) -> None:
+    chunks = loop_chunks(torch.tensor([5, 0, 6, 1]), chunk_rows)
+    assert [(chunk.rows.start, chunk.rows.stop) for chunk in chunks] == expected
+    assert loop_chunks(torch.tensor([0, 0])) == []
+
+
+def test_select_renumbers() -> None:
+    chosen = {2: 0, 3: 1}
+    assert LoopGroups(SPANS).select(chosen, torch.tensor([2, 3])).spans == [(0, 4, 9), (1, 10, 11)]
+    device = ranges("device").select(chosen, torch.tensor([2, 3]))
+    assert isinstance(device, DeviceGroups)
+    assert device.starts.tolist() == [4, 10]
+    assert device.ends.tolist() == [9, 11]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "matrix_dtype", "width", "usable"),
     [
-        (torch.float64, 8, 4, False),
-        (torch.float32, 8, 4, True),
-        (torch.float32, 8, 3, False),  # rows of 12 bytes
-        (torch.float32, 6, 4, False),
-        (torch.bfloat16, 16, 8, True),
-        (torch.bfloat16, 16, 4, False),
-        (torch.float16, 16, 8, True),
+        (torch.float32, torch.float32, 4, True),
+        (torch.float32, torch.float32, 6, False),  # rows of 24 bytes
+        (torch.bfloat16, torch.bfloat16, 8, True),
+        (torch.bfloat16, torch.bfloat16, 4, False),
+        (torch.float64, torch.float64, 8, False),
+        (torch.bfloat16, torch.float32, 8, False),
     ],
 )
-def test_product_and_gradients(dtype: torch.dtype, k: int, n: int, kernel: bool, transposed: bool) -> None:
-    x, stored, offsets = _operands(dtype, k, n, transposed)
-    weight = stored.transpose(1, 2) if transposed else stored
-    assert kernel_usable(x, weight) == kernel
-    x.requires_grad_()
-    weight = weight.detach().requires_grad_()
-    out = grouped_mm(x, weight, offsets)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    out.backward(grad)
-
-    starts = [0, *offsets.tolist()[:-1]]
-    wide = torch.float64
-    expected = torch.cat(
-        [x[a:b].to(wide) @ weight[g].to(wide) for g, (a, b) in enumerate(zip(starts, offsets, strict=True))]
-    )
-    grad_x = torch.cat(
-        [grad[a:b].to(wide) @ weight[g].to(wide).T for g, (a, b) in enumerate(zip(starts, offsets, strict=True))]
-    )
-    grad_w = torch.stack([x[a:b].to(wide).T @ grad[a:b].to(wide) for a, b in zip(starts, offsets, strict=True)])
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
-    for actual, wanted, what in ((out, expected, "out"), (x.grad, grad_x, "x"), (weight.grad, grad_w, "weight")):
-        assert actual.dtype == dtype
-        assert_same(actual.detach(), wanted.detach(), what, rtol=tolerance, atol=tolerance)
+def test_what_the_kernels_take(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, matrix_dtype: torch.dtype, width: int, usable: bool
+) -> None:
+    monkeypatch.setenv(BACKEND_VARIABLE, "device")
+    x, matrix = random(3, width, dtype=dtype), random(2, width, 16, dtype=matrix_dtype)
+    assert device_groups_usable(x, [matrix]) == usable
+    assert device_groups_usable(x, [matrix.transpose(1, 2)]) == usable
+    monkeypatch.setenv(BACKEND_VARIABLE, "loop")
+    assert not device_groups_usable(x, [matrix])
 
 
-def test_a_frozen_weight_gets_no_gradient() -> None:
-    x, weight, offsets = _operands(torch.float64, 8, 4, False)
-    x.requires_grad_()
-    grouped_mm(x, weight, offsets).sum().backward()
-    assert x.grad is not None
-    assert weight.grad is None
+def test_the_cpu_loops_unless_told_otherwise() -> None:
+    assert not device_groups_usable(random(3, 8), [random(2, 8, 16)])
 
 
-def test_the_loop_can_be_asked_for() -> None:
-    x, weight, offsets = _operands(torch.float32, 8, 4, False)
-    assert_same(grouped_mm(x, weight, offsets, loop=True), grouped_mm(x, weight, offsets), "out", 1e-5, 1e-6)
-
-
-def test_the_comparison_can_fail() -> None:
-    with pytest.raises(AssertionError, match="differs"):
-        assert_same(torch.ones(2), torch.ones(2) * 1.1, "x")
-    with pytest.raises(AssertionError, match="zero everywhere"):
-        assert_same(torch.zeros(2), torch.zeros(2), "x")
+def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BACKEND_VARIABLE, "cuda")
+    with pytest.raises(SieveError, match="PEFT_SIEVE_BACKEND is 'cuda', expected auto, loop"):
+        device_groups_usable(random(3, 8), [random(2, 8, 16)])

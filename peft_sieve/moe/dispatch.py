@@ -1,0 +1,68 @@
+"""Token-expert pairs sorted by expert, and the way back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Token-expert pairs sorted by expert.
+
+    Attributes:
+        order: position of each sorted pair in the unsorted, flattened dispatch, (pairs,).
+        tokens: token of each pair, (pairs,).
+        expert_ids: expert of each pair, ascending, (pairs,).
+        counts: pairs per expert, (num_experts,).
+        top_k: pairs per token.
+    """
+
+    order: torch.Tensor
+    tokens: torch.Tensor
+    expert_ids: torch.Tensor
+    counts: torch.Tensor
+    top_k: int
+
+    @property
+    def ends(self) -> torch.Tensor:
+        """End of each expert's rows, int32, (num_experts,)."""
+        return self.counts.cumsum(0, dtype=torch.int32)
+
+    def unsort(self, values: torch.Tensor) -> torch.Tensor:
+        """One value a pair, sorted, (pairs,) -> (pairs,) as dispatched."""
+        return torch.empty_like(values).index_copy_(0, self.order, values)
+
+    def sum_by_token(self, rows: torch.Tensor) -> torch.Tensor:
+        """Add up the pairs of each token, in the order of the dispatch: (pairs, width) -> (tokens, width).
+
+        The bits are those of stock transformers, which reorders the rows and sums over a dimension.
+        """
+        inverse = self.unsort(torch.arange(self.order.numel(), device=rows.device))
+        positions = inverse.view(-1, self.top_k)
+        if rows.device.type == "cpu" and rows.dtype == torch.float32 and self.top_k <= 16 and positions.numel():
+            # The same additions in the same order, without a reordered copy of all rows. From some width on, `sum`
+            # adds in another order; in half precision it rounds once.
+            return F.embedding_bag(positions, rows, mode="sum")
+        return rows.index_select(0, inverse).view(-1, self.top_k, rows.shape[-1]).sum(1)
+
+
+def sort_by_expert(expert_ids: torch.Tensor, num_experts: int, rank_major: bool = False) -> Dispatch:
+    """Sort the pairs of a dispatch by expert, without waiting for the device.
+
+    Args:
+        expert_ids: (tokens, top_k).
+        num_experts: how many there are.
+        rank_major: flatten as (top_k, tokens), and keep that order within an expert.
+    """
+    num_tokens, top_k = expert_ids.shape
+    flat = (expert_ids.T if rank_major else expert_ids).reshape(-1)
+    # Stable only where an order within an expert is to be met; otherwise the same call as the stock forward.
+    sorted_ids, order = torch.sort(flat, stable=rank_major)
+    tokens = order % num_tokens if rank_major else order // top_k
+    # histc, not bincount: no copy to the host. It takes no integers on the CPU.
+    values = sorted_ids.int() if sorted_ids.is_cuda else sorted_ids.float()
+    counts = torch.histc(values, bins=num_experts, min=0, max=num_experts - 1).to(torch.int64)
+    return Dispatch(order, tokens, sorted_ids, counts, top_k)

@@ -1,0 +1,308 @@
+"""The forward and backward of one layer of experts with adapters on some of them, as one `autograd.Function`.
+
+What autograd would do with the separate steps, it does with less: the frozen stacks have no gradient, nothing of the
+size (pairs, hidden) is kept, the activation is computed again instead of stored, and the adapters' share is added in
+place. Per pair, the width between the projections and the adapters' ranks are kept.
+
+In the notation below, a pair is a token sent to one of its experts, and pairs are sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ...moe.dispatch import Dispatch
+from ...moe.dropout import Dropout
+from ...moe.grouped import Chunk, Groups
+
+
+@dataclass(frozen=True)
+class Part:
+    """One projection's share of packed factors.
+
+    Attributes:
+        ranks: where its ranks lie in the factors.
+        columns: where its output lies in the output of the stack.
+        scaling: factor on B A x.
+    """
+
+    ranks: slice
+    columns: slice
+    scaling: float
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What one adapter adds to one product with a stack.
+
+    Attributes:
+        slots: expert -> slot, for the adapted experts.
+        ids: the experts in the order of their slots, (slots,).
+        parts: the projections that share A's input.
+        dropout: on the input, None for none.
+        a, b: positions of the factors among the function's tensors: (slots, ranks, in) and (slots, ranks, out).
+    """
+
+    slots: Mapping[int, int]
+    ids: torch.Tensor
+    parts: Sequence[Part]
+    dropout: Dropout | None
+    a: int
+    b: int
+
+    def add(self, x: torch.Tensor, out: torch.Tensor, groups: Groups, factors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Add to `out`; returns A x, (rows, ranks), of which only the rows of adapted experts have values."""
+        a, b = factors[self.a], factors[self.b]
+        inner = x.new_empty(x.shape[0], a.shape[1])
+        groups.multiply(x, a.transpose(1, 2), inner, dropout=self.dropout)
+        for part in self.parts:
+            share = out[:, part.columns]
+            groups.multiply(inner[:, part.ranks], b[:, part.ranks], share, alpha=part.scaling, accumulate=True)
+        return inner
+
+    def add_gradients(
+        self,
+        grad_out: torch.Tensor,
+        x: torch.Tensor,
+        inner: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        grad_x: torch.Tensor,
+        groups: Groups,
+        factors: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+    ) -> None:
+        """The backward of `add`.
+
+        Args:
+            grad_out: gradient of `out`, (rows, out); with `row_scale`, that gradient over it.
+            row_scale: factor on each row of the gradient of the factors, (rows, 1); `grad_x` is made without it.
+            grad_x: added to, (rows, in).
+            gradients: of the factors, written to; None where not wanted.
+        """
+        a, b = factors[self.a], factors[self.b]
+        grad_inner = torch.empty_like(inner)
+        for part in self.parts:
+            groups.multiply(
+                grad_out[:, part.columns],
+                b[:, part.ranks].transpose(1, 2),
+                grad_inner[:, part.ranks],
+                alpha=part.scaling,
+            )
+        groups.multiply(grad_inner, a, grad_x, accumulate=True, dropout=self.dropout, drop_output=True)
+        if row_scale is not None:
+            # Also on rows that no adapted expert has, whose values are arbitrary and read by nobody.
+            grad_inner, inner = _scaled(grad_inner, row_scale), _scaled(inner, row_scale)
+        grad_a, grad_b = gradients[self.a], gradients[self.b]
+        if grad_a is not None:
+            groups.outer(grad_inner, x, grad_a, dropout=self.dropout)
+        if grad_b is not None:
+            for part in self.parts:
+                groups.outer(inner[:, part.ranks], grad_out[:, part.columns], grad_b[:, part.ranks], alpha=part.scaling)
+
+
+@dataclass
+class ExpertPlan:
+    """One forward of a layer, except for its tensors with gradients.
+
+    Attributes:
+        dispatch, chunks: the pairs, and in which chunks they are handled.
+        first, down: the frozen stacks as (num_experts, in, out).
+        first_bias, down_bias: (num_experts, out), None for none.
+        activation: between the products: (rows, first's width) -> (rows, down's input width).
+        post_norm: after the second product, None for none.
+        first_adapters, down_adapters: what is added to each product.
+        by_expert: sum the pairs of a token in the order of their experts, not in that of the dispatch.
+        keep: whether a backward may follow.
+    """
+
+    dispatch: Dispatch
+    chunks: Sequence[Chunk]
+    first: torch.Tensor
+    down: torch.Tensor
+    first_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    post_norm: Callable[[torch.Tensor], torch.Tensor] | None
+    first_adapters: Sequence[LowRank] = field(default_factory=list)
+    down_adapters: Sequence[LowRank] = field(default_factory=list)
+    by_expert: bool = False
+    keep: bool = True
+
+    def __post_init__(self) -> None:
+        self.first_groups = self._groups(self.first_adapters)
+        self.down_groups = self._groups(self.down_adapters)
+
+    def _groups(self, adapters: Sequence[LowRank]) -> list[list[tuple[LowRank, Groups]]]:
+        """For each chunk, the adapters and their ranges in it; made once, since ranges remember what they dropped."""
+        return [
+            [(adapter, chunk.groups.select(adapter.slots, adapter.ids)) for adapter in adapters]
+            for chunk in self.chunks
+        ]
+
+
+class ExpertFunction(torch.autograd.Function):
+    """`apply(plan, hidden_states, expert_weights, *factors)`: (tokens, hidden) -> (tokens, hidden)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: ExpertPlan, hidden_states: torch.Tensor, expert_weights: torch.Tensor, *factors: torch.Tensor
+    ) -> torch.Tensor:
+        dispatch, dtype = plan.dispatch, plan.first.dtype
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            factors_used = [factor.to(dtype) for factor in factors]
+            weights = _sorted_weights(expert_weights, plan)
+            total = _Total(plan, hidden_states)
+            kept: list[torch.Tensor] = []
+            for chunk, first, down in zip(plan.chunks, plan.first_groups, plan.down_groups, strict=True):
+                rows = chunk.rows
+                x = hidden_states.index_select(0, dispatch.tokens[rows]).to(dtype)  # (rows, hidden)
+                up = _project(x, plan.first, plan.first_bias, chunk, dispatch)
+                inners = [adapter.add(x, up, ranges, factors_used) for adapter, ranges in first]
+                del x
+                act = plan.activation(up)  # (rows, intermediate)
+                out = _project(act, plan.down, plan.down_bias, chunk, dispatch)  # (rows, hidden)
+                inners += [adapter.add(act, out, ranges, factors_used) for adapter, ranges in down]
+                if plan.keep:
+                    kept += [up, *inners] if plan.post_norm is None else [up, *inners, out]
+                total.add(chunk, _weighted(out, weights[rows].unsqueeze(-1), plan.post_norm))
+        if plan.keep:
+            ctx.plan = plan
+            ctx.save_for_backward(hidden_states, expert_weights, *factors, *kept)
+        return total.result().to(hidden_states.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        plan: ExpertPlan = ctx.plan
+        hidden_states, expert_weights, *saved = ctx.saved_tensors
+        num_factors = 1 + max(max(adapter.a, adapter.b) for adapter in (*plan.first_adapters, *plan.down_adapters))
+        factors, kept = saved[:num_factors], iter(saved[num_factors:])
+        dispatch, dtype = plan.dispatch, plan.first.dtype
+        _, needs_hidden, needs_weights, *needs_factors = ctx.needs_input_grad
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            factors_used = [factor.to(dtype) for factor in factors]
+            gradients = [
+                torch.zeros_like(factor) if needed else None
+                for factor, needed in zip(factors, needs_factors, strict=True)
+            ]
+            weights = _sorted_weights(expert_weights, plan)
+            grad_weights = torch.empty_like(weights, dtype=torch.promote_types(weights.dtype, torch.float32))
+            grad_hidden = _Total(plan, hidden_states, backward=True)
+            for chunk, first, down in zip(plan.chunks, plan.first_groups, plan.down_groups, strict=True):
+                rows, groups = chunk.rows, chunk.groups
+                tokens = dispatch.tokens[rows]
+                up, *inners = (next(kept) for _ in range(1 + len(first) + len(down)))
+                first_inners, down_inners = inners[: len(first)], inners[len(first) :]
+                grad_out = grads[0].index_select(0, tokens)  # (rows, hidden)
+                pair_weights = weights[rows].unsqueeze(-1)
+                scale: torch.Tensor | None = pair_weights
+                if plan.post_norm is not None:
+                    normed, grad_norm = _replay(plan.post_norm, next(kept))
+                    grad_weights[rows] = _row_dot(grad_out, normed)
+                    grad_out, scale = grad_norm(grad_out * pair_weights), None
+                grad_out = grad_out.to(dtype)
+                act, grad_activation = _replay(plan.activation, up)
+                # Not yet multiplied by the pair's weight: its product with act is the gradient of that weight.
+                grad_act = groups.project(grad_out, plan.down.transpose(1, 2))
+                for (adapter, ranges), inner in zip(down, down_inners, strict=True):
+                    adapter.add_gradients(grad_out, act, inner, scale, grad_act, ranges, factors_used, gradients)
+                if scale is not None:
+                    grad_weights[rows] = _row_dot(grad_act, act)
+                    if plan.down_bias is not None:
+                        bias = plan.down_bias.index_select(0, dispatch.expert_ids[rows])
+                        grad_weights[rows] += _row_dot(grad_out, bias)
+                    grad_act = _scaled(grad_act, scale)
+                del grad_out, act
+                grad_up = grad_activation(grad_act).contiguous()
+                grad_x = groups.project(grad_up, plan.first.transpose(1, 2))
+                if first:
+                    x = hidden_states.index_select(0, tokens).to(dtype)
+                for (adapter, ranges), inner in zip(first, first_inners, strict=True):
+                    adapter.add_gradients(grad_up, x, inner, None, grad_x, ranges, factors_used, gradients)
+                if needs_hidden:
+                    grad_hidden.add(chunk, grad_x)
+        return (
+            None,
+            grad_hidden.result().to(hidden_states.dtype) if needs_hidden else None,
+            _unsorted_weights(grad_weights, expert_weights, plan) if needs_weights else None,
+            *gradients,
+        )
+
+
+class _Total:
+    """Sums the pairs of each token, chunk after chunk: (rows, hidden) ... -> (tokens, hidden)."""
+
+    def __init__(self, plan: ExpertPlan, hidden_states: torch.Tensor, backward: bool = False):
+        self.dispatch = plan.dispatch
+        # The order of a gradient's additions is nobody's promise, so the cheapest is taken; but on a GPU, adding to
+        # rows that appear twice is not deterministic.
+        self.added = plan.by_expert or (backward and hidden_states.device.type == "cpu")
+        num_tokens, width = hidden_states.shape
+        self.shape = (num_tokens if self.added else plan.dispatch.order.numel(), width)
+        self.rows = hidden_states.new_zeros(self.shape) if self.added else hidden_states.new_empty((0, width))
+        if backward and self.added:
+            self.rows = self.rows.to(torch.promote_types(self.rows.dtype, torch.float32))
+
+    def add(self, chunk: Chunk, rows: torch.Tensor) -> None:
+        """Take the rows of one chunk; they are not to be used afterwards."""
+        if self.added:
+            self.rows.index_add_(0, self.dispatch.tokens[chunk.rows], rows.to(self.rows.dtype))
+        elif len(rows) == self.shape[0]:
+            self.rows = rows
+        else:
+            if len(self.rows) != self.shape[0]:
+                self.rows = rows.new_empty(self.shape)
+            self.rows[chunk.rows] = rows
+
+    def result(self) -> torch.Tensor:
+        return self.rows if self.added else self.dispatch.sum_by_token(self.rows)
+
+
+def _weighted(
+    out: torch.Tensor, weights: torch.Tensor, post_norm: Callable[[torch.Tensor], torch.Tensor] | None
+) -> torch.Tensor:
+    if post_norm is None and torch.promote_types(out.dtype, weights.dtype) == out.dtype:
+        return out.mul_(weights)
+    return (out if post_norm is None else post_norm(out)) * weights
+
+
+def _project(
+    x: torch.Tensor, stack: torch.Tensor, bias: torch.Tensor | None, chunk: Chunk, dispatch: Dispatch
+) -> torch.Tensor:
+    out = chunk.groups.project(x, stack)
+    return out if bias is None else out.add_(bias.index_select(0, dispatch.expert_ids[chunk.rows]))
+
+
+def _replay(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """`function(x)`, and the map from its gradient to that of `x`."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        result = function(leaf)
+    return result.detach(), lambda grad: torch.autograd.grad(result, leaf, grad.to(result.dtype))[0]
+
+
+def _row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a * b).sum(-1, dtype=torch.promote_types(a.dtype, torch.float32))
+
+
+def _scaled(rows: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
+    return (rows * row_scale).to(rows.dtype)
+
+
+def _sorted_weights(expert_weights: torch.Tensor, plan: ExpertPlan) -> torch.Tensor:
+    """(tokens, top_k) -> (pairs,)."""
+    flat = (expert_weights.T if plan.by_expert else expert_weights).reshape(-1)
+    return flat.index_select(0, plan.dispatch.order)
+
+
+def _unsorted_weights(values: torch.Tensor, expert_weights: torch.Tensor, plan: ExpertPlan) -> torch.Tensor:
+    flat = plan.dispatch.unsort(values)
+    tokens, top_k = expert_weights.shape
+    return (flat.view(top_k, tokens).T if plan.by_expert else flat.view(tokens, top_k)).to(expert_weights.dtype)
