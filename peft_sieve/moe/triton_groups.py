@@ -59,7 +59,8 @@ def multiply(
         return
     masks_output = dropout is not None and drop_output
     blocks = _multiply_blocks(x, matrices, n, masks_output)
-    # What this many programs cannot cover does not exist: each group adds less than one tile to those of all rows.
+    # A bound that needs no copy from the device: each group has at most one tile that is not full. Programs left over
+    # return at once.
     row_tiles = triton.cdiv(rows, blocks["BLOCK_M"]) + groups
     with torch.cuda.device_of(x):
         sizes = ends - starts
@@ -153,7 +154,7 @@ def _scalars(alpha: float, dropout: Dropout | None) -> tuple[float, float, int]:
 def _multiply_blocks(x: torch.Tensor, matrices: torch.Tensor, n: int, drop_output: bool) -> dict[str, int]:
     """Tile sizes and launch options, from shapes and dtypes alone. The tiles of all stages share less than 100 KB."""
     k, column_limit, inner_limit, warps = x.shape[1], 128, 64, 8
-    # Tiles that few groups would fill are only worth it when groups have many rows.
+    # Tall tiles only where groups have the rows to fill them.
     rows = 128 if x.shape[0] >= 256 * matrices.shape[0] else 64
     if x.dtype == torch.float32:
         # Without tensor cores, operands go through registers: larger tiles spill.
@@ -187,7 +188,7 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-# The annotations below are for readers and type checkers: Triton itself acts on `tl.constexpr` alone.
+# Triton acts on the annotation `tl.constexpr` alone. The others are for type checkers, and may only name parts of `tl`.
 
 
 @triton.jit
