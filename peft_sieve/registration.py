@@ -115,18 +115,19 @@ def _upload_modified_files(
 
 
 def _from_pretrained(original: Callable[..., Any], cls: type, model: Any, *args: Any, **kwargs: Any) -> Any:
+    from .tuners.sieve.loading import with_weights_to_follow
     from .tuners.sieve.undo import as_before_on_error
 
-    with as_before_on_error(model):
+    with as_before_on_error(model), with_weights_to_follow():
         return original(cls, model, *args, **kwargs)
 
 
 def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, *args: Any, **kwargs: Any) -> Any:
-    from .tuners.sieve.loading import explained, finish_interrupted_saves
+    from .tuners.sieve.loading import explained, finish_interrupted_saves, with_weights_to_follow
     from .tuners.sieve.undo import as_before_on_error
 
     folder = os.path.join(model_id, kwargs.get("subfolder") or "")
-    with as_before_on_error(self):
+    with as_before_on_error(self), with_weights_to_follow():
         try:
             # An adapter that is there already gets weights without its configuration being read.
             finish_interrupted_saves(folder)

@@ -20,7 +20,16 @@ from typing import Any
 import peft.peft_model
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft.config import PeftConfigMixin
 from safetensors.torch import load_file, save
 from torch import nn
@@ -784,3 +793,34 @@ def test_transformers_does_not_map_embedding_adapters_either(tmp_path: Path) -> 
         file.write(b"\xff" * (tmp_path / WEIGHTS).stat().st_size)
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, adapted(**batch).logits)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("autocast_adapter_dtype", [False, True])
+def test_loading_draws_no_initial_values_and_rounds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, low_cpu_mem_usage: bool, autocast_adapter_dtype: bool
+) -> None:
+    """Over a base in half precision, factors trained in float32 come back to the bit, by either way of adding them."""
+    model = tiny_model("olmoe").bfloat16()
+    config = SieveLoraConfig(r=4, calib_dataset=[token_batch(model)], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    randomize_adapters(adapted)
+    adapted.save_pretrained(tmp_path)
+    saved = {key: value for key, value in load_file(tmp_path / WEIGHTS).items() if ".experts.lora_" in key}
+    assert saved
+    assert any(value.dtype == torch.float32 and not torch.equal(value, value.bfloat16()) for value in saved.values())
+
+    def draw(*args: object) -> None:
+        raise AssertionError("initial values were drawn")
+
+    monkeypatch.setattr("peft_sieve.tuners.sieve.layer.initialize", draw)
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": autocast_adapter_dtype}
+    loaded = PeftModel.from_pretrained(tiny_model("olmoe").bfloat16(), str(tmp_path), **options)
+    loaded.load_adapter(str(tmp_path), "second", **options)
+    for name in ("default", "second"):
+        found = get_peft_model_state_dict(loaded, adapter_name=name)
+        for key, value in saved.items():
+            exact = autocast_adapter_dtype or low_cpu_mem_usage or not value.is_floating_point()
+            assert torch.equal(found[key], value if exact else value.bfloat16()), (name, key)
+    with pytest.raises(AssertionError, match="initial values were drawn"):
+        loaded.add_adapter("third", SieveLoraConfig(selected_experts=config.selected_experts))

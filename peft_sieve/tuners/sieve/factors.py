@@ -37,6 +37,11 @@ class ExpertFactors(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_slots, rank, features, device=device))
 
+    def allocate(self, device: torch.device) -> None:
+        """Give factors made on the meta device memory, without values."""
+        empty = torch.empty_like(self.weight, device=device)
+        self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
+
     def extra_repr(self) -> str:
         return "slots={}, rank={}, features={}".format(*self.weight.shape)
 

@@ -62,8 +62,14 @@ class SieveExpertLayer(nn.Module, LoraLayer):
     def _get_in_out_features(self, module: nn.Module) -> tuple[None, None]:
         return None, None
 
-    def update_layer(self, adapter_name: str, experts: Sequence[int], config: SieveLoraConfig) -> None:
-        """Add an adapter for `experts` (ascending ids), initialised as `config.init_lora_weights` says."""
+    def update_layer(
+        self, adapter_name: str, experts: Sequence[int], config: SieveLoraConfig, without_values: bool = False
+    ) -> None:
+        """Add an adapter for `experts` (ascending ids), initialised as `config.init_lora_weights` says.
+
+        Args:
+            without_values: leave the factors on the meta device, for `allocate`, since saved ones will follow.
+        """
         wanted = config.expert_projections or PROJECTIONS
         projections = [name for name in self.shape.projections if name in wanted]
         ranks = {name: self._pattern(config.rank_pattern, name, config.r) for name in projections}
@@ -77,23 +83,31 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         self.use_rslora[adapter_name] = config.use_rslora
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_experts[adapter_name] = ExpertSlots(self.shape.num_experts, experts)
-        self._add_factors(adapter_name, "lora_gate_up", INPUT_PROJECTIONS, config.init_lora_weights)
-        self._add_factors(adapter_name, "lora_down", ("down_proj",), config.init_lora_weights)
+        weight = next(self.get_base_layer().parameters())
+        # Filled where they are used: those of a large model take a while on the CPU.
+        device = torch.device("meta") if without_values else weight.device
+        for name, group in (("lora_gate_up", INPUT_PROJECTIONS), ("lora_down", ("down_proj",))):
+            self._add_factors(adapter_name, name, group, config.init_lora_weights, device)
         self._unverified.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if weight.is_floating_point():
+            for factors in self._factors_of(adapter_name):
+                factors.to(weight.dtype)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _add_factors(self, adapter_name: str, name: str, group: Sequence[str], init: bool | str) -> None:
+    def _add_factors(
+        self, adapter_name: str, name: str, group: Sequence[str], init: bool | str, device: torch.device
+    ) -> None:
         plan = self.plans[adapter_name]
         ranks = [plan.ranks[p] for p in group if p in plan.ranks]
         if not ranks:
             return
         in_features, out_features = self.shape.projections[next(p for p in group if p in plan.ranks)]
-        # Filled where they are used: those of a large model take a while on the CPU.
-        device = next(self.get_base_layer().parameters()).device
         factor_a = ExpertFactors(len(plan.experts), sum(ranks), in_features, device)
         factor_b = ExpertFactors(len(plan.experts), sum(ranks), out_features, device)
-        initialize(factor_a, factor_b, ranks, init)
+        # On the meta device, saved values follow: drawing some before them would take longer than reading those.
+        if not factor_a.weight.is_meta:
+            initialize(factor_a, factor_b, ranks, init)
         getattr(self, f"{name}_A")[adapter_name] = factor_a
         getattr(self, f"{name}_B")[adapter_name] = factor_b
 
@@ -106,14 +120,21 @@ class SieveExpertLayer(nn.Module, LoraLayer):
                 return patterns[match]
         return default
 
+    def allocate(self, adapter_name: str) -> None:
+        """Give memory to the factors of an adapter that was added without values."""
+        for factors in self._factors_of(adapter_name):
+            factors.allocate(next(self.get_base_layer().parameters()).device)
+
+    def _factors_of(self, adapter_name: str) -> list[ExpertFactors]:
+        held = (getattr(self, name) for name in self.adapter_layer_names)
+        return [modules[adapter_name] for modules in held if adapter_name in modules]
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        weight = next(self.get_base_layer().parameters())
-        for name in (*self.adapter_layer_names, "lora_experts"):
-            modules = getattr(self, name)
-            if adapter_name not in modules or any(p.is_meta for p in modules[adapter_name].parameters()):
-                continue
-            # Integers keep their type: Module.to casts floating-point tensors only.
-            modules[adapter_name].to(device or weight.device, weight.dtype if weight.is_floating_point() else None)
+        # The type stays: PEFT calls this after loading, too, where a half-precision base would round loaded values.
+        device = device or next(self.get_base_layer().parameters()).device
+        for module in (*self._factors_of(adapter_name), self.slots_module(adapter_name)):
+            if not any(parameter.is_meta for parameter in module.parameters()):
+                module.to(device)
 
     # What is active
 

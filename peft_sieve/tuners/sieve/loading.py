@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,22 @@ from .layer import SieveExpertLayer
 
 SLOTS_KEY = ".lora_experts.slots"
 _WEIGHTS_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+_weights_follow: ContextVar[bool] = ContextVar("_weights_follow", default=False)
+
+
+@contextmanager
+def with_weights_to_follow() -> Iterator[None]:
+    """Adapters injected in the block get saved values before anybody uses them, all of them or an error."""
+    token = _weights_follow.set(True)
+    try:
+        yield
+    finally:
+        _weights_follow.reset(token)
+
+
+def weights_follow() -> bool:
+    """Whether drawing initial values would be in vain."""
+    return _weights_follow.get()
 
 
 def read_config_file(path: str) -> dict[str, Any] | None:

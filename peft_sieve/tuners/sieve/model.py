@@ -25,7 +25,7 @@ from .config import SieveLoraConfig
 from .exact import with_exact_unmerge
 from .fused import FusedSieveExperts
 from .layer import SieveExpertLayer
-from .loading import check_state_dict
+from .loading import check_state_dict, sieve_layers, weights_follow
 from .mask import check_mask, shape_of
 from .module_list import ModuleListSieveExperts
 from .targets import resolve_targets, router_parameters, wanted_layers
@@ -43,6 +43,8 @@ class SieveLoraModel(LoraModel):
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # Adapters that have been injected on the meta device, and are to get memory there.
+        self._without_values: set[str] = set()
         try:
             super().__init__(model, *args, **kwargs)
         except Exception:
@@ -88,10 +90,20 @@ class SieveLoraModel(LoraModel):
 
     # Injection
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if adapter_name in self._without_values:
+            # Only now is their type known.
+            self._without_values.discard(adapter_name)
+            for _, layer in sieve_layers(self.model):
+                layer.allocate(adapter_name)
+
     def _inject_parameters(
         self, peft_config: SieveLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         context = init_empty_weights if low_cpu_mem_usage else nullcontext
+        if weights_follow() and not low_cpu_mem_usage:
+            self._without_values.add(adapter_name)
         mask = peft_config.selected_experts or {}
         layers = [layer for layer in find_moe_layers(model) if layer.path in mask]
         injected = []
@@ -122,12 +134,13 @@ class SieveLoraModel(LoraModel):
     def _inject_experts(self, config: SieveLoraConfig, model: nn.Module, adapter_name: str, layer: MoELayer) -> None:
         parent, target, name = _get_submodules(model, layer.path)
         experts = config.selected_experts[layer.path]  # type: ignore[index]
+        without_values = adapter_name in self._without_values
         if isinstance(target, SieveExpertLayer):
-            target.update_layer(adapter_name, experts, config)
+            target.update_layer(adapter_name, experts, config, without_values)
             return
         wrapper = _layer_class(layer)(target, layer)
         wrapper.set_adapter(self.active_adapters)
-        wrapper.update_layer(adapter_name, experts, config)
+        wrapper.update_layer(adapter_name, experts, config, without_values)
         if adapter_name not in self.active_adapters:
             # As PEFT: an additional adapter does not become trainable by being added.
             wrapper.requires_grad_(False)

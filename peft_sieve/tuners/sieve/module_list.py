@@ -29,8 +29,10 @@ class ModuleListSieveExperts(SieveExpertLayer):
         super().__init__(base_layer, layer)
         self._hooks: dict[tuple[str, int], Any] = {}
 
-    def update_layer(self, adapter_name: str, experts: Any, config: SieveLoraConfig) -> None:
-        super().update_layer(adapter_name, experts, config)
+    def update_layer(
+        self, adapter_name: str, experts: Any, config: SieveLoraConfig, without_values: bool = False
+    ) -> None:
+        super().update_layer(adapter_name, experts, config, without_values)
         for projection in self.plans[adapter_name].ranks:
             for expert in experts:
                 if (projection, expert) not in self._hooks:
