@@ -98,6 +98,17 @@ def test_dropout_drops_the_same_in_all_products(kind: str) -> None:
     assert not torch.equal(other, mask)
 
 
+def test_each_row_of_a_dispatch_has_its_own_mask() -> None:
+    """Chunks count their rows from 0, but the mask goes by the row of the whole."""
+    masks = []
+    for first_row in (0, 5):
+        out = torch.zeros(5, IN)
+        groups = LoopGroups([(0, 0, 5)], first_row)
+        groups.multiply(torch.ones(5, IN), torch.eye(IN)[None], out, dropout=Dropout(0.5, 3))
+        masks.append(out)
+    assert not torch.equal(*masks)
+
+
 def test_project_covers_all_rows() -> None:
     x, matrices = random(ROWS, IN), random(4, IN, OUT, seed=1)
     counts = torch.tensor([5, 0, 6, 1])
