@@ -1,7 +1,7 @@
 # make quickstart   the main job on a small MoE, in under five minutes
 # make test         the tests
 # make lint types   what CI runs before them
-# make bench        what profiling costs
+# make bench        what training costs, in time and memory
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -37,8 +37,10 @@ lint: $(STAMP)-test
 types: $(STAMP)-test
 	$(BIN)/mypy peft_sieve
 
+# Side by side on this machine, and the figures from the rows; half an hour on two cores.
 bench: $(STAMP)-run
-	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/bench_profiling.py
+	for name in step memory load profiling profile scaling; do $(BIN)/python benchmarks/bench_$$name.py || exit; done
+	$(BIN)/python benchmarks/plot.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

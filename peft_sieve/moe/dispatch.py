@@ -26,10 +26,8 @@ class Dispatch:
     counts: torch.Tensor
     top_k: int
 
-    @property
-    def ends(self) -> torch.Tensor:
-        """End of each expert's rows, int32, (num_experts,)."""
-        return self.counts.cumsum(0, dtype=torch.int32)
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.order, self.tokens, self.expert_ids, self.counts
 
     def unsort(self, values: torch.Tensor) -> torch.Tensor:
         """One value a pair, sorted, (pairs,) -> (pairs,) as dispatched."""

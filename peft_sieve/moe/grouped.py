@@ -38,6 +38,14 @@ class Groups(ABC):
             ids: the matrices in the order of their new numbers, (slots,), on the device.
         """
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no row is in any range, as far as the host knows."""
+        return False
+
+    def forget(self) -> None:  # noqa: B027 - most have nothing
+        """Let go of what the forward left for the backward."""
+
     @abstractmethod
     def project(self, x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
         """Each range times its matrix: (rows, in), (groups, in, out) -> (rows, out). The ranges cover all rows."""
@@ -53,19 +61,28 @@ class Groups(ABC):
         accumulate: bool = False,
         dropout: Dropout | None = None,
         drop_output: bool = False,
+        consume: bool = False,
     ) -> None:
         """Write `alpha` times each range times its matrix to the same rows of `out`, or add it to them.
 
         Args:
             x: (rows, in).
             matrices: (groups, in, out).
-            out: (rows, out); any strides.
+            out: (rows, out); any strides, but contiguous where its product is dropped.
             dropout: applied to `x`, or to the product if `drop_output`.
+            consume: `x` is contiguous and not needed afterwards, so dropout may overwrite it.
         """
 
     @abstractmethod
     def outer(
-        self, x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, *, alpha: float = 1.0, dropout: Dropout | None = None
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        alpha: float = 1.0,
+        dropout: Dropout | None = None,
+        consume: bool = False,
     ) -> None:
         """Write `alpha` times the transposed rows of `x` times the same rows of `y`, for each range.
 
@@ -74,6 +91,7 @@ class Groups(ABC):
             y: (rows, n).
             out: (groups, m, n), zeros to begin with.
             dropout: applied to `y`.
+            consume: `y` is contiguous and not needed afterwards, so dropout may overwrite it.
         """
 
 
@@ -88,8 +106,15 @@ class LoopGroups(Groups):
 
     spans: Sequence[tuple[int, int, int]]
     first_row: int = 0
-    # What the forward drew, for the backward.
-    _dropped: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    # What the forward drew, for the backward. Drawing again would give the same.
+    _drawn: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.spans
+
+    def forget(self) -> None:
+        self._drawn.clear()
 
     def select(self, slots: Mapping[int, int], ids: torch.Tensor) -> LoopGroups:
         return LoopGroups([(slots[g], start, end) for g, start, end in self.spans if g in slots], self.first_row)
@@ -110,6 +135,7 @@ class LoopGroups(Groups):
         accumulate: bool = False,
         dropout: Dropout | None = None,
         drop_output: bool = False,
+        consume: bool = False,
     ) -> None:
         alpha = alpha if dropout is None else alpha * dropout.scale
         beta = 1 if accumulate else 0
@@ -118,31 +144,45 @@ class LoopGroups(Groups):
             if dropout is None:
                 target.addmm_(rows, matrices[group], beta=beta, alpha=alpha)
             elif drop_output:
-                product = self._drop(rows @ matrices[group], dropout, start)
-                target.copy_(product.mul_(alpha)) if not accumulate else target.add_(product, alpha=alpha)
+                flat, positions = target.view(-1), self._positions(dropout, start, target)
+                # Dropped elements get back what they were: no product has to be kept apart.
+                before = flat[positions] if accumulate else flat.new_zeros(())
+                target.addmm_(rows, matrices[group], beta=beta, alpha=alpha)
+                flat[positions] = before
             else:
-                dropped = self._drop(rows.clone(memory_format=torch.contiguous_format), dropout, start)
-                target.addmm_(dropped, matrices[group], beta=beta, alpha=alpha)
+                target.addmm_(self._dropped(rows, dropout, start, consume), matrices[group], beta=beta, alpha=alpha)
 
     def outer(
-        self, x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, *, alpha: float = 1.0, dropout: Dropout | None = None
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        alpha: float = 1.0,
+        dropout: Dropout | None = None,
+        consume: bool = False,
     ) -> None:
         alpha = alpha if dropout is None else alpha * dropout.scale
         for group, start, end in self.spans:
             rows = y[start:end]
             if dropout is not None:
-                rows = self._drop(rows.clone(memory_format=torch.contiguous_format), dropout, start)
+                rows = self._dropped(rows, dropout, start, consume)
             # By value: the gradient of a float32 factor may come from operands in half precision.
             out[group] = (x[start:end].T @ rows).mul_(alpha)
 
-    def _drop(self, rows: torch.Tensor, dropout: Dropout, start: int) -> torch.Tensor:
-        """Zero elements in place."""
-        key = (dropout.seed, start)
-        if key not in self._dropped:
-            positions = dropped_positions(dropout, self.first_row + start, rows.numel())
-            self._dropped[key] = positions.to(rows.device)
-        rows.view(-1).index_fill_(0, self._dropped[key], 0)
+    def _dropped(self, rows: torch.Tensor, dropout: Dropout, start: int, consume: bool) -> torch.Tensor:
+        """Rows with zeros where they are dropped, not yet scaled."""
+        if not consume:
+            rows = rows.clone(memory_format=torch.contiguous_format)
+        rows.view(-1).index_fill_(0, self._positions(dropout, start, rows), 0)
         return rows
+
+    def _positions(self, dropout: Dropout, start: int, rows: torch.Tensor) -> torch.Tensor:
+        key = (dropout.seed, start)
+        if key not in self._drawn:
+            positions = dropped_positions(dropout, self.first_row + start, rows.numel())
+            self._drawn[key] = positions.to(rows.device)
+        return self._drawn[key]
 
 
 @dataclass(frozen=True)
@@ -172,6 +212,7 @@ class DeviceGroups(Groups):
         accumulate: bool = False,
         dropout: Dropout | None = None,
         drop_output: bool = False,
+        consume: bool = False,
     ) -> None:
         from .triton_groups import multiply
 
@@ -188,7 +229,14 @@ class DeviceGroups(Groups):
         )
 
     def outer(
-        self, x: torch.Tensor, y: torch.Tensor, out: torch.Tensor, *, alpha: float = 1.0, dropout: Dropout | None = None
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        alpha: float = 1.0,
+        dropout: Dropout | None = None,
+        consume: bool = False,
     ) -> None:
         from .triton_groups import outer
 
@@ -239,17 +287,21 @@ def device_chunks(counts: torch.Tensor, num_rows: int) -> list[Chunk]:
     return [Chunk(slice(0, num_rows), DeviceGroups(ends - counts.to(torch.int32), ends))]
 
 
-def device_groups_usable(x: torch.Tensor, matrices: Sequence[torch.Tensor]) -> bool:
-    """Whether the GPU's kernels take rows like `x` and these matrices, each (groups, in, out)."""
+def device_groups_usable(stacks: Sequence[torch.Tensor]) -> bool:
+    """Whether the GPU's kernels take these matrices, each (groups, in, out), and rows of their type.
+
+    Raises:
+        SieveError: the environment names no implementation.
+    """
     choice = os.environ.get(BACKEND_VARIABLE, "auto")
     if choice not in ("auto", "loop", "device"):
         raise SieveError(
             f"{BACKEND_VARIABLE} is {choice!r}, expected auto, loop (any device) or device (a GPU with Triton): "
             "set one of these or leave it out"
         )
-    if choice == "auto" and not _capable(x.device):
+    if choice == "auto" and not _capable(stacks[0].device):
         return False
-    return choice != "loop" and all(_kernel_takes(x, matrix) for matrix in matrices)
+    return choice != "loop" and all(_kernel_takes(stack) for stack in stacks)
 
 
 def _capable(device: torch.device) -> bool:
@@ -258,17 +310,16 @@ def _capable(device: torch.device) -> bool:
     return find_spec("triton") is not None
 
 
-def _kernel_takes(x: torch.Tensor, matrix: torch.Tensor) -> bool:
-    """Whether `torch.nn.functional.grouped_mm` takes these, and in the backward the matrices transposed."""
-    if not hasattr(F, "grouped_mm") or x.dtype != matrix.dtype or x.dtype not in _KERNEL_DTYPES:
+def _kernel_takes(stack: torch.Tensor) -> bool:
+    """Whether `torch.nn.functional.grouped_mm` takes it, as it is and transposed, as in the backward."""
+    if not hasattr(F, "grouped_mm") or stack.dtype not in _KERNEL_DTYPES:
         return False
-    return all(_is_aligned(width, x.dtype) for width in matrix.shape[1:]) and _starts_aligned(matrix)
+    inner, outer = sorted(stack.stride()[1:])
+    # Weights mapped from a file may start anywhere.
+    starts_aligned = stack.data_ptr() % ALIGNMENT_BYTES == 0
+    widths_aligned = all(_is_aligned(width, stack.dtype) for width in (*stack.shape[1:], outer))
+    return inner == 1 and widths_aligned and starts_aligned
 
 
 def _is_aligned(width: int, dtype: torch.dtype) -> bool:
     return width * dtype.itemsize % ALIGNMENT_BYTES == 0
-
-
-def _starts_aligned(matrix: torch.Tensor) -> bool:
-    inner, outer = sorted(matrix.stride()[1:])
-    return inner == 1 and _is_aligned(outer, matrix.dtype) and matrix.data_ptr() % ALIGNMENT_BYTES == 0

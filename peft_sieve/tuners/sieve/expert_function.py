@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ...moe.activation import Replay, replay
 from ...moe.dispatch import Dispatch
 from ...moe.dropout import Dropout
 from ...moe.grouped import Chunk, Groups
+from ...moe.scratch import scratch
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class LowRank:
         parts: the projections that share A's input.
         dropout: on the input, None for none.
         a, b: positions of the factors among the function's tensors: (slots, ranks, in) and (slots, ranks, out).
+        last: whether no other adapter reads the input after this one.
     """
 
     slots: Mapping[int, int]
@@ -54,12 +57,19 @@ class LowRank:
     dropout: Dropout | None
     a: int
     b: int
+    last: bool = False
 
-    def add(self, x: torch.Tensor, out: torch.Tensor, groups: Groups, factors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Add to `out`; returns A x, (rows, ranks), of which only the rows of adapted experts have values."""
+    def add(
+        self, x: torch.Tensor, out: torch.Tensor, groups: Groups, factors: Sequence[torch.Tensor], consume: bool
+    ) -> torch.Tensor:
+        """Add to `out`, and overwrite `x` if `consume`.
+
+        Returns:
+            A x, (rows, ranks), values in the rows of adapted experts only; no rows if there are none of those.
+        """
         a, b = factors[self.a], factors[self.b]
-        inner = x.new_empty(x.shape[0], a.shape[1])
-        groups.multiply(x, a.transpose(1, 2), inner, dropout=self.dropout)
+        inner = x.new_empty(0 if groups.is_empty else x.shape[0], a.shape[1])
+        groups.multiply(x, a.transpose(1, 2), inner, dropout=self.dropout, consume=consume)
         for part in self.parts:
             share = out[:, part.columns]
             groups.multiply(inner[:, part.ranks], b[:, part.ranks], share, alpha=part.scaling, accumulate=True)
@@ -75,6 +85,7 @@ class LowRank:
         groups: Groups,
         factors: Sequence[torch.Tensor],
         gradients: Sequence[torch.Tensor | None],
+        consume: bool,
     ) -> None:
         """The backward of `add`.
 
@@ -83,7 +94,10 @@ class LowRank:
             row_scale: factor on each row of the gradient of the factors, (rows, 1); `grad_x` is made without it.
             grad_x: added to, (rows, in).
             gradients: of the factors, written to; None where not wanted.
+            consume: `x` may be overwritten.
         """
+        if groups.is_empty:
+            return
         a, b = factors[self.a], factors[self.b]
         grad_inner = torch.empty_like(inner)
         for part in self.parts:
@@ -99,7 +113,7 @@ class LowRank:
             grad_inner, inner = _scaled(grad_inner, row_scale), _scaled(inner, row_scale)
         grad_a, grad_b = gradients[self.a], gradients[self.b]
         if grad_a is not None:
-            groups.outer(grad_inner, x, grad_a, dropout=self.dropout)
+            groups.outer(grad_inner, x, grad_a, dropout=self.dropout, consume=consume)
         if grad_b is not None:
             for part in self.parts:
                 groups.outer(inner[:, part.ranks], grad_out[:, part.columns], grad_b[:, part.ranks], alpha=part.scaling)
@@ -107,26 +121,27 @@ class LowRank:
 
 @dataclass
 class ExpertPlan:
-    """One forward of a layer, except for its tensors with gradients.
+    """How one forward of a layer is done.
 
     Attributes:
-        dispatch, chunks: the pairs, and in which chunks they are handled.
+        chunks: in which pieces the pairs are handled.
         first, down: the frozen stacks as (num_experts, in, out).
         first_bias, down_bias: (num_experts, out), None for none.
         activation: between the products: (rows, first's width) -> (rows, down's input width).
+        replay_activation: the activation again, with the map from its gradient to that of its input.
         post_norm: after the second product, None for none.
         first_adapters, down_adapters: what is added to each product.
         by_expert: sum the pairs of a token in the order of their experts, not in that of the dispatch.
         keep: whether a backward may follow.
     """
 
-    dispatch: Dispatch
     chunks: Sequence[Chunk]
     first: torch.Tensor
     down: torch.Tensor
     first_bias: torch.Tensor | None
     down_bias: torch.Tensor | None
     activation: Callable[[torch.Tensor], torch.Tensor]
+    replay_activation: Callable[[torch.Tensor], Replay]
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None
     first_adapters: Sequence[LowRank] = field(default_factory=list)
     down_adapters: Sequence[LowRank] = field(default_factory=list)
@@ -146,90 +161,103 @@ class ExpertPlan:
 
 
 class ExpertFunction(torch.autograd.Function):
-    """`apply(plan, hidden_states, expert_weights, *factors)`: (tokens, hidden) -> (tokens, hidden)."""
+    """`apply(plan, dispatch, hidden_states, expert_weights, *factors)`: (tokens, hidden) -> (tokens, hidden)."""
 
     @staticmethod
     def forward(
-        ctx: Any, plan: ExpertPlan, hidden_states: torch.Tensor, expert_weights: torch.Tensor, *factors: torch.Tensor
+        ctx: Any,
+        plan: ExpertPlan,
+        dispatch: Dispatch,
+        hidden_states: torch.Tensor,
+        expert_weights: torch.Tensor,
+        *factors: torch.Tensor,
     ) -> torch.Tensor:
-        dispatch, dtype = plan.dispatch, plan.first.dtype
+        dtype = plan.first.dtype
         with torch.autocast(hidden_states.device.type, enabled=False):
             factors_used = [factor.to(dtype) for factor in factors]
-            weights = _sorted_weights(expert_weights, plan)
-            total = _Total(plan, hidden_states)
+            weights = _sorted_weights(expert_weights, dispatch, plan.by_expert)
+            total = _Total(dispatch, hidden_states, plan.by_expert)
             kept: list[torch.Tensor] = []
             for chunk, first, down in zip(plan.chunks, plan.first_groups, plan.down_groups, strict=True):
                 rows = chunk.rows
                 x = hidden_states.index_select(0, dispatch.tokens[rows]).to(dtype)  # (rows, hidden)
                 up = _project(x, plan.first, plan.first_bias, chunk, dispatch)
-                inners = [adapter.add(x, up, ranges, factors_used) for adapter, ranges in first]
+                inners = [adapter.add(x, up, g, factors_used, adapter.last) for adapter, g in first]
                 del x
                 act = plan.activation(up)  # (rows, intermediate)
                 out = _project(act, plan.down, plan.down_bias, chunk, dispatch)  # (rows, hidden)
-                inners += [adapter.add(act, out, ranges, factors_used) for adapter, ranges in down]
+                spare = act is not up
+                inners += [adapter.add(act, out, g, factors_used, adapter.last and spare) for adapter, g in down]
                 if plan.keep:
                     kept += [up, *inners] if plan.post_norm is None else [up, *inners, out]
-                total.add(chunk, _weighted(out, weights[rows].unsqueeze(-1), plan.post_norm))
+                normed = out if plan.post_norm is None else plan.post_norm(out)
+                total.add(chunk, normed, weights[rows])
         if plan.keep:
-            ctx.plan = plan
-            ctx.save_for_backward(hidden_states, expert_weights, *factors, *kept)
+            ctx.plan, ctx.num_factors = plan, len(factors)
+            # Tensors only here, where autograd lets go of them after the backward.
+            ctx.save_for_backward(*dispatch.tensors(), hidden_states, expert_weights, *factors, *kept)
         return total.result().to(hidden_states.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         plan: ExpertPlan = ctx.plan
-        hidden_states, expert_weights, *saved = ctx.saved_tensors
-        num_factors = 1 + max(max(adapter.a, adapter.b) for adapter in (*plan.first_adapters, *plan.down_adapters))
-        factors, kept = saved[:num_factors], iter(saved[num_factors:])
-        dispatch, dtype = plan.dispatch, plan.first.dtype
-        _, needs_hidden, needs_weights, *needs_factors = ctx.needs_input_grad
+        order, tokens, expert_ids, counts, hidden_states, expert_weights, *saved = ctx.saved_tensors
+        dispatch = Dispatch(order, tokens, expert_ids, counts, expert_weights.shape[1])
+        factors, kept = saved[: ctx.num_factors], iter(saved[ctx.num_factors :])
+        dtype = plan.first.dtype
+        _, _, needs_hidden, needs_weights, *needs_factors = ctx.needs_input_grad
         with torch.autocast(hidden_states.device.type, enabled=False):
             factors_used = [factor.to(dtype) for factor in factors]
             gradients = [
                 torch.zeros_like(factor) if needed else None
                 for factor, needed in zip(factors, needs_factors, strict=True)
             ]
-            weights = _sorted_weights(expert_weights, plan)
+            weights = _sorted_weights(expert_weights, dispatch, plan.by_expert)
             grad_weights = torch.empty_like(weights, dtype=torch.promote_types(weights.dtype, torch.float32))
-            grad_hidden = _Total(plan, hidden_states, backward=True)
+            grad_hidden = _Total(dispatch, hidden_states, plan.by_expert, backward=True)
             for chunk, first, down in zip(plan.chunks, plan.first_groups, plan.down_groups, strict=True):
                 rows, groups = chunk.rows, chunk.groups
-                tokens = dispatch.tokens[rows]
+                chunk_tokens = tokens[rows]
                 up, *inners = (next(kept) for _ in range(1 + len(first) + len(down)))
                 first_inners, down_inners = inners[: len(first)], inners[len(first) :]
-                grad_out = grads[0].index_select(0, tokens)  # (rows, hidden)
+                grad_out = grads[0].index_select(0, chunk_tokens)  # (rows, hidden)
                 pair_weights = weights[rows].unsqueeze(-1)
                 scale: torch.Tensor | None = pair_weights
                 if plan.post_norm is not None:
-                    normed, grad_norm = _replay(plan.post_norm, next(kept))
+                    normed, grad_norm = replay(plan.post_norm, next(kept))
                     grad_weights[rows] = _row_dot(grad_out, normed)
                     grad_out, scale = grad_norm(grad_out * pair_weights), None
                 grad_out = grad_out.to(dtype)
-                act, grad_activation = _replay(plan.activation, up)
+                act, grad_activation = plan.replay_activation(up)
                 # Not yet multiplied by the pair's weight: its product with act is the gradient of that weight.
                 grad_act = groups.project(grad_out, plan.down.transpose(1, 2))
                 for (adapter, ranges), inner in zip(down, down_inners, strict=True):
-                    adapter.add_gradients(grad_out, act, inner, scale, grad_act, ranges, factors_used, gradients)
+                    adapter.add_gradients(grad_out, act, inner, scale, grad_act, ranges, factors_used, gradients, False)
                 if scale is not None:
                     grad_weights[rows] = _row_dot(grad_act, act)
                     if plan.down_bias is not None:
                         bias = plan.down_bias.index_select(0, dispatch.expert_ids[rows])
                         grad_weights[rows] += _row_dot(grad_out, bias)
-                    grad_act = _scaled(grad_act, scale)
-                del grad_out, act
+                    grad_act.mul_(scale)
                 grad_up = grad_activation(grad_act).contiguous()
+                del grad_out, act, grad_act
                 grad_x = groups.project(grad_up, plan.first.transpose(1, 2))
-                if first:
-                    x = hidden_states.index_select(0, tokens).to(dtype)
-                for (adapter, ranges), inner in zip(first, first_inners, strict=True):
-                    adapter.add_gradients(grad_up, x, inner, None, grad_x, ranges, factors_used, gradients)
+                if any(not ranges.is_empty for _, ranges in first):
+                    x = hidden_states.index_select(0, chunk_tokens).to(dtype)
+                    for (adapter, ranges), inner in zip(first, first_inners, strict=True):
+                        adapter.add_gradients(
+                            grad_up, x, inner, None, grad_x, ranges, factors_used, gradients, adapter.last
+                        )
                 if needs_hidden:
                     grad_hidden.add(chunk, grad_x)
+                for _, ranges in (*first, *down):
+                    ranges.forget()
         return (
             None,
+            None,
             grad_hidden.result().to(hidden_states.dtype) if needs_hidden else None,
-            _unsorted_weights(grad_weights, expert_weights, plan) if needs_weights else None,
+            _unsorted_weights(grad_weights, expert_weights, dispatch, plan.by_expert) if needs_weights else None,
             *gradients,
         )
 
@@ -237,38 +265,36 @@ class ExpertFunction(torch.autograd.Function):
 class _Total:
     """Sums the pairs of each token, chunk after chunk: (rows, hidden) ... -> (tokens, hidden)."""
 
-    def __init__(self, plan: ExpertPlan, hidden_states: torch.Tensor, backward: bool = False):
-        self.dispatch = plan.dispatch
+    def __init__(
+        self, dispatch: Dispatch, hidden_states: torch.Tensor, by_expert: bool, backward: bool = False
+    ) -> None:
+        self.dispatch = dispatch
         # The order of a gradient's additions is nobody's promise, so the cheapest is taken; but on a GPU, adding to
         # rows that appear twice is not deterministic.
-        self.added = plan.by_expert or (backward and hidden_states.device.type == "cpu")
+        self.added = by_expert or (backward and hidden_states.device.type == "cpu")
         num_tokens, width = hidden_states.shape
-        self.shape = (num_tokens if self.added else plan.dispatch.order.numel(), width)
+        self.shape = (num_tokens if self.added else dispatch.order.numel(), width)
         self.rows = hidden_states.new_zeros(self.shape) if self.added else hidden_states.new_empty((0, width))
         if backward and self.added:
             self.rows = self.rows.to(torch.promote_types(self.rows.dtype, torch.float32))
 
-    def add(self, chunk: Chunk, rows: torch.Tensor) -> None:
-        """Take the rows of one chunk; they are not to be used afterwards."""
+    def add(self, chunk: Chunk, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Take the rows of one chunk, (rows, hidden), times their weights, (rows,)."""
         if self.added:
+            rows = rows if weights is None else rows * weights.unsqueeze(-1)
             self.rows.index_add_(0, self.dispatch.tokens[chunk.rows], rows.to(self.rows.dtype))
-        elif len(rows) == self.shape[0]:
-            self.rows = rows
+            return
+        if len(self.rows) != self.shape[0]:
+            dtype = rows.dtype if weights is None else torch.promote_types(rows.dtype, weights.dtype)
+            self.rows = scratch(self.shape, dtype, rows.device)
+        target = self.rows[chunk.rows]
+        if weights is None:
+            target.copy_(rows)
         else:
-            if len(self.rows) != self.shape[0]:
-                self.rows = rows.new_empty(self.shape)
-            self.rows[chunk.rows] = rows
+            torch.mul(rows, weights.unsqueeze(-1), out=target)
 
     def result(self) -> torch.Tensor:
         return self.rows if self.added else self.dispatch.sum_by_token(self.rows)
-
-
-def _weighted(
-    out: torch.Tensor, weights: torch.Tensor, post_norm: Callable[[torch.Tensor], torch.Tensor] | None
-) -> torch.Tensor:
-    if post_norm is None and torch.promote_types(out.dtype, weights.dtype) == out.dtype:
-        return out.mul_(weights)
-    return (out if post_norm is None else post_norm(out)) * weights
 
 
 def _project(
@@ -276,16 +302,6 @@ def _project(
 ) -> torch.Tensor:
     out = chunk.groups.project(x, stack)
     return out if bias is None else out.add_(bias.index_select(0, dispatch.expert_ids[chunk.rows]))
-
-
-def _replay(
-    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """`function(x)`, and the map from its gradient to that of `x`."""
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        result = function(leaf)
-    return result.detach(), lambda grad: torch.autograd.grad(result, leaf, grad.to(result.dtype))[0]
 
 
 def _row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -296,13 +312,15 @@ def _scaled(rows: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
     return (rows * row_scale).to(rows.dtype)
 
 
-def _sorted_weights(expert_weights: torch.Tensor, plan: ExpertPlan) -> torch.Tensor:
+def _sorted_weights(expert_weights: torch.Tensor, dispatch: Dispatch, rank_major: bool) -> torch.Tensor:
     """(tokens, top_k) -> (pairs,)."""
-    flat = (expert_weights.T if plan.by_expert else expert_weights).reshape(-1)
-    return flat.index_select(0, plan.dispatch.order)
+    flat = (expert_weights.T if rank_major else expert_weights).reshape(-1)
+    return flat.index_select(0, dispatch.order)
 
 
-def _unsorted_weights(values: torch.Tensor, expert_weights: torch.Tensor, plan: ExpertPlan) -> torch.Tensor:
-    flat = plan.dispatch.unsort(values)
+def _unsorted_weights(
+    values: torch.Tensor, expert_weights: torch.Tensor, dispatch: Dispatch, rank_major: bool
+) -> torch.Tensor:
+    flat = dispatch.unsort(values)
     tokens, top_k = expert_weights.shape
-    return (flat.view(top_k, tokens).T if plan.by_expert else flat.view(tokens, top_k)).to(expert_weights.dtype)
+    return (flat.view(top_k, tokens).T if rank_major else flat.view(tokens, top_k)).to(expert_weights.dtype)

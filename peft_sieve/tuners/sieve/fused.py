@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import SieveError
+from ...moe.activation import activation_of
 from ...moe.dispatch import sort_by_expert
 from ...moe.dropout import Dropout
 from ...moe.families import bind_dispatch
@@ -46,6 +48,8 @@ class FusedSieveExperts(SieveExpertLayer):
         for name in adapters:
             first_adapters += self._low_rank(name, "lora_gate_up", INPUT_PROJECTIONS, factors)
             down_adapters += self._low_rank(name, "lora_down", ("down_proj",), factors)
+        for group in (first_adapters, down_adapters):
+            group[-1:] = [replace(adapter, last=True) for adapter in group[-1:]]
 
         # The stock forwards differ in how they multiply and in which order they sum. Following the one in use makes an
         # adapter that adds zero change nothing, to the bit: for experts_implementation="eager", an expert at a time.
@@ -53,25 +57,26 @@ class FusedSieveExperts(SieveExpertLayer):
         first_name = "gate_up_proj" if experts.has_gate else "up_proj"
         stacks = [_matrices(experts, name) for name in (first_name, "down_proj")]
         dispatch = sort_by_expert(expert_ids, self.shape.num_experts, rank_major=eager)
-        if not eager and device_groups_usable(hidden_states.to(stacks[0].dtype), stacks):
+        if not eager and device_groups_usable(stacks):
             chunks = device_chunks(dispatch.counts, dispatch.order.numel())
         else:
             chunks = loop_chunks(dispatch.counts, **({"chunk_rows": 1} if eager else {}))
+        activation, replay_activation = activation_of(experts)
         plan = ExpertPlan(
-            dispatch=dispatch,
             chunks=chunks,
             first=stacks[0],
             down=stacks[1],
             first_bias=getattr(experts, f"{first_name}_bias") if experts.has_bias else None,
             down_bias=experts.down_proj_bias if experts.has_bias else None,
-            activation=experts._apply_gate if experts.has_gate else experts.act_fn,
+            activation=activation,
+            replay_activation=replay_activation,
             post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
             first_adapters=first_adapters,
             down_adapters=down_adapters,
             by_expert=eager,
             keep=torch.is_grad_enabled(),
         )
-        result: torch.Tensor = ExpertFunction.apply(plan, hidden_states, expert_weights, *factors)
+        result: torch.Tensor = ExpertFunction.apply(plan, dispatch, hidden_states, expert_weights, *factors)
         return result
 
     def _low_rank(
