@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from common import Rows, arguments, device, output_of, probability, timed
 from methods import METHODS, Bench
 from settings import add_setting_argument, chosen
@@ -21,7 +20,15 @@ from training import training_step
 
 # Kind -> beginnings of operations' names, the first match counts.
 KINDS = {
-    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_grouped_mm", "cutlass", "_multiply_k"),
+    "products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_grouped_mm",
+        "cutlass",
+        "_multiply_k",
+    ),
     "attention": ("aten::_scaled_dot_product", "aten::_flash", "flash", "pytorch_flash"),
     "rows in and out of order": (
         "aten::index",
