@@ -5,17 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_sieve import SieveError
+from peft_sieve.moe.chunks import device_chunks, loop_chunks
 from peft_sieve.moe.dropout import Dropout
-from peft_sieve.moe.grouped import (
-    BACKEND_VARIABLE,
-    DeviceGroups,
-    Groups,
-    LoopGroups,
-    device_chunks,
-    device_groups_usable,
-    loop_chunks,
-)
+from peft_sieve.moe.grouped import DeviceGroups, Groups, LoopGroups
 from tests.reference import assert_same
 
 ROWS, IN, OUT = 12, 8, 16
@@ -120,16 +112,6 @@ def test_project_covers_all_rows() -> None:
     assert_same(torch.cat(parts), expected, "loop", rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("chunk_rows", "expected"),
-    [(1, [(0, 5), (5, 11), (11, 12)]), (6, [(0, 11), (11, 12)]), (100, [(0, 12)])],
-)
-def test_chunks_hold_whole_experts(chunk_rows: int, expected: list[tuple[int, int]]) -> None:
-    chunks = loop_chunks(torch.tensor([5, 0, 6, 1]), chunk_rows)
-    assert [(chunk.rows.start, chunk.rows.stop) for chunk in chunks] == expected
-    assert loop_chunks(torch.tensor([0, 0])) == []
-
-
 def test_select_renumbers() -> None:
     chosen = {2: 0, 3: 1}
     assert LoopGroups(SPANS).select(chosen, torch.tensor([2, 3])).spans == [(0, 4, 9), (1, 10, 11)]
@@ -137,35 +119,3 @@ def test_select_renumbers() -> None:
     assert isinstance(device, DeviceGroups)
     assert device.starts.tolist() == [4, 10]
     assert device.ends.tolist() == [9, 11]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "width", "usable"),
-    [
-        (torch.float32, 4, True),
-        (torch.float32, 6, False),  # rows of 24 bytes
-        (torch.bfloat16, 8, True),
-        (torch.bfloat16, 4, False),
-        (torch.float64, 8, False),
-    ],
-)
-def test_what_the_kernels_take(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, usable: bool) -> None:
-    monkeypatch.setenv(BACKEND_VARIABLE, "device")
-    stack = random(2, width, 16, dtype=dtype)
-    assert device_groups_usable([stack]) == usable
-    assert device_groups_usable([stack.transpose(1, 2)]) == usable
-    assert not device_groups_usable([random(2, 8, 16), random(2, 6, 16)])
-    shifted = torch.empty(2 * width * 16 + 1, dtype=dtype)[1:].view(2, width, 16)
-    assert not device_groups_usable([shifted])
-    monkeypatch.setenv(BACKEND_VARIABLE, "loop")
-    assert not device_groups_usable([stack])
-
-
-def test_the_cpu_loops_unless_told_otherwise() -> None:
-    assert not device_groups_usable([random(2, 8, 16)])
-
-
-def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(BACKEND_VARIABLE, "cuda")
-    with pytest.raises(SieveError, match="PEFT_SIEVE_BACKEND is 'cuda', expected auto, loop"):
-        device_groups_usable([random(2, 8, 16)])

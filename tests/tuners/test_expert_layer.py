@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from peft_sieve import SieveError, SieveLoraConfig
+from peft_sieve.moe.chunks import BACKEND_VARIABLE
 from peft_sieve.moe.families import family_of
-from peft_sieve.moe.grouped import BACKEND_VARIABLE
 from peft_sieve.moe.topology import MoELayer
 from peft_sieve.tuners.sieve.fused import FusedSieveExperts
 from tests.deepseek_like import DeepseekLikeConfig, DeepseekLikeMoE

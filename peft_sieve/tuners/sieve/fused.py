@@ -10,12 +10,13 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.activation import activation_of
+from ...moe.chunks import device_chunks, device_groups_usable, loop_chunks
 from ...moe.dispatch import sort_by_expert
 from ...moe.dropout import Dropout
 from ...moe.families import bind_dispatch
-from ...moe.grouped import device_chunks, device_groups_usable, loop_chunks
-from .expert_function import ExpertFunction, ExpertPlan, LowRank, Part
+from .expert_function import ExpertFunction, ExpertPlan
 from .layer import INPUT_PROJECTIONS, SieveExpertLayer
+from .low_rank import LowRank, Part
 
 
 class FusedSieveExperts(SieveExpertLayer):
