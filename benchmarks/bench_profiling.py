@@ -57,7 +57,7 @@ def measure(setting: str, options: dict[str, Any], repeats: int) -> dict[str, An
     def profiled() -> None:
         profile_batches(model, layers, data, progress=False)
 
-    seconds = interleaved({"plain": plain, "profiled": profiled}, repeats, warmup=3)
+    seconds = interleaved({"plain": plain, "profiled": profiled}, repeats)
     return {
         "setting": setting,
         "tokens": data.num_tokens,

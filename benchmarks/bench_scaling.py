@@ -51,7 +51,7 @@ def measure(base: Setting, axis: str, value: int, dropout: float, repeats: int) 
         "sieve": bench.build("sieve_25", top_k=value) if axis == "k" else bench.build("sieve_25"),
     }
     steps = {name: training_step(model, bench.batch) for name, model in models.items()}
-    seconds = interleaved({name: step for name, (step, _) in steps.items()}, repeats, warmup=1)
+    seconds = interleaved({name: step for name, (step, _) in steps.items()}, repeats)
     found = {}
     for name, (step, optimizer) in steps.items():
         found[name] = {

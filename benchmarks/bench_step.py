@@ -58,7 +58,7 @@ def measure(setting: Setting, methods: list[str], dropout: float, repeats: int, 
     if "floor" not in steps:
         print("  not even the floor fits: pass fewer --layers")
         return
-    seconds = interleaved(steps, repeats, warmup=0)
+    seconds = interleaved(steps, repeats)
     print(f"  {'method':18s} {'s/step':>8s} {'x floor':>8s} {'p20':>7s} {'p80':>7s} {'PEFT/it':>8s} {'trainable':>13s}")
     for method in steps:
         row: dict[str, Any] = {

@@ -80,22 +80,21 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Run all functions in turn, round by round, so that they meet the same noise.
 
-    Which one goes first rotates: the one after a slow neighbour finds other caches than the one after a fast one.
+    Each runs once untimed before it is timed, since in training a step follows one of its own kind: what another method
+    left in the caches and in the allocator can change its time by a fifth. Which one goes first rotates.
 
     Returns:
         Name -> seconds of each round.
     """
     names = list(functions)
-    for _ in range(warmup):
-        for name in names:
-            functions[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(repeats):
         first = i % len(names)
         for name in names[first:] + names[:first]:
+            functions[name]()
             seconds[name].append(timed(functions[name]))
     return seconds
 

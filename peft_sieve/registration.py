@@ -123,7 +123,7 @@ def _from_pretrained(original: Callable[..., Any], cls: type, model: Any, *args:
 
 
 def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, *args: Any, **kwargs: Any) -> Any:
-    from .tuners.sieve.loading import explained, finish_interrupted_saves, with_weights_to_follow
+    from .tuners.sieve.loading import explained, finish_interrupted_saves, unmap, with_weights_to_follow
     from .tuners.sieve.undo import as_before_on_error
 
     folder = os.path.join(model_id, kwargs.get("subfolder") or "")
@@ -131,11 +131,16 @@ def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, 
         try:
             # An adapter that is there already gets weights without its configuration being read.
             finish_interrupted_saves(folder)
-            return original(self, model_id, *args, **kwargs)
+            result = original(self, model_id, *args, **kwargs)
         except Exception as error:
             if not _has_sieve(self) or explained(error, folder) is error:
                 raise
             raise explained(error, folder) from error
+        given = inspect.signature(original).bind(self, model_id, *args, **kwargs).arguments
+        if _has_sieve(self) and given.get("low_cpu_mem_usage"):
+            # PEFT hands out what it mapped then.
+            unmap(self, given["adapter_name"])
+    return result
 
 
 def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -40,11 +40,18 @@ class Dispatch:
         """
         inverse = self.unsort(torch.arange(self.order.numel(), device=rows.device))
         positions = inverse.view(-1, self.top_k)
-        if rows.device.type == "cpu" and rows.dtype == torch.float32 and self.top_k <= 16 and positions.numel():
-            # The same additions in the same order, without a reordered copy of all rows. From some width on, `sum`
-            # adds in another order; in half precision it rounds once.
+        if self._in_sequence(rows):
+            # The same additions in the same order, without a reordered copy of all rows.
             return F.embedding_bag(positions, rows, mode="sum")
         return rows.index_select(0, inverse).view(-1, self.top_k, rows.shape[-1]).sum(1)
+
+    def _in_sequence(self, rows: torch.Tensor) -> bool:
+        """Whether `sum` adds the rows of a token one after the other on this device, as `embedding_bag` does.
+
+        It does so in float32 for up to 16 rows, in the columns that fill its vectors (four at a time, of up to 16).
+        """
+        fits = self.top_k <= 16 and rows.shape[1] % 64 == 0 and rows.numel() > 0
+        return fits and rows.device.type == "cpu" and rows.dtype == torch.float32
 
 
 def sort_by_expert(expert_ids: torch.Tensor, num_experts: int, rank_major: bool = False) -> Dispatch:

@@ -31,7 +31,7 @@ def test_pairs_are_sorted_by_expert(rank_major: bool) -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 3, 8, 10, 16, 17, 22, 33])
 def test_sums_have_the_bits_of_the_stock_forward(dtype: torch.dtype, top_k: int) -> None:
     """However they are made: reordered and summed over a dimension is what transformers does."""
-    for width in (1, 31, 64, 257):
+    for width in (1, 31, 32, 64, 192, 257, 1000):
         dispatch = sort_by_expert(ids(40, top_k), EXPERTS)
         rows = torch.randn(40 * top_k, width, generator=torch.Generator().manual_seed(width)).to(dtype)
         inverse = torch.empty_like(dispatch.order)

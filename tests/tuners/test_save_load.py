@@ -777,6 +777,20 @@ def test_a_lora_config_without_its_type_raises_what_it_raised(tiny: Saved, tmp_p
         PeftModel.from_pretrained(tiny.fresh, str(tmp_path))
 
 
+def test_peft_does_not_leave_it_mapped_either(tmp_path: Path) -> None:
+    """With low_cpu_mem_usage it assigns tensors that lie in the file."""
+    model = tiny_model("olmoe")
+    batch = token_batch(model)
+    adapted = get_peft_model(model, SieveLoraConfig(r=4, calib_dataset=[batch], task_type="CAUSAL_LM")).eval()
+    randomize_adapters(adapted)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("olmoe"), str(tmp_path), low_cpu_mem_usage=True)
+    with open(tmp_path / WEIGHTS, "rb+") as file:
+        file.write(b"\xff" * (tmp_path / WEIGHTS).stat().st_size)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, adapted(**batch).logits)
+
+
 def test_transformers_does_not_map_embedding_adapters_either(tmp_path: Path) -> None:
     """Their factors are bare parameters, not modules."""
     model = tiny_model("olmoe")

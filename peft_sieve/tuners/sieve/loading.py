@@ -200,7 +200,7 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str,
 
 
 def unmap(model: nn.Module, adapter_name: str) -> None:
-    """Give an adapter that transformers mapped from its file memory of its own.
+    """Give an adapter that was mapped from its file memory of its own.
 
     Mapped memory may be unaligned, where products round differently, and changes when the file does.
     """

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import _get_submodules
 from peft.utils.integrations import init_empty_weights
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from ...errors import SieveError
 from ...moe.families import FusedExperts, ModuleListExperts
@@ -89,6 +90,11 @@ class SieveLoraModel(LoraModel):
         return wanted_layers(config, layers)
 
     # Injection
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        # PEFT's own layers, too, draw values that the saved ones replace.
+        with no_init_weights() if weights_follow() else nullcontext():
+            super().inject_adapter(*args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
