@@ -59,6 +59,14 @@ def newest(folder: Path, name: str, key: Sequence[str]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def one_run(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each setting the run with the most methods, the newest of those: rows of different runs do not compare."""
+    runs: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        runs.setdefault((row["setting"], row["device"]), {}).setdefault(row["date"], []).append(row)
+    return [row for dates in runs.values() for row in max(dates.items(), key=lambda run: (len(run[1]), run[0]))[1]]
+
+
 def grouped(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """By setting and device, in the order they were first measured."""
     groups: dict[str, list[dict[str, Any]]] = {}
@@ -161,7 +169,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.results.is_dir():
         parser.error(f"{args.results} is no folder: run a benchmark first, or name the folder of its rows")
-    if rows := newest(args.results, "step", ("setting", "device", "method")):
+    if rows := one_run(newest(args.results, "step", ("setting", "device", "method", "date"))):
         save(step_figure(rows), args.out, "step", args.format)
     if rows := newest(args.results, "memory", ("setting", "device", "method")):
         save(memory_figure(rows), args.out, "memory", args.format)
