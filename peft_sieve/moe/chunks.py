@@ -66,13 +66,18 @@ def device_groups_usable(stacks: Sequence[torch.Tensor]) -> bool:
     """Whether the GPU's kernels take these matrices, each (groups, in, out), and rows of their type.
 
     Raises:
-        SieveError: the environment names no implementation.
+        SieveError: the environment names no implementation, or one that is not installed.
     """
     choice = os.environ.get(BACKEND_VARIABLE, "auto")
     if choice not in ("auto", "loop", "device"):
         raise SieveError(
             f"{BACKEND_VARIABLE} is {choice!r}, expected auto, loop (any device) or device (a GPU with Triton): "
             "set one of these or leave it out"
+        )
+    if choice == "device" and not _has_triton():
+        raise SieveError(
+            f"{BACKEND_VARIABLE} is 'device' and Triton is not installed, expected it there: pip install triton, or "
+            "leave the variable out"
         )
     if choice == "auto" and not _capable(stacks[0].device):
         return False
@@ -82,6 +87,10 @@ def device_groups_usable(stacks: Sequence[torch.Tensor]) -> bool:
 def _capable(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
+    return _has_triton()
+
+
+def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 

@@ -45,6 +45,13 @@ def test_the_cpu_loops_unless_told_otherwise() -> None:
     assert not device_groups_usable([torch.rand(2, 8, 16)])
 
 
+def test_kernels_without_triton_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BACKEND_VARIABLE, "device")
+    monkeypatch.setattr("peft_sieve.moe.chunks.find_spec", lambda name: None)
+    with pytest.raises(SieveError, match="'device' and Triton is not installed, expected it there: pip install triton"):
+        device_groups_usable([torch.rand(2, 8, 16)])
+
+
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BACKEND_VARIABLE, "cuda")
     with pytest.raises(SieveError, match="PEFT_SIEVE_BACKEND is 'cuda', expected auto, loop"):

@@ -189,6 +189,9 @@ class _Total:
             rows = rows if weights is None else rows * weights.unsqueeze(-1)
             self.rows.index_add_(0, self.dispatch.tokens[chunk.rows], rows.to(self.rows.dtype))
             return
+        if weights is None and len(rows) == self.shape[0]:
+            self.rows = rows  # all at once, as on a GPU
+            return
         if len(self.rows) != self.shape[0]:
             dtype = rows.dtype if weights is None else torch.promote_types(rows.dtype, weights.dtype)
             self.rows = scratch(self.shape, dtype, rows.device)

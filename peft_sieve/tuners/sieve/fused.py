@@ -10,7 +10,7 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.activation import activation_of
-from ...moe.chunks import device_chunks, device_groups_usable, loop_chunks
+from ...moe.chunks import CHUNK_ROWS, device_chunks, device_groups_usable, loop_chunks
 from ...moe.dispatch import sort_by_expert
 from ...moe.dropout import Dropout
 from ...moe.families import bind_dispatch
@@ -61,7 +61,7 @@ class FusedSieveExperts(SieveExpertLayer):
         if not eager and device_groups_usable(stacks):
             chunks = device_chunks(dispatch.counts, dispatch.order.numel())
         else:
-            chunks = loop_chunks(dispatch.counts, **({"chunk_rows": 1} if eager else {}))
+            chunks = loop_chunks(dispatch.counts, chunk_rows=1 if eager else CHUNK_ROWS)
         activation, replay_activation = activation_of(experts)
         plan = ExpertPlan(
             chunks=chunks,
