@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .activation import Function, Replayer, gate_by, replay
-from .families import PROJECTIONS, ExpertsCall, ExpertsShape, FusedExperts, OnDispatch, register_moe_family
+from .families import PROJECTIONS, ExpertsCall, ExpertsShape, FusedExperts, OnDispatch
 from .stacks import ExpertStacks
 
 
@@ -88,8 +88,10 @@ class Step3p7(StackedExperts):
 
 
 class LongcatFlash(StackedExperts):
-    """Some experts have no weights and return their input. Their ids come last, and they take no adapter; `gate_up_proj`
-    has rows for them, `down_proj` has not."""
+    """Some experts have no weights and return their input. Their ids come last, and they take no adapter.
+
+    `gate_up_proj` has rows for them, `down_proj` has not.
+    """
 
     name = "longcat_flash"
     class_name = "LongcatFlashExperts"
@@ -160,5 +162,4 @@ class Dbrx(StackedExperts):
         return weight.view(experts.num_experts, -1, weight.shape[1])
 
 
-for _family in (Step3p7(), LongcatFlash(), Llama4(), Dbrx()):
-    register_moe_family(_family)
+STACKED_FAMILIES = (Step3p7(), LongcatFlash(), Llama4(), Dbrx())
