@@ -14,8 +14,6 @@ from torch import nn
 from transformers import CONFIG_MAPPING, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 
-from peft_sieve.moe.families import family_of
-
 MODELS = Path(transformers.__file__).parent / "models"
 _EXPERTS_CLASS = re.compile(r"^class (\w*(?:Experts?|MoE|Moe))\(", re.MULTILINE)
 _HEAD = re.compile(r"For[A-Z]\w+$")
@@ -42,10 +40,12 @@ def model_classes() -> list[type[PreTrainedModel]]:
     return classes
 
 
-def holds_experts(module: nn.Module) -> bool:
-    """Whether a module is one of routed experts, by its class alone or to a registered family."""
-    decorated = hasattr(module, "_is_expert_parallel")
-    return decorated or _EXPERTS_CLASS.match(f"class {type(module).__name__}(") is not None or bool(family_of(module))
+def looks_like_experts(module: nn.Module) -> bool:
+    """Whether a module is one of routed experts as far as its class says, or a block around them."""
+    if hasattr(module, "_is_expert_parallel"):
+        return True
+    name = type(module).__name__
+    return _EXPERTS_CLASS.match(f"class {name}(") is not None and "Shared" not in name
 
 
 def _with_head(module: ModuleType) -> list[type[PreTrainedModel]]:

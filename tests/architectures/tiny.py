@@ -13,6 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 HIDDEN, HEADS, HEAD_DIM, LAYERS, VOCABULARY, EXPERTS, TOP_K = 32, 4, 8, 4, 128, 8, 2
 
+# Of image, audio and the like: never among the inputs.
+SPECIAL_TOKEN = 3
+
+# Without a value by default, and without experts if it stays so.
+_NEEDED = ("num_experts", "n_routed_experts", "num_experts_per_tok", "top_k_experts", "moe_intermediate_size")
+
 # The first that matches a field's name gives its size.
 _SIZES: list[tuple[str, int]] = [
     (r"head_dim|linear_(head|key_head|value_head)_dim|d_kv|kv_channels|qk_nope_head_dim|v_head_dim", HEAD_DIM),
@@ -40,38 +46,39 @@ _SIZES: list[tuple[str, int]] = [
 ]
 
 
-def tiny_config(config_class: type[PreTrainedConfig], changes: dict[str, Any] | None = None) -> PreTrainedConfig:
-    """The tiny configuration, with `changes` (those of a nested configuration as a dict under its name)."""
-    changes = dict(changes or {})
+def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """The tiny configuration, nested ones included."""
     default = config_class()
     settings: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
-        value = getattr(default, field.name, None)
+        # Not by getattr, which some configurations refuse where layers differ.
+        value = vars(default).get(field.name, field.default)
         if isinstance(value, PreTrainedConfig):
-            settings[field.name] = tiny_config(type(value), changes.pop(field.name, None)).to_dict()
-        elif size := _size(field.name, value, default):
+            settings[field.name] = tiny_config(type(value))
+        elif (size := _size(field.name, value, default)) is not None:
             settings[field.name] = size
-        elif isinstance(value, int) and re.search(r"token_(id|index)$", field.name):
-            settings[field.name] = value % 3 if field.name in ("pad_token_id", "bos_token_id", "eos_token_id") else 3
-        elif re.fullmatch(r"(pad|bos|eos)_token_id", field.name):
-            settings[field.name] = None if value is None else 0
-    return config_class(**{**settings, **changes})
+    return config_class(**{**settings, **CHANGES.get(config_class.model_type or config_class.base_config_key, {})})
 
 
 def _size(name: str, value: Any, default: PreTrainedConfig) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if name == "pad_token_id":
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int | None):
         return None
-    size = next((size for pattern, size in _SIZES if re.fullmatch(pattern, name)), None)
-    if size is None:
+    if re.fullmatch(r"(bos|eos)_token_id", name):
+        return None if value is None else 1
+    if re.search(r"token_(id|index)$", name):
+        return None if value is None else SPECIAL_TOKEN
+    if value is None and name not in _NEEDED or value == 0:
         return None
-    if name == "num_key_value_heads" and value == getattr(default, "num_attention_heads", None):
+    if name == "num_key_value_heads" and value == vars(default).get("num_attention_heads"):
         return HEADS
-    return size
+    return next((size for pattern, size in _SIZES if re.fullmatch(pattern, name)), None)
 
 
 def tiny_model(model_class: type[PreTrainedModel]) -> PreTrainedModel:
     """A random model of a class, in evaluation mode, whose experts differ visibly."""
-    config = tiny_config(model_class.config_class, CHANGES.get(model_class.config_class.model_type))
+    config = tiny_config(model_class.config_class)
     torch.manual_seed(0)
     model = model_class(config)
     for parameter in dict.fromkeys(model.parameters()):
@@ -90,5 +97,38 @@ def inputs_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return batch
 
 
-# What sizes alone do not settle: model type -> changes.
-CHANGES: dict[str, dict[str, Any]] = {}
+# What sizes alone do not settle: model type -> settings.
+CHANGES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_group_size": 2},
+    "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [24, 16],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
+    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
+    "granitemoehybrid": {"mamba_d_head": 16, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0, "use_mamba_kernels": False},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 2,
+        "indexer_head_dim": 8,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "step3p5": {"sliding_window": 16},
+    "zaya": {"num_experts_per_tok": 1},
+    "gemma4_text": {"enable_moe_block": True, "global_head_dim": 16},
+    "diffusion_gemma_text": {"global_head_dim": 16},
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 8,
+    },
+}

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from peft_sieve import SieveError, SieveLoraConfig, profile_routing
 from peft_sieve.moe.topology import MoELayer, find_moe_layers
 from peft_sieve.tuners.sieve.layer import SieveExpertLayer
-from tests.architectures.discovery import holds_experts, model_classes
+from tests.architectures.discovery import looks_like_experts, model_classes
 from tests.architectures.recount import recounted
 from tests.architectures.tiny import inputs_for, tiny_model
 from tests.models import randomize_adapters
@@ -71,7 +71,7 @@ def walk(model_class: type[PreTrainedModel]) -> Row | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = tiny_model(model_class)
-            experts = [path for path, module in model.named_modules() if path and holds_experts(module)]
+            experts = [path for path, module in model.named_modules() if path and looks_like_experts(module)]
             if not experts:
                 return None
             journey = Journey(model, row)
@@ -108,7 +108,7 @@ class Journey:
         for path, module in modules.items():
             # A block may be called "MoE" too: then the experts are in it, or beside it.
             inside = any(p == path or p.startswith(path + ".") or path.startswith(p + ".") for p in known)
-            assert not (path and holds_experts(module)) or inside, f"{path} ({type(module).__name__}) was not found"
+            assert not (path and looks_like_experts(module)) or inside, f"{path} ({type(module).__name__}) was not found"
 
     def profile(self) -> None:
         profile = profile_routing(self.base, [self.batch], progress=False)
