@@ -53,9 +53,11 @@ class MoEFamily(ABC):
         name: for messages.
         layer_class: the adapter layer that serves it, a subclass of `SieveExpertLayer`, or where to import that from
             ("package.module:Class").
+        reads_router_weight: the router is a linear layer that is never called: the model multiplies by its weight.
     """
 
     name: str
+    reads_router_weight = False
     layer_class: str | type
 
     @abstractmethod

@@ -95,6 +95,7 @@ class LongcatFlash(StackedExperts):
 
     name = "longcat_flash"
     class_name = "LongcatFlashExperts"
+    reads_router_weight = True
 
     def first(self, experts: Any) -> list[torch.Tensor]:
         return [experts.gate_up_proj.detach()[: experts.down_proj.shape[0]].transpose(1, 2)]
@@ -162,4 +163,21 @@ class Dbrx(StackedExperts):
         return weight.view(experts.num_experts, -1, weight.shape[1])
 
 
-STACKED_FAMILIES = (Step3p7(), LongcatFlash(), Llama4(), Dbrx())
+class Zaya(FusedExperts):
+    """The common interface; but the router sends tokens that skip the layer to expert 0, with weight zero."""
+
+    name = "zaya"
+
+    def matches(self, module: nn.Module) -> bool:
+        return type(module).__name__ == "ZayaExperts" and super().matches(module)
+
+    def watch(self, experts: Any, parent: nn.Module, on_dispatch: OnDispatch) -> list[Any]:
+        num_experts = self.shape(experts).num_experts
+
+        def without_skipped(expert_ids: torch.Tensor, expert_weights: torch.Tensor) -> None:
+            on_dispatch(expert_ids.masked_fill(expert_weights == 0, num_experts), expert_weights)
+
+        return super().watch(experts, parent, without_skipped)
+
+
+STACKED_FAMILIES = (Step3p7(), LongcatFlash(), Llama4(), Dbrx(), Zaya())

@@ -71,10 +71,11 @@ def _received(arguments: list[Any], num_experts: int) -> torch.Tensor:
     tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
     for ids in tensors:
         if not ids.is_floating_point() and ids.dim() == 2:
-            # One at a time. Ids beyond the experts belong to none.
+            weights = next(t for t in tensors if t.is_floating_point() and t.shape == ids.shape)
+            # One at a time. Ids beyond the experts belong to none; a pair of weight zero is one that was not sent.
             received = torch.zeros(num_experts, dtype=torch.int64)
-            for expert in ids.flatten().tolist():
-                received[expert : expert + 1] += 1
+            for expert, weight in zip(ids.flatten().tolist(), weights.flatten().tolist(), strict=True):
+                received[expert : expert + 1] += weight != 0
             return received
     for sizes in arguments:
         if isinstance(sizes, list) and len(sizes) == num_experts:

@@ -17,7 +17,8 @@ HIDDEN, HEADS, HEAD_DIM, LAYERS, VOCABULARY, EXPERTS, TOP_K = 32, 4, 8, 4, 128, 
 SPECIAL_TOKEN = 3
 
 # Without a value by default, and without experts if it stays so.
-_NEEDED = ("num_experts", "n_routed_experts", "num_experts_per_tok", "top_k_experts", "moe_intermediate_size")
+_NEEDED = ("num_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "top_k_experts")
+_NEEDED += ("moe_intermediate_size",)
 
 # The first that matches a field's name gives its size.
 _SIZES: list[tuple[str, int]] = [
@@ -25,9 +26,10 @@ _SIZES: list[tuple[str, int]] = [
     (r"qk_rope_head_dim|index_head_dim|swa_head_dim|mamba_head_dim|mamba_d_head", HEAD_DIM),
     (r"qk_head_dim", 2 * HEAD_DIM),
     (r"hidden_size|d_model|text_hidden_size|merged_hidden_size|projector_hidden_size|out_hidden_size", HIDDEN),
-    (r"moe_hidden_size|projector_(in|out)put_dim|vision_output_dim|output_dim|ple_embed_dim", HIDDEN),
+    (r"(?!router).*_hidden_size|projector_(in|out)put_dim|vision_output_dim|output_dim|ple_embed_dim", HIDDEN),
     (r"vocab_size|vocab_size_per_layer_input|unpadded_vocab_size", VOCABULARY),
     (r"(q|kv|o)_lora_rank|hc_lowrank|hidden_size_per_layer_input|router_hidden_size|gated_norm_rank", 16),
+    (r"part_features", 8),
     (r"(num|n)_(routed_|local_)?experts|moe_num_experts", EXPERTS),
     (r"num_experts_per_tok(en)?|moe_k|moe_topk|top_k_experts|moe_top_k", TOP_K),
     (r"(n|num|moe_num)_shared_experts", 1),
@@ -57,7 +59,11 @@ def tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
             settings[field.name] = tiny_config(type(value))
         elif (size := _size(field.name, value, default)) is not None:
             settings[field.name] = size
-    return config_class(**{**settings, **CHANGES.get(config_class.model_type or config_class.base_config_key, {})})
+    return config_class(**{**settings, **CHANGES.get(_name(config_class), {})})
+
+
+def _name(config_class: type[PreTrainedConfig]) -> str:
+    return config_class.model_type or config_class.__name__
 
 
 def _size(name: str, value: Any, default: PreTrainedConfig) -> int | None:
@@ -84,6 +90,9 @@ def tiny_model(model_class: type[PreTrainedModel]) -> PreTrainedModel:
     for parameter in dict.fromkeys(model.parameters()):
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.2)
+        else:
+            # Some scales start at zero, and hide what is behind them.
+            parameter.data.add_(0.1 * torch.randn(parameter.shape))
     return model.eval()
 
 
@@ -94,12 +103,17 @@ def inputs_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = torch.randint(4, VOCABULARY, (2, 8), generator=generator)
+    if model.config.model_type == "ernie4_5_vl_moe":
+        # Tokens of images have experts of their own.
+        batch["moe_mm_token_type_ids"] = torch.arange(16).remainder(2).expand(2, -1)
     return batch
 
 
 # What sizes alone do not settle: model type -> settings.
 CHANGES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
+    "DbrxAttentionConfig": {"rope_theta": 1e4, "kv_n_heads": 2},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "ernie4_5_vl_moe_text": {
         "moe_intermediate_size": [24, 16],
@@ -107,18 +121,23 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}},
     "granitemoehybrid": {"mamba_d_head": 16, "layer_types": ["linear_attention", "full_attention"] * 2},
-    "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "hunyuan_v1_moe": {"head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0, "use_mamba_kernels": False},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 4,
-        "indexer_kv_heads": 2,
+        "indexer_kv_heads": 1,
         "indexer_head_dim": 8,
         "indexer_budget": 16,
         "indexer_compress_ratio": 4,
     },
     "step3p5": {"sliding_window": 16},
+    "dots3_note_vision_encoder": {"pyramid_num_routed": [-1, -1, 4, 8]},
+    "inkling_vision": {"patch_size": 4},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 3, "audio_start_token_id": 3},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 24},
+    "radio": {"video_temporal_patch_size": 2},
     "zaya": {"num_experts_per_tok": 1},
     "gemma4_text": {"enable_moe_block": True, "global_head_dim": 16},
     "diffusion_gemma_text": {"global_head_dim": 16},

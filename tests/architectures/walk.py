@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ class Journey:
             assert count.sum() > 0, f"no token reached {path}"
             assert torch.equal(profile.counts[path], count), f"{path}: {profile.counts[path]} counted, {count} received"
 
-    def inject(self) -> None:
+    def inject(self) -> str | None:
         self.before = self.logits(self.base)
         self.state = {name: value.clone() for name, value in self.base.state_dict().items()}
         self.fresh = copy.deepcopy(self.base)
@@ -128,13 +128,18 @@ class Journey:
             expected = max(1, round(SHARE * layer.num_experts))
             found = len(self.expert_layer(layer.path).plans["default"].experts)
             assert found == expected, f"{layer.path}: {found} adapted, expected {expected}"
-        assert torch.equal(self.logits(self.adapted), self.before), "a new adapter changes the outputs"
+        after = self.logits(self.adapted)
+        if not torch.equal(after, self.before):
+            scale, worst = float(self.before.abs().max()), float((after - self.before).abs().max())
+            assert worst < 1e-5 * scale, f"a new adapter changes the outputs by {worst:.1e} of {scale:.1e}"
+            return "yes, within rounding"
+        return None
 
     def train(self) -> None:
         randomize_adapters(self.adapted)
         self.adapted.train()
         with recounted(self.base, self._num_experts()) as counts:
-            loss = loss_of(self.adapted(**self.batch))
+            loss = loss_of(self.adapted(**self.batch, output_hidden_states=True))
         loss.backward()
         silent = []
         for name, parameter in self.adapted.named_parameters():
@@ -206,18 +211,31 @@ class Journey:
 
 def main_output(output: Any) -> torch.Tensor:
     """The logits, or what a model has in their place."""
-    for name in ("logits", "start_logits", "last_hidden_state"):
-        value = getattr(output, name, None)
-        if value is not None:
-            return value
-    return output[0]
+    return next(value for name in OUTPUTS if (value := getattr(output, name, None)) is not None)
+
+
+OUTPUTS = ("logits", "start_logits", "last_hidden_state")
 
 
 def loss_of(output: Any) -> torch.Tensor:
-    """A sum that depends on every output in another way."""
-    values = main_output(output).float()
+    """A sum that depends on everything that a model puts out, each number in another way."""
     generator = torch.Generator().manual_seed(0)
-    return (values * torch.randn(values.shape, generator=generator)).sum()
+    values = [*_tensors(output)]
+    weights = [torch.randn(value.shape, generator=generator) for value in values]
+    return torch.stack([(v.float() * w).sum() for v, w in zip(values, weights, strict=True)]).sum()
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Those with a gradient, also in mappings and sequences; a cache of keys and values is none."""
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad:
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
 
 
 def _export() -> Any:

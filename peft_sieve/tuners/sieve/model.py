@@ -23,11 +23,12 @@ from ...routing.distributed import check_agreement, on_every_rank
 from .agreement import check_at_next_training_forward, stop_checking
 from .calibrate import calibrate
 from .config import SieveLoraConfig
-from .exact import with_exact_unmerge
+from .exact import read_by_weight, with_exact_unmerge
 from .layer import SieveExpertLayer
 from .loading import check_state_dict, sieve_layers, weights_follow
 from .mask import check_mask, shape_of
 from .targets import resolve_targets, router_parameters, wanted_layers
+from .tied import refuse_tied_experts
 
 
 class SieveLoraModel(LoraModel):
@@ -127,6 +128,10 @@ class SieveLoraModel(LoraModel):
                     parameter_name=router.parameter,
                 )
                 injected.append(key)
+            for layer in layers:
+                if layer.family.reads_router_weight:
+                    for router in layer.routers:
+                        read_by_weight(model.get_submodule(router.path))
         check_at_next_training_forward(model)
         return injected
 
@@ -175,6 +180,10 @@ class SieveLoraModel(LoraModel):
             f"add_weighted_adapter was called for {adapters}, expected adapters without expert factors, since those "
             "belong to different experts: activate several at once with set_adapter instead"
         )
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        refuse_tied_experts(self.model)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, in all layers or in none: when one refuses, the others are as before."""
