@@ -26,7 +26,10 @@ _SIZES: list[tuple[str, int]] = [
     (r"qk_rope_head_dim|index_head_dim|swa_head_dim|mamba_head_dim|mamba_d_head", HEAD_DIM),
     (r"qk_head_dim", 2 * HEAD_DIM),
     (r"hidden_size|d_model|text_hidden_size|merged_hidden_size|projector_hidden_size|out_hidden_size", HIDDEN),
-    (r"(?!router).*_hidden_size|projector_(in|out)put_dim|vision_output_dim|output_dim|ple_embed_dim", HIDDEN),
+    (
+        r"(?!router).*_hidden_size|adapter_(in_dim|out_dim|input_size)|projector_(in|out)put_dim|vision_output_dim|output_dim|ple_embed_dim",
+        HIDDEN,
+    ),
     (r"vocab_size|vocab_size_per_layer_input|unpadded_vocab_size", VOCABULARY),
     (r"(q|kv|o)_lora_rank|hc_lowrank|hidden_size_per_layer_input|router_hidden_size|gated_norm_rank", 16),
     (r"part_features", 8),
@@ -103,16 +106,43 @@ def inputs_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = torch.randint(4, VOCABULARY, (2, 8), generator=generator)
-    if model.config.model_type == "ernie4_5_vl_moe":
-        # Tokens of images have experts of their own.
-        batch["moe_mm_token_type_ids"] = torch.arange(16).remainder(2).expand(2, -1)
+    if (more := MORE_INPUTS.get(_name(type(model.config)))) is not None:
+        more(batch, model.config)
     return batch
 
+
+def _with_token_types(batch: dict[str, torch.Tensor], config: Any) -> None:
+    """Tokens of images have experts of their own."""
+    batch["moe_mm_token_type_ids"] = torch.arange(16).remainder(2).expand(2, -1)
+
+
+def _with_image(batch: dict[str, torch.Tensor], config: Any) -> None:
+    """The vision tower has experts: one image of 4 x 4 patches, merged to 4 tokens, for each sample."""
+    vision = config.vision_config
+    batch["input_ids"][:, 2:6] = SPECIAL_TOKEN
+    batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * 2)
+    width = vision.num_channels * vision.patch_size**2
+    batch["pixel_values"] = torch.randn(32, width, generator=torch.Generator().manual_seed(1))
+
+
+def _with_embeddings(batch: dict[str, torch.Tensor], config: Any) -> None:
+    """It speaks what another model thought, and reads no tokens of its own."""
+    generator = torch.Generator().manual_seed(1)
+    batch["inputs_embeds"] = torch.randn(2, 16, config.text_config.hidden_size, generator=generator)
+    batch["talker_input_ids"] = batch["input_ids"]
+
+
+# What models need beside text for all of their experts to get something.
+MORE_INPUTS = {
+    "dots3_note": _with_image,
+    "ernie4_5_vl_moe": _with_token_types,
+    "Qwen3OmniMoeTalkerConfig": _with_embeddings,
+}
 
 # What sizes alone do not settle: model type -> settings.
 CHANGES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
-    "DbrxAttentionConfig": {"rope_theta": 1e4, "kv_n_heads": 2},
+    "DbrxAttentionConfig": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
     "ernie4_5_vl_moe_text": {
@@ -137,6 +167,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "inkling_vision": {"patch_size": 4},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 3, "audio_start_token_id": 3},
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 24},
+    "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2},
     "radio": {"video_temporal_patch_size": 2},
     "zaya": {"num_experts_per_tok": 1},
     "gemma4_text": {"enable_moe_block": True, "global_head_dim": 16},

@@ -45,7 +45,7 @@ class WeightReadLinear(ExactLinear):
     def weight(self) -> torch.Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        weight: torch.Tensor = self.get_base_layer().weight
+        weight = self._base_parameter()
         if self.disable_adapters or self.merged:
             return weight
         for name in self.active_adapters:
