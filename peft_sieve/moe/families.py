@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .activation import activation_of
+from .stacks import ExpertsCall, ExpertStacks
+
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 # (expert ids, expert weights), both (tokens, top_k): called once a forward of the layer.
@@ -44,13 +47,26 @@ class ExpertsShape:
 
 
 class MoEFamily(ABC):
-    """A layout of routed experts."""
+    """A layout of routed experts.
+
+    Attributes:
+        name: for messages.
+        layer_class: the adapter layer that serves it, a subclass of `SieveExpertLayer`, or where to import that from
+            ("package.module:Class").
+        reads_router_weight: the router is a linear layer that is never called: the model multiplies by its weight.
+    """
 
     name: str
+    reads_router_weight = False
+    layer_class: str | type
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` holds routed experts in this layout."""
+
+    def is_block(self, parent: nn.Module) -> bool:
+        """Whether `parent`, which holds a module that matches, routes to it; a list of dense MLPs has no router."""
+        return True
 
     @abstractmethod
     def shape(self, experts: nn.Module) -> ExpertsShape:
@@ -77,6 +93,7 @@ class FusedExperts(MoEFamily):
     `experts(hidden_states, top_k_index, top_k_weights)`."""
 
     name = "fused"
+    layer_class = "peft_sieve.tuners.sieve.fused:FusedSieveExperts"
 
     def matches(self, module: nn.Module) -> bool:
         first = getattr(module, "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", None)
@@ -88,9 +105,8 @@ class FusedExperts(MoEFamily):
         )
 
     def shape(self, experts: nn.Module) -> ExpertsShape:
-        names = ("gate_proj", "up_proj", "down_proj") if experts.has_gate else ("up_proj", "down_proj")
         projections = {}
-        for name in names:
+        for name in self._names(experts):
             num_experts, out_features, in_features = self._stack(experts, name).shape
             projections[name] = (in_features, out_features)
         return ExpertsShape(num_experts, projections)
@@ -102,18 +118,25 @@ class FusedExperts(MoEFamily):
         fused = experts.has_gate
         return sorted({"gate_up_proj" if fused and p != "down_proj" else p for p in projections})
 
-    def _stack(self, experts: nn.Module, projection: str) -> torch.Tensor:
-        """All experts' weights of a projection: a view of shape (num_experts, out_features, in_features)."""
-        fused = experts.has_gate and projection != "down_proj"
-        weight = getattr(experts, "gate_up_proj" if fused else projection).data
-        if experts.is_transposed:
-            weight = weight.transpose(1, 2)
-        if not fused:
-            return weight
-        second = projection == "up_proj"
-        if experts.is_concatenated:
-            return weight.chunk(2, dim=1)[second]
-        return weight[:, second::2]
+    def stacks(self, experts: Any) -> ExpertStacks:
+        """What its forward computes with, as views."""
+        first = "gate_up_proj" if experts.has_gate else "up_proj"
+        activation, replay_activation = activation_of(experts)
+        return ExpertStacks(
+            first=[_matrices(experts, first)],
+            down=_matrices(experts, "down_proj"),
+            columns={name: self._columns(experts, name) for name in self._names(experts)},
+            activation=activation,
+            replay_activation=replay_activation,
+            first_bias=getattr(experts, f"{first}_bias") if experts.has_bias else None,
+            down_bias=experts.down_proj_bias if experts.has_bias else None,
+            post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+            one_by_one=getattr(getattr(experts, "config", None), "_experts_implementation", None) == "eager",
+        )
+
+    def bind(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertsCall:
+        """The arguments of a call of the experts module."""
+        return bind_dispatch(args, kwargs)
 
     def watch(self, experts: nn.Module, parent: nn.Module, on_dispatch: OnDispatch) -> list[Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -122,20 +145,39 @@ class FusedExperts(MoEFamily):
 
         return [experts.register_forward_pre_hook(hook, with_kwargs=True)]
 
+    def _names(self, experts: Any) -> tuple[str, ...]:
+        return PROJECTIONS if experts.has_gate else PROJECTIONS[1:]
 
-def bind_dispatch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three arguments of a fused experts call, however they are named.
+    def _columns(self, experts: Any, projection: str) -> slice:
+        """Where the output of a projection lies in that of its stack."""
+        if not experts.has_gate or projection == "down_proj":
+            return slice(None)
+        second = projection == "up_proj"
+        if not experts.is_concatenated:
+            return slice(int(second), None, 2)
+        width = experts.gate_up_proj.shape[2 if experts.is_transposed else 1] // 2
+        return slice(width, None) if second else slice(width)
 
-    Returns:
-        hidden states (tokens, hidden), expert ids and expert weights (tokens, top_k).
-    """
+    def _stack(self, experts: Any, projection: str) -> torch.Tensor:
+        """All experts' weights of a projection: a view of shape (num_experts, out_features, in_features)."""
+        name = "gate_up_proj" if experts.has_gate and projection != "down_proj" else projection
+        return _matrices(experts, name).transpose(1, 2)[:, self._columns(experts, projection)]
+
+
+def _matrices(experts: Any, name: str) -> torch.Tensor:
+    """A frozen stack as (num_experts, in, out)."""
+    weight: torch.Tensor = getattr(experts, name).detach()
+    return weight if experts.is_transposed else weight.transpose(1, 2)
+
+
+def bind_dispatch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertsCall:
+    """The three arguments of a fused experts call, however they are named."""
     # gpt_oss and openai_privacy_filter name them router_indices and routing_weights.
     names = (("hidden_states",), ("top_k_index", "router_indices"), ("top_k_weights", "routing_weights"))
     values = list(args)
     for aliases in names[len(values) :]:
         values.append(next(kwargs[alias] for alias in aliases if alias in kwargs))
-    hidden_states, expert_ids, expert_weights = values
-    return hidden_states, expert_ids, expert_weights
+    return ExpertsCall(*values)
 
 
 class ModuleListExperts(MoEFamily):
@@ -143,11 +185,15 @@ class ModuleListExperts(MoEFamily):
     DeepSeek-MoE-16B's remote code."""
 
     name = "module_list"
+    layer_class = "peft_sieve.tuners.sieve.module_list:ModuleListSieveExperts"
 
     def matches(self, module: nn.Module) -> bool:
         if not isinstance(module, nn.ModuleList) or len(module) < 2:
             return False
         return all(isinstance(getattr(m, p, None), nn.Linear) for m in module for p in ("up_proj", "down_proj"))
+
+    def is_block(self, parent: nn.Module) -> bool:
+        return any(hasattr(parent, name) for name in ROUTER_NAMES)
 
     def shape(self, experts: nn.Module) -> ExpertsShape:
         assert isinstance(experts, nn.ModuleList)

@@ -69,6 +69,8 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         if family is None or path == "":
             continue
         block = path.rpartition(".")[0]
+        if not family.is_block(modules[block]):
+            continue
         layers.append(
             MoELayer(path, module, family, family.shape(module), _routers(modules, block), _shared(modules, block))
         )

@@ -38,6 +38,22 @@ class ExactLinear(_ExactUnmerge, Linear):
         return self.get_base_layer().get_parameter("weight")
 
 
+class WeightReadLinear(ExactLinear):
+    """An adapted linear layer that its model never calls: it multiplies by the layer's weight itself."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        weight = self._base_parameter()
+        if self.disable_adapters or self.merged:
+            return weight
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                weight = weight + self.get_delta_weight(name)
+        return weight
+
+
 class ExactParamWrapper(_ExactUnmerge, ParamWrapper):
     """`lora.ParamWrapper` (here: the router's weight) with an exact `unmerge`."""
 
@@ -53,3 +69,9 @@ def with_exact_unmerge(layer: nn.Module) -> nn.Module:
     # PEFT's dispatchers make the layer and offer no way to name its class.
     layer.__class__ = _EXACT.get(type(layer), type(layer))
     return layer
+
+
+def read_by_weight(layer: nn.Module) -> None:
+    """Have the adapters of a linear layer show in its weight, for a model that reads it; nothing if it has none."""
+    if type(layer) is ExactLinear:
+        layer.__class__ = WeightReadLinear

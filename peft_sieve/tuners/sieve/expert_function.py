@@ -9,18 +9,19 @@ In the notation below, a pair is a token sent to one of its experts, and pairs a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ...moe.activation import Replay, replay
+from ...moe.activation import replay
 from ...moe.chunks import Chunk
 from ...moe.dispatch import Dispatch
 from ...moe.grouped import Groups
 from ...moe.scratch import scratch
+from ...moe.stacks import ExpertStacks
 from ...moe.workers import for_each
 from .low_rank import LowRank
 
@@ -31,27 +32,16 @@ class ExpertPlan:
 
     Attributes:
         chunks: in which pieces the pairs are handled.
-        first, down: the frozen stacks as (num_experts, in, out).
-        first_bias, down_bias: (num_experts, out), None for none.
-        activation: between the products: (rows, first's width) -> (rows, down's input width).
-        replay_activation: the activation again, with the map from its gradient to that of its input.
-        post_norm: after the second product, None for none.
+        stacks: the frozen part. If it goes one by one, the pairs of a token are summed in the order of their experts,
+            not in that of the dispatch.
         first_adapters, down_adapters: what is added to each product.
-        by_expert: sum the pairs of a token in the order of their experts, not in that of the dispatch.
         keep: whether a backward may follow.
     """
 
     chunks: Sequence[Chunk]
-    first: torch.Tensor
-    down: torch.Tensor
-    first_bias: torch.Tensor | None
-    down_bias: torch.Tensor | None
-    activation: Callable[[torch.Tensor], torch.Tensor]
-    replay_activation: Callable[[torch.Tensor], Replay]
-    post_norm: Callable[[torch.Tensor], torch.Tensor] | None
+    stacks: ExpertStacks
     first_adapters: Sequence[LowRank] = field(default_factory=list)
     down_adapters: Sequence[LowRank] = field(default_factory=list)
-    by_expert: bool = False
     keep: bool = True
 
     def __post_init__(self) -> None:
@@ -61,7 +51,7 @@ class ExpertPlan:
     @property
     def kept_per_chunk(self) -> int:
         """How many tensors the forward of a chunk leaves for its backward."""
-        return 1 + len(self.first_adapters) + len(self.down_adapters) + (self.post_norm is not None)
+        return 1 + len(self.first_adapters) + len(self.down_adapters) + (self.stacks.post_norm is not None)
 
     def _groups(self, adapters: Sequence[LowRank]) -> list[list[tuple[LowRank, Groups]]]:
         """For each chunk, the adapters and their ranges in it; made once, since ranges remember what they dropped."""
@@ -83,26 +73,27 @@ class ExpertFunction(torch.autograd.Function):
         expert_weights: torch.Tensor,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        dtype = plan.first.dtype
+        stacks = plan.stacks
+        dtype = stacks.down.dtype
         with torch.autocast(hidden_states.device.type, enabled=False):
             factors_used = [factor.to(dtype) for factor in factors]
-            weights = _sorted_weights(expert_weights, dispatch, plan.by_expert)
-            sum_dtype = hidden_states.dtype if plan.by_expert else torch.promote_types(dtype, weights.dtype)
+            weights = _sorted_weights(expert_weights, dispatch, stacks.one_by_one)
+            sum_dtype = hidden_states.dtype if stacks.one_by_one else torch.promote_types(dtype, weights.dtype)
             total = _Total(plan, dispatch, hidden_states, sum_dtype)
             kept: list[torch.Tensor] = []
             for chunk, first, down in zip(plan.chunks, plan.first_groups, plan.down_groups, strict=True):
                 rows = chunk.rows
                 x = hidden_states.index_select(0, dispatch.tokens[rows]).to(dtype)  # (rows, hidden)
-                up = _project(x, plan.first, plan.first_bias, chunk, dispatch)
+                up = _project(x, stacks.first, stacks.first_bias, chunk, dispatch)
                 inners = [adapter.add(x, up, g, factors_used, adapter.last) for adapter, g in first]
                 del x
-                act = plan.activation(up)  # (rows, intermediate)
-                out = _project(act, plan.down, plan.down_bias, chunk, dispatch)  # (rows, hidden)
+                act = stacks.activation(up)  # (rows, intermediate)
+                out = _project(act, [stacks.down], stacks.down_bias, chunk, dispatch)  # (rows, hidden)
                 spare = act is not up
                 inners += [adapter.add(act, out, g, factors_used, adapter.last and spare) for adapter, g in down]
                 if plan.keep:
-                    kept += [up, *inners] if plan.post_norm is None else [up, *inners, out]
-                normed = out if plan.post_norm is None else plan.post_norm(out)
+                    kept += [up, *inners] if stacks.post_norm is None else [up, *inners, out]
+                normed = out if stacks.post_norm is None else stacks.post_norm(out)
                 total.add(chunk, normed, weights[rows])
         if plan.keep:
             ctx.plan, ctx.num_factors = plan, len(factors)
@@ -117,12 +108,13 @@ class ExpertFunction(torch.autograd.Function):
         order, tokens, expert_ids, counts, hidden_states, expert_weights, *saved = ctx.saved_tensors
         dispatch = Dispatch(order, tokens, expert_ids, counts, expert_weights.shape[1])
         factors, kept = saved[: ctx.num_factors], saved[ctx.num_factors :]
-        dtype = plan.first.dtype
+        stacks = plan.stacks
+        dtype = stacks.down.dtype
         _, _, needs_hidden, needs_weights, *needs_factors = ctx.needs_input_grad
         with torch.autocast(hidden_states.device.type, enabled=False):
-            weights = _sorted_weights(expert_weights, dispatch, plan.by_expert)
+            weights = _sorted_weights(expert_weights, dispatch, stacks.one_by_one)
             # Added one after the other, half precision would round each time.
-            sum_dtype = torch.promote_types(dtype, torch.float32) if plan.by_expert else dtype
+            sum_dtype = torch.promote_types(dtype, torch.float32) if stacks.one_by_one else dtype
             run = _Backward(
                 plan=plan,
                 dispatch=dispatch,
@@ -135,11 +127,11 @@ class ExpertFunction(torch.autograd.Function):
                     torch.zeros_like(factor) if needed else None
                     for factor, needed in zip(factors, needs_factors, strict=True)
                 ],
-                grad_weights=torch.empty_like(weights, dtype=torch.promote_types(weights.dtype, torch.float32)),
+                grad_weights=torch.zeros_like(weights, dtype=torch.promote_types(weights.dtype, torch.float32)),
                 grad_hidden=_Total(plan, dispatch, hidden_states, sum_dtype) if needs_hidden else None,
             )
             sizes = [chunk.rows.stop - chunk.rows.start for chunk in plan.chunks]
-            if plan.by_expert or hidden_states.device.type != "cpu":
+            if stacks.one_by_one or hidden_states.device.type != "cpu":
                 for index in range(len(sizes)):
                     run(index)
             else:
@@ -148,7 +140,7 @@ class ExpertFunction(torch.autograd.Function):
             None,
             None,
             run.grad_hidden.result(stock_bits=False).to(hidden_states.dtype) if run.grad_hidden is not None else None,
-            _unsorted_weights(run.grad_weights, expert_weights, dispatch, plan.by_expert) if needs_weights else None,
+            _unsorted_weights(run.grad_weights, expert_weights, dispatch, stacks.one_by_one) if needs_weights else None,
             *run.grad_factors,
         )
 
@@ -177,32 +169,32 @@ class _Backward:
     grad_hidden: _Total | None
 
     def __call__(self, index: int) -> None:
-        plan, dispatch, dtype = self.plan, self.dispatch, self.plan.first.dtype
+        plan, dispatch, stacks = self.plan, self.dispatch, self.plan.stacks
         chunk, first, down = plan.chunks[index], plan.first_groups[index], plan.down_groups[index]
         rows, groups, tokens = chunk.rows, chunk.groups, dispatch.tokens[chunk.rows]
         up, *inners = self.kept[index]
         grad_out = self.grad.index_select(0, tokens)  # (rows, hidden)
         pair_weights = self.weights[rows].unsqueeze(-1)
         scale: torch.Tensor | None = pair_weights
-        if plan.post_norm is not None:
-            normed, grad_norm = replay(plan.post_norm, inners.pop())
+        if stacks.post_norm is not None:
+            normed, grad_norm = replay(stacks.post_norm, inners.pop())
             self.grad_weights[rows] = _row_dot(grad_out, normed)
             grad_out, scale = grad_norm(grad_out * pair_weights), None
         grad_out = grad_out.to(dtype)
-        act, grad_activation = plan.replay_activation(up)
+        act, grad_activation = stacks.replay_activation(up)
         # Not yet multiplied by the pair's weight: its product with act is the gradient of that weight.
-        grad_act = groups.project(grad_out, plan.down.transpose(1, 2))
+        grad_act = groups.project(grad_out, stacks.down.transpose(1, 2))
         for (adapter, ranges), inner in zip(down, inners[len(first) :], strict=True):
             adapter.add_gradients(grad_out, act, inner, scale, grad_act, ranges, self.factors, self.grad_factors, False)
         if scale is not None:
             self.grad_weights[rows] = _row_dot(grad_act, act)
-            if plan.down_bias is not None:
-                bias = plan.down_bias.index_select(0, dispatch.expert_ids[rows])
+            if stacks.down_bias is not None:
+                bias = stacks.down_bias.index_select(0, dispatch.expert_ids[rows])
                 self.grad_weights[rows] += _row_dot(grad_out, bias)
             grad_act.mul_(scale)
         grad_up = grad_activation(grad_act).contiguous()
         del grad_out, act, grad_act
-        grad_x = groups.project(grad_up, plan.first.transpose(1, 2))
+        grad_x = _project_back(grad_up, stacks.first, groups)
         if any(not ranges.is_empty for _, ranges in first):
             x = self.hidden_states.index_select(0, tokens).to(dtype)
             for (adapter, ranges), inner in zip(first, inners[: len(first)], strict=True):
@@ -220,7 +212,7 @@ class _Total:
 
     def __init__(self, plan: ExpertPlan, dispatch: Dispatch, hidden_states: torch.Tensor, dtype: torch.dtype) -> None:
         self.dispatch = dispatch
-        self.added = plan.by_expert
+        self.added = plan.stacks.one_by_one
         self.at_once = len(plan.chunks) == 1
         num_tokens, width = hidden_states.shape
         if self.added:
@@ -246,10 +238,21 @@ class _Total:
 
 
 def _project(
-    x: torch.Tensor, stack: torch.Tensor, bias: torch.Tensor | None, chunk: Chunk, dispatch: Dispatch
+    x: torch.Tensor, stacks: Sequence[torch.Tensor], bias: torch.Tensor | None, chunk: Chunk, dispatch: Dispatch
 ) -> torch.Tensor:
-    out = chunk.groups.project(x, stack)
+    """The products with all stacks side by side: (rows, in) -> (rows, sum of the stacks' outs)."""
+    outs = [chunk.groups.project(x, stack) for stack in stacks]
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
     return out if bias is None else out.add_(bias.index_select(0, dispatch.expert_ids[chunk.rows]))
+
+
+def _project_back(grad: torch.Tensor, stacks: Sequence[torch.Tensor], groups: Groups) -> torch.Tensor:
+    """The gradient of the input of `_project`: (rows, sum of the stacks' outs) -> (rows, in)."""
+    parts = [grad] if len(stacks) == 1 else grad.split([stack.shape[2] for stack in stacks], dim=-1)
+    total = groups.project(parts[0].contiguous(), stacks[0].transpose(1, 2))
+    for part, stack in zip(parts[1:], stacks[1:], strict=True):
+        total += groups.project(part.contiguous(), stack.transpose(1, 2))
+    return total
 
 
 def _row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Adapters on fused experts (3-D parameters), the common interface of transformers."""
+"""Adapters on fused experts: stacks of weights that one call takes all tokens through."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,21 +10,22 @@ import torch
 from torch import nn
 
 from ...errors import SieveError
-from ...moe.activation import activation_of
 from ...moe.chunks import CHUNK_ROWS, device_chunks, device_groups_usable, loop_chunks
 from ...moe.dispatch import sort_by_expert
 from ...moe.dropout import Dropout
-from ...moe.families import bind_dispatch
+from ...moe.families import FusedExperts
 from .expert_function import ExpertFunction, ExpertPlan
 from .layer import INPUT_PROJECTIONS, SieveExpertLayer
 from .low_rank import LowRank, Part
 
 
 class FusedSieveExperts(SieveExpertLayer):
-    """LoRA on some experts of a layer with the common interface of transformers."""
+    """LoRA on some experts of a layer whose weights are stacked, for every family of them (`FusedExperts`)."""
+
+    family: FusedExperts
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`experts(hidden_states, top_k_index, top_k_weights)`: (tokens, hidden) -> (tokens, hidden).
+        """As the experts module: its arguments, and a result of the shape of its hidden states.
 
         Raises:
             SieveError: a parameter of the experts themselves requires a gradient.
@@ -31,8 +33,9 @@ class FusedSieveExperts(SieveExpertLayer):
         adapters = self.applied_adapters()
         if not adapters:
             return self.base_layer(*args, **kwargs)
-        hidden_states, expert_ids, expert_weights = bind_dispatch(args, kwargs)
-        return self._adapted_forward(hidden_states, expert_ids, expert_weights, adapters)
+        hidden_states, expert_ids, expert_weights = self.family.bind(self.get_base_layer(), args, kwargs)
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # dbrx has a batch axis
+        return self._adapted_forward(flat, expert_ids, expert_weights, adapters).view(hidden_states.shape)
 
     @torch.compiler.disable(reason="adapted experts run outside the graph: leave fullgraph at False")
     def _adapted_forward(
@@ -42,46 +45,40 @@ class FusedSieveExperts(SieveExpertLayer):
         expert_weights: torch.Tensor,
         adapters: list[str],
     ) -> torch.Tensor:
-        experts: Any = self.get_base_layer()
+        """(tokens, hidden), (tokens, top_k), (tokens, top_k) -> (tokens, hidden)."""
+        experts = self.get_base_layer()
         self._require_frozen(experts)
+        stacks = self.family.stacks(experts)
         factors: list[torch.Tensor] = []
         first_adapters, down_adapters = [], []
         for name in adapters:
-            first_adapters += self._low_rank(name, "lora_gate_up", INPUT_PROJECTIONS, factors)
-            down_adapters += self._low_rank(name, "lora_down", ("down_proj",), factors)
+            first_adapters += self._low_rank(name, "lora_gate_up", INPUT_PROJECTIONS, stacks.columns, factors)
+            down_adapters += self._low_rank(name, "lora_down", ("down_proj",), stacks.columns, factors)
         for group in (first_adapters, down_adapters):
             group[-1:] = [replace(adapter, last=True) for adapter in group[-1:]]
 
         # The stock forwards differ in how they multiply and in which order they sum. Following the one in use makes an
-        # adapter that adds zero change nothing, to the bit: for experts_implementation="eager", an expert at a time.
-        eager = getattr(getattr(experts, "config", None), "_experts_implementation", None) == "eager"
-        first_name = "gate_up_proj" if experts.has_gate else "up_proj"
-        stacks = [_matrices(experts, name) for name in (first_name, "down_proj")]
-        dispatch = sort_by_expert(expert_ids, self.shape.num_experts, rank_major=eager)
-        if not eager and device_groups_usable(stacks):
+        # adapter that adds zero change nothing, to the bit.
+        one_by_one = stacks.one_by_one
+        dispatch = sort_by_expert(expert_ids, self.shape.num_experts, rank_major=one_by_one)
+        if not one_by_one and device_groups_usable([*stacks.first, stacks.down]):
             chunks = device_chunks(dispatch.counts, dispatch.order.numel())
         else:
-            chunks = loop_chunks(dispatch.counts, chunk_rows=1 if eager else CHUNK_ROWS)
-        activation, replay_activation = activation_of(experts)
-        plan = ExpertPlan(
-            chunks=chunks,
-            first=stacks[0],
-            down=stacks[1],
-            first_bias=getattr(experts, f"{first_name}_bias") if experts.has_bias else None,
-            down_bias=experts.down_proj_bias if experts.has_bias else None,
-            activation=activation,
-            replay_activation=replay_activation,
-            post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
-            first_adapters=first_adapters,
-            down_adapters=down_adapters,
-            by_expert=eager,
-            keep=torch.is_grad_enabled(),
-        )
+            chunks = loop_chunks(dispatch.counts, chunk_rows=1 if one_by_one else CHUNK_ROWS)
+        plan = ExpertPlan(chunks, stacks, first_adapters, down_adapters, keep=torch.is_grad_enabled())
         result: torch.Tensor = ExpertFunction.apply(plan, dispatch, hidden_states, expert_weights, *factors)
-        return result
+        if not stacks.passes_others:
+            return result
+        others = dispatch.order[dispatch.expert_ids >= self.shape.num_experts]
+        return _add_unchanged(result, hidden_states, expert_weights, others)
 
     def _low_rank(
-        self, adapter_name: str, name: str, group: tuple[str, ...], factors: list[torch.Tensor]
+        self,
+        adapter_name: str,
+        name: str,
+        group: tuple[str, ...],
+        columns: Mapping[str, slice],
+        factors: list[torch.Tensor],
     ) -> list[LowRank]:
         """One adapter's share in one product, its factors added to `factors`; none if it adapts no projection there."""
         if adapter_name not in getattr(self, f"{name}_A"):
@@ -93,7 +90,7 @@ class FusedSieveExperts(SieveExpertLayer):
             if projection in plan.ranks:
                 ranks = slice(start, start + plan.ranks[projection])
                 scaling = self.scaling[adapter_name] * plan.relative_scaling[projection]
-                parts.append(Part(ranks, self._columns(projection), scaling))
+                parts.append(Part(ranks, columns[projection], scaling))
                 start = ranks.stop
         return [
             LowRank(
@@ -106,16 +103,6 @@ class FusedSieveExperts(SieveExpertLayer):
             )
         ]
 
-    def _columns(self, projection: str) -> slice:
-        """Where the output of a projection lies in that of its stack."""
-        experts: Any = self.get_base_layer()
-        if not experts.has_gate or projection == "down_proj":
-            return slice(None)
-        second, width = projection == "up_proj", self.shape.intermediate_size
-        if experts.is_concatenated:
-            return slice(width, None) if second else slice(width)
-        return slice(int(second), None, 2)
-
     def _require_frozen(self, experts: nn.Module) -> None:
         if not torch.is_grad_enabled():
             return
@@ -127,10 +114,13 @@ class FusedSieveExperts(SieveExpertLayer):
             )
 
 
-def _matrices(experts: Any, name: str) -> torch.Tensor:
-    """A frozen stack as (num_experts, in, out)."""
-    weight: torch.Tensor = getattr(experts, name).detach()
-    return weight if experts.is_transposed else weight.transpose(1, 2)
+def _add_unchanged(
+    result: torch.Tensor, hidden_states: torch.Tensor, expert_weights: torch.Tensor, pairs: torch.Tensor
+) -> torch.Tensor:
+    """Add the pairs whose expert returns its input, (n,) positions in (top_k, tokens), times their weights."""
+    tokens = pairs % hidden_states.shape[0]
+    rows = hidden_states[tokens] * expert_weights.T.reshape(-1)[pairs].unsqueeze(-1)
+    return result.index_add(0, tokens, rows.to(result.dtype))
 
 
 def _drawn(dropout: nn.Module) -> Dropout | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pkgutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,24 +18,17 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from ...errors import SieveError
-from ...moe.families import FusedExperts, ModuleListExperts
 from ...moe.topology import MoELayer, find_moe_layers
 from ...routing.distributed import check_agreement, on_every_rank
 from .agreement import check_at_next_training_forward, stop_checking
 from .calibrate import calibrate
 from .config import SieveLoraConfig
-from .exact import with_exact_unmerge
-from .fused import FusedSieveExperts
+from .exact import read_by_weight, with_exact_unmerge
 from .layer import SieveExpertLayer
 from .loading import check_state_dict, sieve_layers, weights_follow
 from .mask import check_mask, shape_of
-from .module_list import ModuleListSieveExperts
 from .targets import resolve_targets, router_parameters, wanted_layers
-
-_LAYER_CLASSES: dict[type, type[SieveExpertLayer]] = {
-    FusedExperts: FusedSieveExperts,
-    ModuleListExperts: ModuleListSieveExperts,
-}
+from .tied import refuse_tied_experts
 
 
 class SieveLoraModel(LoraModel):
@@ -134,6 +128,10 @@ class SieveLoraModel(LoraModel):
                     parameter_name=router.parameter,
                 )
                 injected.append(key)
+            for layer in layers:
+                if layer.family.reads_router_weight:
+                    for router in layer.routers:
+                        read_by_weight(model.get_submodule(router.path))
         check_at_next_training_forward(model)
         return injected
 
@@ -183,6 +181,10 @@ class SieveLoraModel(LoraModel):
             "belong to different experts: activate several at once with set_adapter instead"
         )
 
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        refuse_tied_experts(self.model)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, in all layers or in none: when one refuses, the others are as before."""
         layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
@@ -221,13 +223,14 @@ class SieveLoraModel(LoraModel):
 
 
 def _layer_class(layer: MoELayer) -> type[SieveExpertLayer]:
-    for family, layer_class in _LAYER_CLASSES.items():
-        if isinstance(layer.family, family):
-            return layer_class
-    names = " or ".join(family.__name__ for family in _LAYER_CLASSES)
+    named = getattr(layer.family, "layer_class", None)
+    layer_class = pkgutil.resolve_name(named) if isinstance(named, str) else named
+    if isinstance(layer_class, type) and issubclass(layer_class, SieveExpertLayer):
+        return layer_class
     raise SieveError(
-        f"the experts of {layer.path} belong to the family {layer.family.name!r}, which has no adapter layer, expected "
-        f"one derived from {names}: derive it from the one whose forward it shares"
+        f"the experts of {layer.path} belong to the family {layer.family.name!r}, whose layer_class is {named!r}, "
+        "expected an adapter layer: derive the family from the one whose forward it shares (FusedExperts or "
+        "ModuleListExperts), or set layer_class"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
@@ -43,7 +44,7 @@ def resolve_targets(config: SieveLoraConfig, model: nn.Module, layers: list[MoEL
     """
     masked = [layer for layer in layers if (config.selected_experts or {}).get(layer.path)]
     if config.target_modules is None:
-        config.target_modules = set(_always_active(config, model, layers))  # type: ignore[assignment]
+        config.target_modules = _exactly(set(_always_active(config, model, layers)), config, model)  # type: ignore
     else:
         _keep_out_of_experts(config, model, layers)
     resolved = sorted({name for layer in masked for name in _parameter_names(config, layer)})
@@ -71,6 +72,22 @@ def _always_active(config: SieveLoraConfig, model: nn.Module, layers: list[MoELa
         if config.train_shared_experts:
             paths += layer.shared_linears
     return paths
+
+
+def _exactly(paths: set[str], config: SieveLoraConfig, model: nn.Module) -> set[str] | str:
+    """What makes PEFT match these modules and no others: it takes a path for the ending of longer ones, too.
+
+    So where another model is inside, whose paths end the same, the paths become a pattern.
+    """
+    longer = {path for path in base_modules(model) if path not in paths and _endings(path) & paths}
+    if not longer or config.layers_to_transform is not None:  # which goes with names only
+        return paths
+    return "|".join(re.escape(path) for path in sorted(paths))
+
+
+def _endings(path: str) -> set[str]:
+    parts = path.split(".")
+    return {".".join(parts[start:]) for start in range(1, len(parts))}
 
 
 def _keep_out_of_experts(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer]) -> None:
