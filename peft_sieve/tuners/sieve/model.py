@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pkgutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -17,24 +18,16 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from ...errors import SieveError
-from ...moe.families import FusedExperts, ModuleListExperts
 from ...moe.topology import MoELayer, find_moe_layers
 from ...routing.distributed import check_agreement, on_every_rank
 from .agreement import check_at_next_training_forward, stop_checking
 from .calibrate import calibrate
 from .config import SieveLoraConfig
 from .exact import with_exact_unmerge
-from .fused import FusedSieveExperts
 from .layer import SieveExpertLayer
 from .loading import check_state_dict, sieve_layers, weights_follow
 from .mask import check_mask, shape_of
-from .module_list import ModuleListSieveExperts
 from .targets import resolve_targets, router_parameters, wanted_layers
-
-_LAYER_CLASSES: dict[type, type[SieveExpertLayer]] = {
-    FusedExperts: FusedSieveExperts,
-    ModuleListExperts: ModuleListSieveExperts,
-}
 
 
 class SieveLoraModel(LoraModel):
@@ -221,13 +214,14 @@ class SieveLoraModel(LoraModel):
 
 
 def _layer_class(layer: MoELayer) -> type[SieveExpertLayer]:
-    for family, layer_class in _LAYER_CLASSES.items():
-        if isinstance(layer.family, family):
-            return layer_class
-    names = " or ".join(family.__name__ for family in _LAYER_CLASSES)
+    named = getattr(layer.family, "layer_class", None)
+    layer_class = pkgutil.resolve_name(named) if isinstance(named, str) else named
+    if isinstance(layer_class, type) and issubclass(layer_class, SieveExpertLayer):
+        return layer_class
     raise SieveError(
-        f"the experts of {layer.path} belong to the family {layer.family.name!r}, which has no adapter layer, expected "
-        f"one derived from {names}: derive it from the one whose forward it shares"
+        f"the experts of {layer.path} belong to the family {layer.family.name!r}, whose layer_class is {named!r}, "
+        "expected an adapter layer: derive the family from the one whose forward it shares (FusedExperts or "
+        "ModuleExperts), or set layer_class"
     )
 
 
