@@ -183,6 +183,28 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         a, b = (getattr(self, f"{name}_{side}")[adapter_name].weight[:, rows] for side in "AB")
         return a, b, scaling
 
+    def with_deltas(self, projection: str, expert: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What one projection of one expert gives with the active adapters.
+
+        Args:
+            x: its input, (rows, in).
+            output: what its own weight gives, (rows, out).
+
+        Returns:
+            (rows, out); `output` itself where nothing is added.
+        """
+        for name in self.applied_adapters():
+            slots = self.plans[name].experts
+            factors = self.factors(name, projection)
+            if factors is None or expert not in slots:
+                continue
+            a, b, scaling = factors
+            slot = slots.index(expert)
+            # In the type of the output, under autocast the lower one, and where that is.
+            inner = self.lora_dropout[name](x).to(output) @ a[slot].to(output).T  # (rows, rank)
+            output = output + scaling * (inner @ b[slot].to(output))
+        return output
+
     # Merging
 
     def expert_weight(self, projection: str, expert: int) -> torch.Tensor:

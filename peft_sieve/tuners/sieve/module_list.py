@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...moe.module_experts import ModuleExperts
@@ -46,18 +45,7 @@ class ModuleListSieveExperts(SieveExpertLayer):
     def _add_delta(
         self, projection: str, expert: int, linear: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor:
-        for name in self.applied_adapters():
-            plan = self.plans[name]
-            factors = self.factors(name, projection)
-            if factors is None or expert not in plan.experts:
-                continue
-            a, b, scaling = factors
-            slot = plan.experts.index(expert)
-            # In the type of the layer's output: under autocast that is the lower one.
-            x = self.lora_dropout[name](args[0]).to(output.dtype)
-            inner = F.linear(x, a[slot].to(output.dtype))  # (tokens, rank)
-            output = output + scaling * (inner @ b[slot].to(output.dtype))
-        return output
+        return self.with_deltas(projection, expert, args[0], output)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

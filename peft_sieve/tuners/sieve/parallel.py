@@ -34,36 +34,26 @@ class ParallelSieveExperts(SieveExpertLayer):
         Args:
             expert_size: rows of each expert.
         """
-        return self._with_deltas(INPUT_PROJECTIONS, inputs, expert_size, self.base_layer(inputs, expert_size))
+        return self._adapted(INPUT_PROJECTIONS, inputs, expert_size, self.base_layer(inputs, expert_size))
 
     def _output_linear_done(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         inputs, expert_size = args
-        return self._with_deltas(("down_proj",), inputs, expert_size, output)
+        return self._adapted(("down_proj",), inputs, expert_size, output)
 
-    def _with_deltas(
+    def _adapted(
         self, group: tuple[str, ...], inputs: torch.Tensor, expert_size: list[int], output: torch.Tensor
     ) -> torch.Tensor:
+        if not self.applied_adapters():
+            return output
         projections = [projection for projection in group if projection in self.shape.projections]
-        for name in self.applied_adapters():
-            if self.plans[name].ranks.keys().isdisjoint(projections):
-                continue
-            # In the type of the output: under autocast that is the lower one.
-            rows = self.lora_dropout[name](inputs).to(output.dtype).split(expert_size)
-            output = output + torch.cat([self._delta(name, projection, rows) for projection in projections], dim=-1)
-        return output
-
-    def _delta(self, name: str, projection: str, rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """What an adapter adds to one projection of all rows, (rows, out)."""
-        factors, slots = self.factors(name, projection), self.plans[name].experts
-        shares = []
-        for expert, x in enumerate(rows):
-            if factors is None or expert not in slots:
-                shares.append(x.new_zeros(x.shape[0], self.shape.projections[projection][1]))
-                continue
-            a, b, scaling = factors
-            slot = slots.index(expert)
-            shares.append(scaling * (x @ a[slot].to(x.dtype).T @ b[slot].to(x.dtype)))  # (rows, rank) in between
-        return torch.cat(shares)
+        widths = [self.shape.projections[projection][1] for projection in projections]
+        rows = []
+        for expert, (x, y) in enumerate(zip(inputs.split(expert_size), output.split(expert_size), strict=True)):
+            parts = zip(projections, y.split(widths, dim=-1), strict=True)
+            rows.append(
+                torch.cat([self.with_deltas(projection, expert, x, part) for projection, part in parts], dim=-1)
+            )
+        return torch.cat(rows)
 
     def expert_weight(self, projection: str, expert: int) -> torch.Tensor:
         return self.family.expert_weight(self._block[0], projection, expert)
