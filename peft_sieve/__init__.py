@@ -8,12 +8,14 @@ from . import registration
 registration.add_peft_type()
 
 from .errors import SieveError  # noqa: E402  (the configuration needs the enumeration member)
-from .moe.families import MoEFamily, register_moe_family  # noqa: E402
+from .moe.families import ExpertsShape, FusedExperts, MoEFamily, register_moe_family  # noqa: E402
+from .moe.module_experts import ModuleExperts  # noqa: E402
 from .routing.profile_data import RoutingProfile  # noqa: E402
 from .routing.profiling import profile_routing  # noqa: E402
 from .routing.selection import ExpertSelection, register_score, select_experts  # noqa: E402
 from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
 from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
+from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
 
 registration.register(SieveLoraConfig, SieveLoraModel)
 
@@ -21,10 +23,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ExpertSelection",
+    "ExpertsShape",
+    "FusedExperts",
     "MoEFamily",
+    "ModuleExperts",
     "RoutingProfile",
     "RoutingStatistics",
     "SieveError",
+    "SieveExpertLayer",
     "SieveLoraConfig",
     "SieveLoraModel",
     "profile_routing",

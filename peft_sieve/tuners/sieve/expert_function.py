@@ -170,6 +170,7 @@ class _Backward:
 
     def __call__(self, index: int) -> None:
         plan, dispatch, stacks = self.plan, self.dispatch, self.plan.stacks
+        dtype = stacks.down.dtype
         chunk, first, down = plan.chunks[index], plan.first_groups[index], plan.down_groups[index]
         rows, groups, tokens = chunk.rows, chunk.groups, dispatch.tokens[chunk.rows]
         up, *inners = self.kept[index]
