@@ -17,18 +17,32 @@ from ...moe.families import bind_dispatch
 from .expert_function import ExpertFunction, ExpertPlan
 from .layer import INPUT_PROJECTIONS, SieveExpertLayer
 from .low_rank import LowRank, Part
+from .mixed import each_adapter
 
 
 class FusedSieveExperts(SieveExpertLayer):
     """LoRA on some experts of a layer with the common interface of transformers."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    supports_mixed_batches = True
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> torch.Tensor:
         """`experts(hidden_states, top_k_index, top_k_weights)`: (tokens, hidden) -> (tokens, hidden).
+
+        Args:
+            adapter_names: in a mixed batch, the adapter of each token.
 
         Raises:
             SieveError: a parameter of the experts themselves requires a gradient.
         """
-        adapters = self.applied_adapters()
+        if adapter_names is not None and not self.disable_adapters:
+            mixed: torch.Tensor = each_adapter(self._forward_with, adapter_names, args, kwargs)
+            return mixed
+        return self._forward(self.applied_adapters(), args, kwargs)
+
+    def _forward_with(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._forward(self.verified([adapter_name]), args, kwargs)
+
+    def _forward(self, adapters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         if not adapters:
             return self.base_layer(*args, **kwargs)
         hidden_states, expert_ids, expert_weights = bind_dispatch(args, kwargs)

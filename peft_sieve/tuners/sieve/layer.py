@@ -17,6 +17,7 @@ from ...moe.families import PROJECTIONS
 from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
 from .factors import AdapterPlan, ExpertFactors, ExpertSlots, initialize, slots_of
+from .targets import adapted_projections
 
 # The projections that read the layer's input share one packed A; down_proj has its own.
 INPUT_PROJECTIONS = PROJECTIONS[:2]
@@ -33,6 +34,8 @@ class SieveExpertLayer(nn.Module, LoraLayer):
     of the adapted projections) and `lora_experts` (`ExpertSlots`).
     """
 
+    # Whether `forward` is what the model calls, and takes `adapter_names`, one for each token.
+    supports_mixed_batches = False
     adapter_layer_names = ("lora_gate_up_A", "lora_gate_up_B", "lora_down_A", "lora_down_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_experts", "plans")
 
@@ -70,8 +73,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         Args:
             without_values: leave the factors on the meta device, for `allocate`, since saved ones will follow.
         """
-        wanted = config.expert_projections or PROJECTIONS
-        projections = [name for name in self.shape.projections if name in wanted]
+        projections = adapted_projections(config, self.path, self.shape)
         ranks = {name: self._pattern(config.rank_pattern, name, config.r) for name in projections}
         alphas = {name: self._pattern(config.alpha_pattern, name, config.lora_alpha) for name in projections}
         scaling = _scaling(config.lora_alpha, config.r, config.use_rslora)
@@ -112,9 +114,10 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         getattr(self, f"{name}_B")[adapter_name] = factor_b
 
     def _pattern(self, patterns: dict[str, Any] | None, projection: str, default: Any) -> Any:
-        """A rank or alpha from PEFT's patterns, which may name the layer or one projection of it."""
+        """A rank or alpha from PEFT's patterns, which may name the layer, one projection of it or its parameter."""
         patterns = patterns or {}
-        for key in (f"{self.path}.{projection}", self.path):
+        parameters = self.family.parameter_names(self.get_base_layer(), [projection])
+        for key in (*(f"{self.path}.{name}" for name in (projection, *parameters)), self.path):
             match = get_pattern_key(list(patterns), key)
             if match in patterns:
                 return patterns[match]
@@ -148,7 +151,11 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         """The active adapters to add in a forward: none while they are disabled or merged."""
         if self.disable_adapters or self.merged:
             return []
-        names = [name for name in self.active_adapters if name in self.plans]
+        return self.verified(self.active_adapters)
+
+    def verified(self, adapter_names: Sequence[str]) -> list[str]:
+        """Those of the adapters that this layer has, their slots compared with the mask."""
+        names = [name for name in adapter_names if name in self.plans]
         for name in self._unverified.intersection(names):
             self.verify_slots(name)
         return names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +19,7 @@ from torch import nn
 
 from ...errors import SieveError
 from ...files import finish_interrupted_save
+from .config import SieveLoraConfig
 from .layer import SieveExpertLayer
 
 SLOTS_KEY = ".lora_experts.slots"
@@ -97,6 +99,11 @@ def _has_slots(folder: Path) -> bool:
 def _check_weights_file(content: dict[str, Any], folder: Path) -> None:
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.exists():
+        if (folder / WEIGHTS_NAME).exists():
+            raise SieveError(
+                f"{folder} holds {WEIGHTS_NAME}, a pickled file, expected {SAFETENSORS_WEIGHTS_NAME}: save the adapter "
+                "with save_pretrained of this package, or download it again"
+            )
         # The Hub's client brings one file at a time.
         return
     try:
@@ -165,6 +172,34 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
             f"the weights hold {foreign[0]}, which adapter '{adapter_name}' has not ({len(foreign)} in all), expected "
             "its own only: load them under the configuration they were saved with"
         )
+
+
+def check_hotswap(
+    model: nn.Module, adapter_name: str, config: SieveLoraConfig, state_dict: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse to put weights in the place of an adapter's when they have other experts, sizes or modules.
+
+    Args:
+        config: of the weights.
+        state_dict: the weights, keys with adapter names.
+
+    Raises:
+        SieveError: and nothing was swapped.
+    """
+    if config.rank_pattern or config.alpha_pattern:
+        raise SieveError(
+            "the adapter to swap in has a rank_pattern or an alpha_pattern, expected one rank and one alpha, since "
+            "hot-swapping sets one scaling everywhere: use load_adapter and set_adapter instead"
+        )
+    inserted = re.compile(rf"(\.lora_\w+)\.{re.escape(adapter_name)}(?=\.|$)")
+    given = {inserted.sub(r"\1", key): value for key, value in state_dict.items()}
+    try:
+        check_state_dict(model, adapter_name, given)
+    except SieveError as error:
+        raise SieveError(
+            f"adapter '{adapter_name}' cannot be swapped in place ({error.args[0].split(', expected')[0]}), expected "
+            "weights of the same experts, ranks and modules: use load_adapter and set_adapter instead"
+        ) from error
 
 
 def _check_slots(slots: torch.Tensor | None, path: str, layer: SieveExpertLayer, adapter_name: str) -> None:
