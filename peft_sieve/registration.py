@@ -49,7 +49,7 @@ def register(config_cls: type, model_cls: type) -> None:
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[method] = model_cls
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[method] = model_cls.prefix  # type: ignore[attr-defined]
     swap = peft.utils.hotswap
-    swap.CONFIG_KEYS_TO_CHECK[method] = swap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]  # type: ignore[index]
+    swap.CONFIG_KEYS_TO_CHECK[method] = swap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
     _wrap(swap, "hotswap_adapter_from_state_dict", _hotswap_adapter_from_state_dict)
     _wrap(PeftModel, "save_pretrained", _save_pretrained)
     _wrap(PeftModel, "create_or_update_model_card", _create_or_update_model_card)

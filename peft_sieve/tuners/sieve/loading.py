@@ -197,8 +197,8 @@ def check_hotswap(
         check_state_dict(model, adapter_name, given)
     except SieveError as error:
         raise SieveError(
-            f"adapter '{adapter_name}' cannot be swapped in place ({error.args[0].split(', expected')[0]}), expected "
-            "weights of the same experts, ranks and modules: use load_adapter and set_adapter instead"
+            f"the weights to swap in have other experts, ranks or modules than adapter '{adapter_name}', expected the "
+            "same: use load_adapter and set_adapter instead"
         ) from error
 
 

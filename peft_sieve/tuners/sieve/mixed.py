@@ -38,13 +38,14 @@ def mixed_batch(
         num_beams: how often each row is repeated in what the model gets.
 
     Raises:
-        SieveError: the model or the names do not allow it; nothing was changed.
+        SieveError: the model or the names do not allow it; nothing was changed. In the block: the batch has another
+            number of rows.
     """
     _check(model, adapter_names, known)
     in_encoder = set() if encoder is None else set(encoder.modules())
     in_blocks = {m for layer in find_moe_layers(model) for m in _block(model, layer).modules()}
     repeated = [name for name in adapter_names for _ in range(num_beams)]
-    handles = []
+    handles = [model.register_forward_pre_hook(partial(_check_rows, repeated), with_kwargs=True)]
     for module in model.modules():
         if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper):
             names = list(adapter_names) if module in in_encoder else repeated
@@ -89,6 +90,19 @@ def _check(model: nn.Module, adapter_names: Any, known: Sequence[str]) -> None:
             )
 
 
+_INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+
+
+def _check_rows(adapter_names: list[str], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = (*args[:1], *(kwargs.get(name) for name in _INPUTS))
+    num_rows = next((len(value) for value in given if isinstance(value, torch.Tensor)), len(adapter_names))
+    if num_rows != len(adapter_names):
+        raise SieveError(
+            f"adapter_names stands for {len(adapter_names)} rows and the batch has {num_rows}, expected a name for "
+            "each row (times num_beams, if that is passed to generate): pass as many names as rows"
+        )
+
+
 def _block(model: nn.Module, layer: MoELayer) -> nn.Module:
     """What a router and its experts are in."""
     return model.get_submodule(layer.path.rpartition(".")[0])
@@ -116,8 +130,8 @@ def names_by_token(adapter_names: list[str], num_tokens: int) -> list[str]:
     num_rows = len(adapter_names)
     if num_rows == 0 or num_tokens % num_rows:
         raise SieveError(
-            f"adapter_names holds {num_rows} names and a layer got {num_tokens} tokens, expected a name for each row "
-            "of a batch whose rows are padded to one length: pass as many names as rows, and no packed sequences"
+            f"a layer got {num_tokens} tokens of the {num_rows} rows that adapter_names stands for, expected as many "
+            "of each row: pad the rows to one length instead of packing them"
         )
     length = num_tokens // num_rows
     return adapter_names if length == 1 else [name for name in adapter_names for _ in range(length)]

@@ -46,7 +46,7 @@ def wanted_layers(config: SieveLoraConfig, layers: list[MoELayer]) -> list[MoELa
         names = ("layers_to_transform", "exclude_modules", "modules_to_save", "expert_projections")
         given = " and ".join(f"{name}={getattr(config, name)}" for name in names if getattr(config, name) is not None)
         raise SieveError(
-            f"{given or 'the configuration'} leaves none of the {len(named)} MoE layers"
+            f"the settings {given} leave none of the {len(named)} MoE layers"
             f"{'' if mask is None else ' of selected_experts'}, expected at least one: change it"
         )
     return kept
