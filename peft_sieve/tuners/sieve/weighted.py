@@ -77,6 +77,9 @@ def fill_weighted(
 ) -> None:
     """Give the factors of `adapter_name`, which is in `model` already, their values."""
     for layer in model.modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout:
+            # New modules are in training mode, whatever the model is in.
+            layer.lora_dropout[adapter_name].train(model.training)
         if isinstance(layer, SieveExpertLayer):
             if adapter_name not in layer.plans:
                 continue
