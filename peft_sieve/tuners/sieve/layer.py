@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...errors import SieveError
@@ -17,7 +16,7 @@ from ...moe.families import PROJECTIONS
 from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
 from .factors import AdapterPlan, ExpertFactors, ExpertSlots, initialize, slots_of
-from .targets import adapted_projections
+from .targets import adapted_projections, by_pattern
 
 # The projections that read the layer's input share one packed A; down_proj has its own.
 INPUT_PROJECTIONS = PROJECTIONS[:2]
@@ -74,8 +73,12 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             without_values: leave the factors on the meta device, for `allocate`, since saved ones will follow.
         """
         projections = adapted_projections(config, self.path, self.shape)
-        ranks = {name: self._pattern(config.rank_pattern, name, config.r) for name in projections}
-        alphas = {name: self._pattern(config.alpha_pattern, name, config.lora_alpha) for name in projections}
+        ranks, alphas = {}, {}
+        for name in projections:
+            parameters = self.family.parameter_names(self.get_base_layer(), [name])
+            keys = [*(f"{self.path}.{n}" for n in (name, *parameters)), self.path]
+            ranks[name] = by_pattern(config.rank_pattern, keys, config.r)
+            alphas[name] = by_pattern(config.alpha_pattern, keys, config.lora_alpha)
         scaling = _scaling(config.lora_alpha, config.r, config.use_rslora)
         relative = {n: _scaling(alphas[n], ranks[n], config.use_rslora) / scaling for n in projections}
         self.plans[adapter_name] = AdapterPlan(tuple(experts), ranks, relative)
@@ -112,16 +115,6 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             initialize(factor_a, factor_b, ranks, init)
         getattr(self, f"{name}_A")[adapter_name] = factor_a
         getattr(self, f"{name}_B")[adapter_name] = factor_b
-
-    def _pattern(self, patterns: dict[str, Any] | None, projection: str, default: Any) -> Any:
-        """A rank or alpha from PEFT's patterns, which may name the layer, one projection of it or its parameter."""
-        patterns = patterns or {}
-        parameters = self.family.parameter_names(self.get_base_layer(), [projection])
-        for key in (*(f"{self.path}.{name}" for name in (projection, *parameters)), self.path):
-            match = get_pattern_key(list(patterns), key)
-            if match in patterns:
-                return patterns[match]
-        return default
 
     def allocate(self, adapter_name: str) -> None:
         """Give memory to the factors of an adapter that was added without values."""

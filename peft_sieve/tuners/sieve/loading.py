@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -218,9 +219,10 @@ def _check_slots(slots: torch.Tensor | None, path: str, layer: SieveExpertLayer,
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    """(checkpoint key, shape) of an adapter's parameters; no shape where a layer's are spread over processes."""
+    """(checkpoint key, shape) of an adapter's factors; no shape where a layer's are spread over processes."""
     for path, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
+        # Trained tokens and saved modules have keys of their own, which PEFT compares.
+        if not isinstance(layer, LoraLayer):
             continue
         spread = getattr(layer.get_base_layer(), "_hf_tp_plan", None) is not None
         for name in layer.adapter_layer_names:

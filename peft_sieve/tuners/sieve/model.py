@@ -31,7 +31,7 @@ from .loading import check_state_dict, sieve_layers, weights_follow
 from .mask import check_mask, shape_of
 from .mixed import mixed_batch
 from .module_list import ModuleListSieveExperts
-from .targets import resolve_targets, router_parameters, wanted_layers
+from .targets import by_pattern, resolve_targets, router_parameters, wanted_layers
 from .undo import as_before_on_error
 from .weighted import fill_weighted, weighted_config
 
@@ -123,14 +123,11 @@ class SieveLoraModel(LoraModel):
                 if mask[layer.path]:
                     self._inject_experts(peft_config, model, adapter_name, layer)
                     injected.append(layer.path)
-            # A router's weight is wrapped whole, so dropout on its input has no place there.
-            without_dropout = copy.copy(peft_config)
-            without_dropout.lora_dropout = 0.0
             for router in router_parameters(peft_config, layers):
                 key = f"{router.path}.{router.parameter}"
                 parent, target, name = _get_submodules(model, router.path)
                 self._create_and_replace(
-                    without_dropout,
+                    _router_config(peft_config, [key, router.path]),
                     adapter_name,
                     target,
                     name,
@@ -258,6 +255,17 @@ class SieveLoraModel(LoraModel):
         if any(getattr(module, "merged", False) for module in self.modules()):
             self.unmerge_adapter()
         return super().unload()
+
+
+def _router_config(config: SieveLoraConfig, names: list[str]) -> SieveLoraConfig:
+    """The settings for a router's weight, which goes by its own name or by its module's."""
+    own = copy.copy(config)
+    own.r = by_pattern(config.rank_pattern, names, config.r)
+    own.lora_alpha = by_pattern(config.alpha_pattern, names, config.lora_alpha)
+    own.rank_pattern, own.alpha_pattern = {}, {}
+    # The weight is wrapped whole, so dropout on its input has no place there.
+    own.lora_dropout = 0.0
+    return own
 
 
 def _layer_class(layer: MoELayer) -> type[SieveExpertLayer]:

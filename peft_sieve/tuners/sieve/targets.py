@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...errors import SieveError
@@ -26,6 +29,13 @@ def adapted_projections(config: SieveLoraConfig, layer_path: str, shape: Experts
     """The projections of one layer's experts that get an adapter."""
     chosen = config.expert_projections or PROJECTIONS
     return [name for name in shape.projections if name in chosen and is_wanted(config, f"{layer_path}.{name}")]
+
+
+def by_pattern(patterns: dict[str, Any] | None, names: Sequence[str], default: Any) -> Any:
+    """A rank or alpha from PEFT's patterns, for what goes by several names: the first name that one matches counts."""
+    patterns = patterns or {}
+    matches = (get_pattern_key(list(patterns), name) for name in names)
+    return next((patterns[match] for match in matches if match in patterns), default)
 
 
 def wanted_layers(config: SieveLoraConfig, layers: list[MoELayer]) -> list[MoELayer]:
