@@ -51,6 +51,7 @@ def register(config_cls: type, model_cls: type) -> None:
     swap = peft.utils.hotswap
     swap.CONFIG_KEYS_TO_CHECK[method] = swap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
     _wrap(swap, "hotswap_adapter_from_state_dict", _hotswap_adapter_from_state_dict)
+    _wrap(swap, "prepare_model_for_compiled_hotswap", _prepare_model_for_compiled_hotswap)
     _wrap(PeftModel, "save_pretrained", _save_pretrained)
     _wrap(PeftModel, "create_or_update_model_card", _create_or_update_model_card)
     _wrap(PeftModel, "from_pretrained", _from_pretrained)
@@ -186,6 +187,17 @@ def _hotswap_adapter_from_state_dict(
 
         check_hotswap(model, adapter_name, config, state_dict)
     return original(model, state_dict, adapter_name, config, *args, **kwargs)
+
+
+def _prepare_model_for_compiled_hotswap(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    from .tuners.sieve.loading import sieve_layers
+
+    if sieve_layers(model):
+        raise SieveError(
+            "prepare_model_for_compiled_hotswap was called for adapters on experts, expected no preparation, since "
+            "those run outside compiled graphs and only adapters of one rank are swapped: leave the call out"
+        )
+    return original(model, *args, **kwargs)
 
 
 def _from_json_file(original: Callable[..., Any], cls: type, path_json_file: str, **kwargs: Any) -> Any:
