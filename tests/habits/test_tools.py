@@ -110,7 +110,7 @@ def test_preparing_for_compiled_hotswap_is_refused() -> None:
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_inject_adapter_in_model_and_the_state_dict(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
+def test_inject_adapter_in_model_and_the_state_dict(low_cpu_mem_usage: bool) -> None:
     base = tiny_model("qwen2_moe")
     model = get_peft_model(copy.deepcopy(base), config(base))
     randomize_adapters(model)
@@ -133,6 +133,15 @@ def test_inject_adapter_in_model_and_the_state_dict(low_cpu_mem_usage: bool, tmp
     with pytest.raises(SieveError, match="layers.1.mlp.experts"):
         set_peft_model_state_dict(injected, wrong)
     assert torch.equal(logits(injected), logits(model))
+
+
+def test_injecting_by_a_state_dict_is_refused_and_leaves_the_base_as_it_is() -> None:
+    base = tiny_model("olmoe")
+    state = get_peft_model_state_dict(get_peft_model(copy.deepcopy(base), config(base)))
+    with pytest.raises(ValueError, match="please inject the adapter without the state_dict"):
+        inject_adapter_in_model(config(base), base, state_dict=state)
+    assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())
+    assert not hasattr(base, "peft_config")
 
 
 def test_transformers_own_methods(tmp_path: Path) -> None:
