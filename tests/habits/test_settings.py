@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import config as lora
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_sieve import SieveError, SieveLoraConfig
@@ -258,6 +259,17 @@ def test_trainable_token_indices(tmp_path: Path) -> None:
     trained_and_loaded(model, lambda: tiny_model("olmoe"), tmp_path)
     after = model.merge_and_unload().get_input_embeddings().weight
     assert {int(i) for i in (after != before).any(1).nonzero()} == {token}
+
+
+def test_broken_weights_beside_trained_tokens_leave_the_base_as_it_was(tmp_path: Path) -> None:
+    adapted(tiny_model("olmoe"), trainable_token_indices=[3]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "q_proj" not in key}, file)
+    base = tiny_model("olmoe")
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(SieveError, match="q_proj"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert [name for name, _ in base.named_modules()] == before
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
