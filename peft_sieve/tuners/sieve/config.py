@@ -129,18 +129,29 @@ class SieveLoraConfig(LoraConfig):
         # By identity first: 1 == True.
         if not (self.init_lora_weights in _INITS and isinstance(self.init_lora_weights, bool | str)):
             raise SieveError(
-                f"init_lora_weights={_shown(self.init_lora_weights)} needs the decomposition of a base weight per "
-                "adapter, which expert adapters do not offer: use True, False or 'gaussian'"
+                f"init_lora_weights={_shown(self.init_lora_weights)} is no initialisation that packed expert factors "
+                "have, expected one that needs neither base weights nor data: use True, False or 'gaussian'"
             )
         for name in ("r", "calib_samples", "calib_max_length", "calib_batch_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SieveError(f"{name} is {_shown(value)}, expected a positive whole number: pass one")
-        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, int | float):
-            raise SieveError(f"lora_alpha is {_shown(self.lora_alpha)}, expected a number: pass one")
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            self._check_pattern(name, patterns)
+        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, int | float) or not self.lora_alpha:
+            raise SieveError(f"lora_alpha is {_shown(self.lora_alpha)}, expected a number other than 0: pass one")
         dropout = self.lora_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
             raise SieveError(f"lora_dropout is {_shown(dropout)}, expected a number in [0, 1): pass one")
+
+    @staticmethod
+    def _check_pattern(name: str, patterns: Any) -> None:
+        for key, value in (patterns or {}).items():
+            whole = name == "rank_pattern"
+            fine = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not fine or (whole and value < 1):
+                expected = "a positive whole number" if whole else "a number"
+                raise SieveError(f"{name}[{key!r}] is {_shown(value)}, expected {expected}: pass one")
 
     # The data set, the tokenizer and the function stay with the object, are shared by its copies, and go no further.
 
