@@ -49,8 +49,12 @@ def finished(*words: str, input: str = "", **settings: Any) -> subprocess.Comple
 
 
 def test_a_program_and_its_children_get_the_plugin_with_peft_only(tmp_path: Path) -> None:
-    # The package is imported in the middle of an import of transformers here, which must not make a circle.
-    child = "from transformers import Trainer; from peft import PeftType; print(PeftType('SIEVE_LORA').name)"
+    # The package is imported in the middle of an import of transformers here, which must not make a circle. Nobody asks
+    # for another configuration from TRL.
+    child = (
+        "from transformers import Trainer; from peft import PeftType; from trl import ModelConfig, get_peft_config; "
+        "print(PeftType('SIEVE_LORA').name, type(get_peft_config(ModelConfig(use_peft=True))).__name__)"
+    )
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent(
@@ -67,7 +71,7 @@ def test_a_program_and_its_children_get_the_plugin_with_peft_only(tmp_path: Path
     )
     done = finished("--", "python", str(program), "--option", "a b", "--", "-x", input="read", cwd=tmp_path)
     assert done.returncode == 7, done.stderr
-    assert done.stdout.splitlines() == ["['--option', 'a b', '--', '-x'] read", "[]", "SIEVE_LORA"]
+    assert done.stdout.splitlines() == ["['--option', 'a b', '--', '-x'] read", "[]", "SIEVE_LORA LoraConfig"]
     assert done.stderr.splitlines()[-1] == "to the other stream"
 
 
