@@ -233,10 +233,13 @@ def _unknown_columns(row: Mapping[str, Any]) -> SieveError:
     named_ids = {name for name in names if name.lower() in ("id", "idx", "index") or name.lower().endswith("_id")}
     texts = [name for name in names if isinstance(row[name], str) and name not in named_ids]
     shown = (texts or names)[:3] or ["column"]
-    body = r"\n".join(f"{{row[{name!r}]}}" for name in shown)
+    body = 'f"' + r"\n".join(f"{{row[{name!r}]}}" for name in shown) + '"'
+    for name in names:
+        if isinstance(row[name], (list, tuple)) and row[name] and all(map(_is_message, row[name])):
+            body = f"row[{name!r}]"
     return SieveError(
         f"the calibration data has the columns {_quoted(row)}, which fit none of the forms {ROW_FORMS}; pass a "
-        f'function that turns one row into text, e.g. `calib_formatting_func=lambda row: f"{body}"`.'
+        f"function that turns one row into text, e.g. `calib_formatting_func=lambda row: {body}`."
     )
 
 
