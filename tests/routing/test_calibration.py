@@ -866,6 +866,7 @@ ACCEPTED = "expected a Hub id or a local file (str), a datasets.Dataset, a list 
         ([{"input_ids": [1, -100]}], "row 0 of the calibration data has the negative token id -100 in `input_ids`"),
         ([{"input_ids": [1, 2], "attention_mask": [1]}], "has 2 `input_ids` but an `attention_mask` of length 1"),
         ([{"question": "q", "n": 1}], f"has the columns 'question', 'n', which fit none of the forms {FORMS}; pass a"),
+        ([{"prompt": CHAT[:1], "answer": "4"}], "e.g. `calib_formatting_func=lambda row: row['prompt']`."),
         (
             [{"input_ids": torch.ones(1, 2).long()}, "text"],
             "item 1 of the calibration data, a list, is no batch that is ready for the model as those before it are, "
