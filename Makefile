@@ -1,5 +1,6 @@
 # make quickstart   the main job on a small MoE, in under five minutes
 # make test         the tests
+# make test-tools   the tests with other people's tools, in an environment of their own
 # make lint types   what CI runs before them
 # make bench        what training costs, in time and memory
 PYTHON ?= python3
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut
 # Bytecode is compiled at first import: compiling all of it at once takes longer than the rest.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
-.PHONY: quickstart test lint types bench clean
+.PHONY: quickstart test test-tools test-in-tools-environment lint types bench clean
 
 # What running it needs, and what testing it needs on top.
 $(STAMP)-run:
@@ -30,6 +31,17 @@ quickstart: $(STAMP)-run
 test: $(STAMP)-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
+# The evaluation harness brings forty packages, which the other tests should do without.
+test-tools:
+	$(MAKE) --no-print-directory VENV=.venv-tools test-in-tools-environment
+
+$(STAMP)-tools: $(STAMP)-test
+	$(PIP) --editable ".[eval-test]"
+	@touch $@
+
+test-in-tools-environment: $(STAMP)-tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/commands/test_run_lm_eval.py $(ARGS)
+
 lint: $(STAMP)-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -43,4 +55,4 @@ bench: $(STAMP)-run
 	$(BIN)/python benchmarks/plot.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-tools .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
