@@ -18,11 +18,12 @@ from ..errors import SieveError
 from ..files import replaced_when_done
 from ..moe.families import FusedExperts, ModuleListExperts
 from ..moe.topology import MoELayer
-from .checkpoint_names import expert_names
+from ..tuners.sieve.config import SieveLoraConfig
 from .opened import OpenedAdapter, open_adapter
 from .plain_layouts import per_expert, stacked
 
-LAYOUTS = ("auto", "per_expert", "stacked")
+_BUILD = {"per_expert": per_expert, "stacked": stacked}
+LAYOUTS = ("auto", *_BUILD)
 
 # Model types whose adapters vLLM reads stacked (its `is_3d_moe_weight`).
 STACKED_IN_VLLM = (
@@ -98,16 +99,22 @@ def export_lora(
     """
     if layout not in LAYOUTS:
         raise SieveError(f"received layout={layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}: pass one")
-    output = _checked_output(output_dir, adapter)
-    opened = open_adapter(adapter, base_model, adapter_name)
-    _refuse_what_is_no_lora(opened)
+    output = _checked_output(output_dir)
+    opened = open_adapter(adapter, base_model, adapter_name, _refuse_what_is_no_lora)
     layers = opened.moe_layers()
-    chosen = _chosen_layout(layout, opened, layers)
+    _refuse_layouts_without_lora(layers)
+    layouts = _layouts_to_try(layout, opened, layers)
     others = {
         path: layer for path, layer in opened.other_layers() if include_router or path not in _router_paths(layers)
     }
     rank = _common_rank(opened, others)
-    plain = (per_expert if chosen == "per_expert" else stacked)(opened, layers, others, rank)
+    for chosen in layouts:
+        try:
+            plain = _BUILD[chosen](opened, layers, others, rank)
+            break
+        except SieveError:
+            if chosen == layouts[-1]:
+                raise
     with replaced_when_done(output) as staging:
         tensors = {key: make().contiguous() for key, (_, make) in plain.tensors.items()}
         save_file(tensors, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
@@ -120,7 +127,7 @@ def export_lora(
 # --- what can be exported -----------------------------------------------------------------------------------------
 
 
-def _checked_output(output_dir: str | os.PathLike[str], adapter: Any) -> Path:
+def _checked_output(output_dir: str | os.PathLike[str]) -> Path:
     output = Path(output_dir)
     if output.exists() and not output.is_dir():
         raise SieveError(f"output_dir {str(output)!r} is a file, expected a folder or a path for one: pass another")
@@ -133,8 +140,7 @@ def _checked_output(output_dir: str | os.PathLike[str], adapter: Any) -> Path:
     return output
 
 
-def _refuse_what_is_no_lora(opened: OpenedAdapter) -> None:
-    config = opened.config
+def _refuse_what_is_no_lora(config: SieveLoraConfig) -> None:
     for name, what in _NO_SERVER_HAS:
         value = getattr(config, name, None)
         if value:
@@ -147,7 +153,10 @@ def _refuse_what_is_no_lora(opened: OpenedAdapter) -> None:
             f"the adapter has bias={config.bias!r}, expected 'none', since servers load no biases: write a whole "
             "checkpoint instead (peft-sieve export --merge)"
         )
-    for layer in opened.moe_layers():
+
+
+def _refuse_layouts_without_lora(layers: list[MoELayer]) -> None:
+    for layer in layers:
         if not isinstance(layer.family, FusedExperts | ModuleListExperts):
             raise SieveError(
                 f"the experts of {layer.path} have the layout {layer.family.name!r}, expected stacks or a ModuleList "
@@ -155,20 +164,20 @@ def _refuse_what_is_no_lora(opened: OpenedAdapter) -> None:
             )
 
 
-def _chosen_layout(layout: str, opened: OpenedAdapter, layers: list[MoELayer]) -> str:
+def _layouts_to_try(layout: str, opened: OpenedAdapter, layers: list[MoELayer]) -> list[str]:
     if any(isinstance(layer.family, ModuleListExperts) for layer in layers):
         if layout == "stacked":
             raise SieveError(
                 "received layout='stacked' for a model whose experts are separate modules, expected 'per_expert' or "
                 "'auto', since there is no stack to adapt: pass one of those"
             )
-        return "per_expert"
+        return ["per_expert"]
     if layout != "auto":
-        return layout
+        return [layout]
     config = opened.base.config
     types = {config.model_type, config.get_text_config().model_type}
-    named = expert_names(opened.new_skeleton(), layers[0])
-    return "stacked" if named is None or types.intersection(STACKED_IN_VLLM) else "per_expert"
+    # What PEFT cannot load a pair of factors per expert for, it can load stacked.
+    return ["stacked"] if types.intersection(STACKED_IN_VLLM) else ["per_expert", "stacked"]
 
 
 def _router_paths(layers: list[MoELayer]) -> set[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft.tuners.lora.layer import Conv2d, Embedding, LoraLayer, ParamWrapper, _ConvNd
 from safetensors import safe_open
-from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import SieveError
 from ..files import replaced_when_done
 from ..moe.topology import MoELayer
+from ..tuners.sieve.config import SieveLoraConfig
 from ..tuners.sieve.layer import SieveExpertLayer
 from .checkpoint_names import expert_names, module_names, stack_names
 from .opened import OpenedAdapter, open_adapter
@@ -62,14 +62,14 @@ def merge_checkpoint(
         SieveError: there is no such checkpoint, its weights are quantised, or it lacks one that the adapter changes;
             nothing was written.
     """
-    opened = open_adapter(adapter, base_model, adapter_name)
+    opened = open_adapter(adapter, base_model, adapter_name, _refuse_what_cannot_be_merged)
     source = _checkpoint_folder(base_model if isinstance(base_model, str | os.PathLike) else opened.base_name)
     output = Path(output_dir)
     if output.exists() and (not output.is_dir() or output.resolve() == source.resolve()):
         raise SieveError(
             f"output_dir {str(output)!r} is a file, or the base model itself, expected another folder: pass one"
         )
-    _refuse_what_cannot_be_merged(opened, source)
+    _refuse_quantised(source)
     files = _weight_files(source)
     edits = _edits(opened, {key for keys in files.values() for key in keys})
     for name in files:
@@ -125,8 +125,7 @@ def _copy_the_rest(source: Path, staging: Path) -> None:
             shutil.copyfile(path, staging / path.name)
 
 
-def _refuse_what_cannot_be_merged(opened: OpenedAdapter, source: Path) -> None:
-    config = opened.config
+def _refuse_what_cannot_be_merged(config: SieveLoraConfig) -> None:
     for name in ("modules_to_save", "trainable_token_indices"):
         if getattr(config, name, None):
             raise SieveError(
@@ -138,13 +137,19 @@ def _refuse_what_cannot_be_merged(opened: OpenedAdapter, source: Path) -> None:
             f"the adapter has bias={config.bias!r}, expected 'none', since only low-rank factors can be added to a "
             "checkpoint: load the model, call merge_and_unload() and save it"
         )
-    quantised = getattr(AutoConfig.from_pretrained(source), "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else type(quantised).__name__
-        raise SieveError(
-            f"the base model's checkpoint is quantised ({method}), expected weights of 16 bits or more: pass the "
-            "checkpoint that it was made from as base_model"
-        )
+
+
+def _refuse_quantised(source: Path) -> None:
+    # As it is written: the class of a configuration may be code of its own.
+    path = source / CONFIG_NAME
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    for part in (content, content.get("text_config") or {}):
+        quantised = part.get("quantization_config")
+        if quantised is not None:
+            raise SieveError(
+                f"the base model's checkpoint is quantised ({quantised.get('quant_method')}), expected weights of 16 "
+                "bits or more: pass the checkpoint that it was made from as base_model"
+            )
 
 
 # --- what changes ---------------------------------------------------------------------------------------------------
@@ -157,13 +162,16 @@ def _edits(opened: OpenedAdapter, keys: set[str]) -> dict[str, list[_Edit]]:
         SieveError: the checkpoint has no weight that the adapter changes.
     """
     skeleton = opened.new_skeleton()
-    prefix = skeleton.base_model_prefix
     edits: dict[str, list[_Edit]] = {}
 
-    def add(candidates: list[str], edit: _Edit) -> None:
+    def find(candidates: list[str]) -> str | None:
         # A checkpoint of the model without its head, or with it, has the same weights under shorter or longer names.
-        wider = [re.sub(rf"^{prefix}\.", "", c) for c in candidates] + [f"{prefix}.{c}" for c in candidates]
-        key = next((c for c in (*candidates, *wider) if c in keys), None)
+        prefix = f"{skeleton.base_model_prefix}."
+        wider = [c.removeprefix(prefix) for c in candidates] + [prefix + c for c in candidates]
+        return next((c for c in (*candidates, *wider) if c in keys), None)
+
+    def add(candidates: list[str], edit: _Edit) -> None:
+        key = find(candidates)
         if key is None:
             raise SieveError(
                 f"the base model's checkpoint has no weight {candidates[0]!r}, which the adapter changes, expected the "
@@ -179,17 +187,21 @@ def _edits(opened: OpenedAdapter, keys: set[str]) -> dict[str, list[_Edit]]:
         add([f"{names[path]}.{parameter}", f"{path}.{parameter}"], _matrix_edit(layer, opened.name))
     moe = {layer.path: layer for layer in opened.moe_layers()}
     for path, adapted in opened.expert_layers().items():
-        for candidates, edit in _expert_edits(skeleton, moe[path], adapted, opened.name, keys):
+        for candidates, edit in _expert_edits(skeleton, moe[path], adapted, opened.name, find):
             add(candidates, edit)
     return edits
 
 
 def _expert_edits(
-    skeleton: PreTrainedModel, layer: MoELayer, adapted: SieveExpertLayer, name: str, keys: set[str]
+    skeleton: PreTrainedModel,
+    layer: MoELayer,
+    adapted: SieveExpertLayer,
+    name: str,
+    find: Callable[[list[str]], str | None],
 ) -> Iterator[tuple[list[str], _Edit]]:
     plan = adapted.plans[name]
     separate = expert_names(skeleton, layer) or {}
-    if separate and any(f"{matrix}.weight" in keys for matrix in separate.values()):
+    if any(find([f"{matrix}.weight"]) for matrix in separate.values()):
         for projection in plan.ranks:
             for expert in plan.experts:
 

@@ -83,7 +83,12 @@ class OpenedAdapter:
         return find_moe_layers(self.base)
 
 
-def open_adapter(adapter: Any, base_model: Any = None, adapter_name: str | None = None) -> OpenedAdapter:
+def open_adapter(
+    adapter: Any,
+    base_model: Any = None,
+    adapter_name: str | None = None,
+    check: Callable[[SieveLoraConfig], None] = lambda config: None,
+) -> OpenedAdapter:
     """Open an adapter of a model, or a saved one; no base weights are read.
 
     Args:
@@ -91,12 +96,13 @@ def open_adapter(adapter: Any, base_model: Any = None, adapter_name: str | None 
         base_model: for a saved one: the base model itself, or its path or Hub id, of which the configuration is read;
             None takes what the adapter's configuration names.
         adapter_name: which adapter of the model; needed if it holds several.
+        check: raises for a configuration that the caller has no use for.
 
     Raises:
         SieveError: no such adapter, or its base model is not to be found.
     """
     if isinstance(adapter, PeftModel):
-        return _of_model(adapter, base_model, adapter_name)
+        return _of_model(adapter, base_model, adapter_name, check)
     if not isinstance(adapter, str | os.PathLike):
         raise SieveError(
             f"received {type(adapter).__name__} as the adapter, expected a PeftModel, or the path or Hub id of a saved "
@@ -107,7 +113,7 @@ def open_adapter(adapter: Any, base_model: Any = None, adapter_name: str | None 
             f"received adapter_name={adapter_name!r} for a saved adapter, expected it for a PeftModel only: pass the "
             "folder of that adapter"
         )
-    return _saved(os.fspath(adapter), base_model)
+    return _saved(os.fspath(adapter), base_model, check)
 
 
 def sieve_config(adapter: str) -> SieveLoraConfig:
@@ -183,7 +189,9 @@ def skeleton_maker(base_model: Any, config: PeftConfig, paths: list[str]) -> tup
     )
 
 
-def _of_model(model: PeftModel, base_model: Any, adapter_name: str | None) -> OpenedAdapter:
+def _of_model(
+    model: PeftModel, base_model: Any, adapter_name: str | None, check: Callable[[SieveLoraConfig], None]
+) -> OpenedAdapter:
     ours = [name for name, config in model.peft_config.items() if isinstance(config, SieveLoraConfig)]
     if adapter_name is None and len(ours) == 1:
         adapter_name = ours[0]
@@ -192,13 +200,17 @@ def _of_model(model: PeftModel, base_model: Any, adapter_name: str | None) -> Op
             f"received adapter_name={adapter_name!r}, expected one of the model's sieve adapters {ours}: pass one"
         )
     assert adapter_name is not None
+    config = model.peft_config[adapter_name]
+    assert isinstance(config, SieveLoraConfig)
+    check(config)
     base = model.get_base_model()
     named = base_model if isinstance(base_model, str) else getattr(base, "name_or_path", "")
     return OpenedAdapter(model, adapter_name, str(named or ""), _like(base))
 
 
-def _saved(path: str, base_model: Any) -> OpenedAdapter:
+def _saved(path: str, base_model: Any, check: Callable[[SieveLoraConfig], None]) -> OpenedAdapter:
     config = sieve_config(path)
+    check(config)
     mask = config.selected_experts or {}
     make, base_name = skeleton_maker(base_model, config, [p for p, ids in mask.items() if ids])
     config.inference_mode = True

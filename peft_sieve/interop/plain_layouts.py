@@ -228,7 +228,7 @@ def _check_loadable(plain: PlainLora, opened: OpenedAdapter) -> None:
         SieveError: it does not.
     """
     model = _injected(plain.config, opened.new_skeleton())
-    expected = get_peft_model_state_dict(model, adapter_name="default")
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     given = {key: torch.empty(shape, device="meta") for key, (shape, _) in plain.tensors.items()}
     found = convert_peft_adapter_state_dict_for_transformers(model, plain.config, given)
     shapes = [{(key, tuple(value.shape)) for key, value in tensors.items()} for tensors in (expected, found)]
