@@ -99,12 +99,11 @@ def narrow_lora(
             written.
     """
     mask, calibration = _mask(experts, selection)
-    model, make, base_name = open_plain_lora(lora, base_model)
+    model, make, base_name = open_plain_lora(lora, base_model, _refuse)
     name = str(model.active_adapter)
     config = model.peft_config[name]
     assert isinstance(config, LoraConfig)
-    _refuse(config)
-    layers = {layer.path: layer for layer in find_moe_layers(model.get_base_model())}
+    layers = {layer.path: layer for layer in find_moe_layers(make())}
     factors, others = _read(model, name, layers)
     probe = SieveLoraConfig(selected_experts=mask)
     check_mask(probe, list(layers.values()))
@@ -115,7 +114,10 @@ def narrow_lora(
     whole = _norms(factors)
     share = math.sqrt(sum(kept.values()) / sum(whole.values())) if sum(whole.values()) else 1.0
     if calibration is not None:
-        calibration |= {"narrowed_from": lora if isinstance(lora, str) else base_name, "kept_norm": round(share, 4)}
+        calibration |= {
+            "narrowed_from": f"a LoRA for {base_name}" if isinstance(lora, PeftModel) else str(lora),
+            "kept_norm": round(share, 4),
+        }
     sieve = _sieve_config(config, mask, factors, others, layers, make().named_modules(), calibration)
     narrowed = PeftModel(make(), sieve)
     assign(narrowed, {**_expert_tensors(narrowed, factors), **_other_tensors(narrowed, others, name)})
@@ -135,8 +137,9 @@ def _mask(experts: Any, selection: dict[str, Any]) -> tuple[dict[str, list[int]]
         score = selection.get("score", "count")
         coverage = chosen.coverage(experts, score=score)
         calibration = {
-            "dataset": experts.metadata.get("dataset") or "a routing profile",
-            "samples": experts.metadata.get("samples"),
+            "dataset": experts.metadata.get("dataset", "unknown"),
+            "fingerprint": experts.metadata.get("fingerprint", "unknown"),
+            "samples": experts.metadata.get("samples", "unknown"),
             "tokens": experts.num_tokens or 0,
             "score": score,
             "strategy": selection.get("strategy", "uniform"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import load_peft_weights
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
@@ -241,12 +241,14 @@ def assign(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
         )
 
 
-def open_plain_lora(lora: Any, base_model: Any = None) -> tuple[PeftModel, Callable[[], PreTrainedModel], str]:
+def open_plain_lora(
+    lora: Any, base_model: Any, check: Callable[[LoraConfig], None]
+) -> tuple[PeftModel, Callable[[], PreTrainedModel], str]:
     """A plain LoRA with its values, on a base model that needs none.
 
     Args:
         lora: a `PeftModel` with one LoRA, or the path or Hub id of a saved one.
-        base_model: as for `open_adapter`.
+        base_model, check: as for `open_adapter`.
 
     Returns:
         The model (its adapter may have any name), how to make its base model on the meta device, and the name of that.
@@ -256,7 +258,7 @@ def open_plain_lora(lora: Any, base_model: Any = None) -> tuple[PeftModel, Calla
     """
     if isinstance(lora, PeftModel):
         base = lora.get_base_model()
-        _require_plain(lora.peft_config[lora.active_adapter], "the model")
+        check(_required_plain(lora.peft_config[lora.active_adapter], "the model"))
         return lora, _like(base), str(getattr(base, "name_or_path", "") or "")
     if not isinstance(lora, str | os.PathLike):
         raise SieveError(
@@ -264,8 +266,8 @@ def open_plain_lora(lora: Any, base_model: Any = None) -> tuple[PeftModel, Calla
             "pass one of those"
         )
     path = os.fspath(lora)
-    config = _read_config(path)
-    _require_plain(config, path)
+    config = _required_plain(_read_config(path), path)
+    check(config)
     make, base_name = skeleton_maker(base_model, config, [])
     config.inference_mode = True
     model = PeftModel(make(), config)
@@ -274,12 +276,13 @@ def open_plain_lora(lora: Any, base_model: Any = None) -> tuple[PeftModel, Calla
     return model, make, base_name
 
 
-def _require_plain(config: PeftConfig, where: str) -> None:
-    if config.peft_type != PeftType.LORA:
+def _required_plain(config: PeftConfig, where: str) -> LoraConfig:
+    if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
         raise SieveError(
             f"{where} holds an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}, expected LORA: "
             "pass an ordinary LoRA with factors for all experts"
         )
+    return config
 
 
 def _weights(path: str) -> dict[str, torch.Tensor]:
