@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from ..errors import SieveError
 from ..files import replaced_when_done
-from ..moe.families import FusedExperts, ModuleListExperts
+from ..moe.families import FusedExperts
+from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer
 from ..tuners.sieve.config import SieveLoraConfig
 from .opened import OpenedAdapter, open_adapter
@@ -157,15 +158,16 @@ def _refuse_what_is_no_lora(config: SieveLoraConfig) -> None:
 
 def _refuse_layouts_without_lora(layers: list[MoELayer]) -> None:
     for layer in layers:
-        if not isinstance(layer.family, FusedExperts | ModuleListExperts):
+        common = isinstance(layer.family, FusedExperts) and hasattr(layer.experts, "is_transposed")
+        if not common and not isinstance(layer.family, ModuleExperts):
             raise SieveError(
-                f"the experts of {layer.path} have the layout {layer.family.name!r}, expected stacks or a ModuleList "
-                "of experts, since plain LoRA has no others: write a whole checkpoint (peft-sieve export --merge)"
+                f"the experts of {layer.path} have the layout {layer.family.name!r}, expected stacks with the "
+                "common interface or modules of their own, since plain LoRA has no others: write a whole checkpoint (peft-sieve export --merge)"
             )
 
 
 def _layouts_to_try(layout: str, opened: OpenedAdapter, layers: list[MoELayer]) -> list[str]:
-    if any(isinstance(layer.family, ModuleListExperts) for layer in layers):
+    if any(isinstance(layer.family, ModuleExperts) for layer in layers):
         if layout == "stacked":
             raise SieveError(
                 "received layout='stacked' for a model whose experts are separate modules, expected 'per_expert' or "
