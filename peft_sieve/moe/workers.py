@@ -66,7 +66,7 @@ def _set_openmp_threads() -> Callable[[int], None] | None:
     if "parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
     try:
-        return ctypes.CDLL(None).omp_set_num_threads  # type: ignore[no-any-return]
+        return ctypes.CDLL(None).omp_set_num_threads
     except (AttributeError, OSError, TypeError):
         return None
 
