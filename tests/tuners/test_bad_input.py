@@ -169,7 +169,7 @@ def test_a_family_without_an_adapter_layer(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("peft_sieve.moe.families._FAMILIES", [])
     register_moe_family(Odd())
     model = tiny_model("olmoe")
-    refused(model, SieveLoraConfig(calib_dataset=data(model)), "family 'odd', which has no adapter layer")
+    refused(model, SieveLoraConfig(calib_dataset=data(model)), "family 'odd', whose layer_class is None")
 
 
 def test_expert_parallel_experts() -> None:
