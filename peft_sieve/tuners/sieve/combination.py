@@ -25,10 +25,6 @@ class Share:
     b: torch.Tensor
     coefficient: float
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[-2]
-
 
 def combined_rank(combination_type: str, ranks: Sequence[int]) -> int:
     """The rank that a sum of adapters of these ranks needs: `cat` lays them side by side."""
