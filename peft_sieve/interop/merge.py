@@ -319,7 +319,7 @@ def _write_card(opened: OpenedAdapter, path: Path) -> None:
     if opened.base_name and not os.path.exists(opened.base_name):
         data.base_model = opened.base_name
     text = (
-        f"# {opened.base_name or 'A Mixture-of-Experts model'} with an adapter merged in\n\n"
+        f"# {data.base_model or 'A Mixture-of-Experts model'} with an adapter merged in\n\n"
         "The base model's checkpoint, with a sparse expert adapter added to its weights by `peft_sieve`.\n"
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
