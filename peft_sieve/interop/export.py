@@ -208,7 +208,7 @@ def _write_card(opened: OpenedAdapter, layout: str, path: Path) -> None:
     adapted = sum(len(layer.plans[opened.name].experts) for layer in opened.expert_layers().values())
     total = sum(layer.num_experts for layer in opened.moe_layers())
     text = (
-        f"# LoRA for {opened.base_name or 'a Mixture-of-Experts model'}\n\n"
+        f"# LoRA for {data.base_model or 'a Mixture-of-Experts model'}\n\n"
         f"A sparse expert adapter ({adapted} of {total} routed experts) written as plain LoRA by `peft_sieve`, layout "
         f"`{layout}`. The factors of the other experts are zeros; the scaling is folded into B. It loads with PEFT, "
         "and with servers that read LoRA for this model, without any plugin.\n"
