@@ -9,6 +9,7 @@ registration.add_peft_type()
 
 from .errors import SieveError  # noqa: E402  (the configuration needs the enumeration member)
 from .moe.families import MoEFamily, register_moe_family  # noqa: E402
+from .routing.equivalence import PairedEquivalence, holm_correction, paired_equivalence  # noqa: E402
 from .routing.profile_data import RoutingProfile  # noqa: E402
 from .routing.profiling import profile_routing  # noqa: E402
 from .routing.selection import ExpertSelection, register_score, select_experts  # noqa: E402
@@ -22,11 +23,14 @@ __version__ = "0.1.0"
 __all__ = [
     "ExpertSelection",
     "MoEFamily",
+    "PairedEquivalence",
     "RoutingProfile",
     "RoutingStatistics",
     "SieveError",
     "SieveLoraConfig",
     "SieveLoraModel",
+    "holm_correction",
+    "paired_equivalence",
     "profile_routing",
     "register_moe_family",
     "register_score",
