@@ -13,6 +13,7 @@ from .routing.equivalence import PairedEquivalence, holm_correction, paired_equi
 from .routing.profile_data import RoutingProfile  # noqa: E402
 from .routing.profiling import profile_routing  # noqa: E402
 from .routing.selection import ExpertSelection, register_score, select_experts  # noqa: E402
+from .routing.stability import selection_stability, subsample_stability  # noqa: E402
 from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
 from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
 
@@ -36,4 +37,6 @@ __all__ = [
     "register_score",
     "routing_statistics",
     "select_experts",
+    "selection_stability",
+    "subsample_stability",
 ]
