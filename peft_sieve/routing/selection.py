@@ -251,6 +251,11 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
         Raises:
             SieveError: if the layers differ.
         """
+        overlaps = self.layer_jaccard(other).values()
+        return math.fsum(overlaps) / len(overlaps) if overlaps else 1.0
+
+    def layer_jaccard(self, other: Mapping[str, Iterable[int]]) -> dict[str, float]:
+        """As `jaccard`, layer by layer: layer name -> a number in [0, 1], in the selection's order."""
         theirs = other if isinstance(other, ExpertSelection) else ExpertSelection(other)
         only_one = sorted(set(self) ^ set(theirs))
         if only_one:
@@ -258,11 +263,11 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
                 f"received two selections of which only one has {quoted(only_one)}, "
                 "expected the same layers in both: compare selections for the same model"
             )
-        overlaps = []
+        overlaps = {}
         for layer, experts in self.items():
             either = set(experts) | set(theirs[layer])
-            overlaps.append(len(set(experts) & set(theirs[layer])) / len(either) if either else 1.0)
-        return math.fsum(overlaps) / len(overlaps) if overlaps else 1.0
+            overlaps[layer] = len(set(experts) & set(theirs[layer])) / len(either) if either else 1.0
+        return overlaps
 
     def to_dict(self) -> dict[str, list[int]]:
         """The selection as plain lists, ready for JSON and for `SieveLoraConfig(selected_experts=...)`."""

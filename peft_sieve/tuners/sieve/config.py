@@ -17,6 +17,7 @@ from ...errors import SieveError
 from ...files import replaced_when_done
 from ...moe.families import PROJECTIONS
 from ...routing.selection import validate_selection_options
+from ...routing.until_stable import check_stability
 
 # Held by the object, never by a dataclass field: PEFT serialises with `dataclasses.asdict`, which deep-copies fields.
 RUNTIME_ONLY = ("calib_dataset", "calib_tokenizer", "calib_formatting_func")
@@ -64,6 +65,8 @@ class SieveLoraConfig(LoraConfig):
         calib_tokenizer: tokenizer, or a name or path of one; None takes the one saved with the model. Runtime only.
         calib_formatting_func: row -> str, for rows in another form. Runtime only.
         calib_split, calib_samples, calib_max_length (tokens), calib_batch_size, calib_seed: how the data is read.
+        calib_stability: None profiles all samples. A share in (0, 1] stops as soon as two halves of the samples so far
+            select the same experts to at least this Jaccard similarity in every layer, and warns if they never do.
         selected_experts: the mask, experts-module path -> expert ids. Filled by calibration and saved in
             `adapter_config.json`; if given, nothing is calibrated.
         calibration: where the mask came from. Filled by calibration and saved.
@@ -93,6 +96,10 @@ class SieveLoraConfig(LoraConfig):
     calib_max_length: int = field(default=2048, metadata={"help": "Tokens per sample at most."})
     calib_batch_size: int = field(default=8, metadata={"help": "Samples per forward pass."})
     calib_seed: int = field(default=0, metadata={"help": "Seed of the sample of the data and of strategy='random'."})
+    calib_stability: float | None = field(
+        default=None,
+        metadata={"help": "Profile until two halves of the data select the same to this Jaccard similarity."},
+    )
     selected_experts: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "The mask: experts-module path -> expert ids."}
     )
@@ -110,6 +117,8 @@ class SieveLoraConfig(LoraConfig):
         self.peft_type = PeftType("SIEVE_LORA")
         vars(self).update(zip(RUNTIME_ONLY, (calib_dataset, calib_tokenizer, calib_formatting_func), strict=True))
         validate_selection_options(self.top_k_frac, self.top_k, self.strategy, self.score, self.coverage)
+        if self.calib_stability is not None:
+            check_stability("calib_stability", self.calib_stability)
         self.expert_projections = _checked_projections(self.expert_projections)
         self.selected_experts = checked_mask(self.selected_experts)
         self.expert_shapes = _checked_shapes(self.expert_shapes)
