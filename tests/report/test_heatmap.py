@@ -149,7 +149,7 @@ def test_places_without_an_expert_have_no_value(drawn, tmp_path):
 
 
 def test_names_of_layers():
-    short = heatmap._short_names
+    short = heatmap.short_names
     assert short([f"model.layers.{i}.mlp.experts" for i in (3, 11)]) == (["3", "11"], "model.layers.*.mlp.experts")
     assert short(["a.0.mlp", "b.c.1.mlp"]) == (["a.0", "b.c.1"], "*.mlp")
     assert short(["model.layers.0.experts"]) == (["experts"], "model.layers.0.*")
