@@ -1,8 +1,8 @@
 """Count what training would cost, for several numbers of experts, from the model's configuration alone.
 
 No weights are read: the model is built without memory, and the adapter put into it. Adapter, gradients and optimizer
-states are in the type that PEFT gives the adapter (float32 unless the model is float64). With --profile, also the share
-of the routing that the hottest experts of a layer get, mean and lowest over layers.
+states are in the type that PEFT gives the adapter (float32 for models in half precision). With --profile, also the
+share of the routing that the hottest experts of a layer get, mean and lowest over layers.
 """
 
 from __future__ import annotations

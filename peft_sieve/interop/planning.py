@@ -190,7 +190,8 @@ def size_text(size: int) -> str:
     while value >= 1000 and len(units) > 1:
         value /= 1000
         del units[0]
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.3g} {units[0]}"
+    digits = 0 if units[0] == "B" or value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f} {units[0]}"
 
 
 def _bytes(tensor: torch.Tensor) -> int:

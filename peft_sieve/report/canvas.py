@@ -65,7 +65,7 @@ DARK = Theme(
     emphasis="#FF9E3D",
     series=("#56B4E9", "#FF8A3D", "#2BC79A", "#E79AC6", "#F0E442", "#6E8FE8", "#C9D1D9"),
     depth="viridis",
-    depth_range=(0.15, 1.0),
+    depth_range=(0.3, 1.0),
 )
 THEMES = {theme.name: theme for theme in (LIGHT, DARK)}
 

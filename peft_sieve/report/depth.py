@@ -35,6 +35,7 @@ def cold_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = LIGHT)
         cold = [100 * layer.cold_fraction for layer in routing_statistics(profile).layers.values()]
         axes.plot(range(len(cold)), cold, label=str(position), **series_style(position, theme))
         highest = max([highest, *(share for share in cold if not math.isnan(share))])
+    axes.set_xlim(-0.5, len(next(iter(profiles.values())).counts) - 0.5)
     axes.set_ylim(0, max(10.0, 1.08 * highest))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
     axes.set_xlabel("layer, by position")

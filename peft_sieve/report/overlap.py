@@ -43,7 +43,8 @@ def overlap_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = LIG
     image = axes.imshow(overlaps.numpy(), cmap=colours, vmin=0, vmax=1)
     axes.set_xticks(range(number), list(profiles), rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
     axes.set_yticks(range(number), list(profiles), parse_math=False)
-    axes.set_title("Experts selected for both, of those for either", loc="left")
+    title = figure.suptitle("Experts selected for both, of those for either", x=0.02, ha="left")
+    title.set(color=theme.text, fontsize=FONT + 2)
     if number <= _MOST_NUMBERS:
         for row in range(number):
             for column in range(number):

@@ -71,8 +71,8 @@ def report_plots(profiles: Mapping[str, RoutingProfile], **options: Any) -> dict
             "stability",
             "How many tokens are enough",
             "Overlap of the uniform selection by token counts with the one from all tokens, mean over layers. The "
-            "lines draw dispatches one by one from a profile: real samples of as many tokens agree less, since the tokens "
-            "of a text resemble each other. Markers, if any, are real samples: profiles of the same data set with "
+            "lines draw dispatches one by one from a profile: real samples of as many tokens agree less, since the "
+            "tokens of a text resemble each other. Markers, if any, are real samples: profiles of the same data set with "
             "fewer tokens.",
             lambda theme: stability_figure(profiles, theme=theme, **_sizes(options)),
         ),
@@ -188,11 +188,10 @@ def _contents(
         }
         for name, profile in profiles.items()
     ]
-    chosen = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
     first = next(iter(profiles.values()))
     return {
         "title": "Routing report",
-        "subtitle": f"{_models(profiles)}{len(first.counts)} layers with experts. Selection: {chosen or 'default'}.",
+        "subtitle": f"{_models(profiles)}{len(first.counts)} layers with experts. {_how_selected(options)}.",
         "score": "tokens" if score == "count" else score,
         "light": LIGHT,
         "dark": DARK,
@@ -234,6 +233,15 @@ def _models(profiles: Mapping[str, RoutingProfile]) -> str:
     names = dict.fromkeys(profile.metadata.get("model") for profile in profiles.values())
     known = [name for name in names if isinstance(name, str) and name]
     return f"{', '.join(known)}: " if known else ""
+
+
+def _how_selected(options: Mapping[str, Any]) -> str:
+    """The options that matter for the strategy."""
+    strategy, score = options.get("strategy", "uniform"), options.get("score", "count")
+    size = f"top_k {options['top_k']}" if options.get("top_k") else f"top_k_frac {options.get('top_k_frac', 0.25)}"
+    extent = f"coverage {options.get('coverage', 0.6)}" if strategy == "coverage" else size
+    basis = f"seed {options.get('seed', 0)}" if strategy == "random" else f"by {score}"
+    return f"Experts selected: {strategy}, {basis}, {extent}"
 
 
 def _sizes(options: Mapping[str, Any]) -> dict[str, Any]:
