@@ -109,6 +109,11 @@ def dress(figure: Figure, theme: Theme) -> None:
                 text.set(color=theme.text, fontsize=FONT, parse_math=False)
 
 
+def head(figure: Figure, title: str, theme: Theme) -> None:
+    """A title over the whole width, legend included."""
+    figure.suptitle(title, x=0.02, ha="left", fontsize=FONT + 2, color=theme.text)
+
+
 def shares_map(theme: Theme) -> Colormap:
     """The colour map of shares."""
     from matplotlib.colors import LinearSegmentedColormap
@@ -128,11 +133,13 @@ def series_style(position: int, theme: Theme) -> dict[str, Any]:
 
 
 def legend_beside(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
-    """A legend to the right of the axes, tall enough a figure for it included."""
+    """A legend to the right of the axes; the figure grows until it has room for it."""
     handles = axes.get_legend_handles_labels()[0]
-    figure.legend(handles, list(names), loc="outside right upper", handlelength=3.2, borderaxespad=0, labelspacing=0.5)
+    figure.legend(
+        handles, list(names), loc="outside right center", handlelength=3.2, borderaxespad=0.8, labelspacing=0.5
+    )
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, max(height, 0.3 + 0.19 * len(names)))
+    figure.set_size_inches(width, max(height, 0.8 + 0.19 * len(names)))
 
 
 def save_png(figure: Figure, path: str | os.PathLike[str], what: str) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from peft_sieve.report.canvas import LIGHT, Theme, dress, legend_beside, new_figure, series_style
+from peft_sieve.report.canvas import LIGHT, Theme, dress, head, legend_beside, new_figure, series_style
 from peft_sieve.routing.comparison import check_same_layers
 from peft_sieve.routing.profile_data import RoutingProfile
 from peft_sieve.routing.statistics import routing_statistics
@@ -40,7 +40,7 @@ def cold_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = LIGHT)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
     axes.set_xlabel("layer, by position")
     axes.set_ylabel("cold experts, %")
-    axes.set_title("Experts with fewer than half the uniform share of tokens", loc="left")
+    head(figure, "Experts with fewer than half the uniform share of tokens", theme)
     axes.grid(color=theme.quiet, lw=0.4, alpha=0.6)
     legend_beside(figure, axes, list(profiles))
     dress(figure, theme)

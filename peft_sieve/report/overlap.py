@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft_sieve.errors import SieveError
-from peft_sieve.report.canvas import FONT, LIGHT, Theme, dress, new_figure, shares_map
+from peft_sieve.report.canvas import FONT, LIGHT, Theme, dress, head, new_figure, shares_map
 from peft_sieve.routing.comparison import jaccard_matrix
 from peft_sieve.routing.profile_data import RoutingProfile
 
@@ -38,13 +38,13 @@ def overlap_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = LIG
     side = min(number * _CELL, _MOST_CELLS)
     longest = 0.07 * max(map(len, profiles))
     figure = new_figure(max(side + longest + 1.4, 4.2), max(side + 0.7 * longest + 0.8, 2.4))
+    figure.set_layout_engine("compressed")  # for square cells
     axes = figure.add_subplot()
     colours = shares_map(theme)
     image = axes.imshow(overlaps.numpy(), cmap=colours, vmin=0, vmax=1)
     axes.set_xticks(range(number), list(profiles), rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
     axes.set_yticks(range(number), list(profiles), parse_math=False)
-    title = figure.suptitle("Experts selected for both, of those for either", x=0.02, ha="left")
-    title.set(color=theme.text, fontsize=FONT + 2)
+    head(figure, "Experts selected for both, of those for either", theme)
     if number <= _MOST_NUMBERS:
         for row in range(number):
             for column in range(number):

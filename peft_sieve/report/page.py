@@ -72,8 +72,8 @@ def report_plots(profiles: Mapping[str, RoutingProfile], **options: Any) -> dict
             "How many tokens are enough",
             "Overlap of the uniform selection by token counts with the one from all tokens, mean over layers. The "
             "lines draw dispatches one by one from a profile: real samples of as many tokens agree less, since the "
-            "tokens of a text resemble each other. Markers, if any, are real samples: profiles of the same data set with "
-            "fewer tokens.",
+            "tokens of a text resemble each other. Markers, if any, are real samples: profiles of the same data set "
+            "with fewer tokens.",
             lambda theme: stability_figure(profiles, theme=theme, **_sizes(options)),
         ),
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from peft_sieve.report.canvas import LIGHT, Theme, dress, legend_beside, new_figure, series_style
+from peft_sieve.report.canvas import LIGHT, Theme, dress, head, legend_beside, new_figure, series_style
 from peft_sieve.routing.comparison import resampled_stability, subsample_stability
 from peft_sieve.routing.profile_data import RoutingProfile
 
@@ -56,7 +56,7 @@ def stability_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = L
     axes.set_ylim(0, 1.03)
     axes.set_xlabel("tokens" if by_tokens else "part of the profile, %")
     axes.set_ylabel("Jaccard with all tokens' selection")
-    axes.set_title("Selection from fewer tokens (lines: drawn one by one, the best case)", loc="left")
+    head(figure, "Selection from fewer tokens (lines: drawn one by one, the best case)", theme)
     axes.grid(color=theme.quiet, lw=0.4, alpha=0.6)
     legend_beside(figure, axes, names)
     dress(figure, theme)
