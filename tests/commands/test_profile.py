@@ -29,6 +29,7 @@ def test_the_file_is_what_profile_routing_counts(rows: str, tmp_path: Path, caps
     words = ["--template", r"Q: {question}\nA: {sql}", "--max-samples", "4", "--max-length", "9", "--seed", "1"]
     how = ["--batch-size", "2", "--dtype", "float32", "--device", "cpu"]
     assert main(["profile", str(TINY_OLMOE), "--data", rows, "-o", output, *words, *how]) == 0
+    printed = capsys.readouterr()
     expected = profile_routing(
         small_olmoe(),
         rows,
@@ -42,7 +43,6 @@ def test_the_file_is_what_profile_routing_counts(rows: str, tmp_path: Path, caps
     written = RoutingProfile.load(output)
     assert written == expected
     assert written.num_tokens == 36
-    printed = capsys.readouterr()
     assert printed.out.splitlines()[-2:] == [f"36 tokens of 4 samples of {rows}", f"profile in {output}"]
     assert printed.out.splitlines()[-3].startswith("mean of the layers")
     assert printed.err == ""  # no bar where nobody watches
