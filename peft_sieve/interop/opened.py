@@ -138,7 +138,7 @@ def _read_config(adapter: str) -> PeftConfig:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SieveError(
-            f"no adapter can be read from {adapter!r} ({_first_line(error)}), expected a folder or repository with "
+            f"no adapter can be read from {adapter!r} ({first_line(error)}), expected a folder or repository with "
             "adapter_config.json: pass one"
         ) from error
 
@@ -170,11 +170,11 @@ def skeleton_maker(base_model: Any, config: PeftConfig, paths: list[str]) -> tup
         hf_config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise SieveError(
-            f"the configuration of the base model {name!r} cannot be read ({_first_line(error)}), expected a path or "
+            f"the configuration of the base model {name!r} cannot be read ({first_line(error)}), expected a path or "
             "Hub id that AutoConfig can load: pass it, or the model itself, as base_model"
         ) from error
     tried = []
-    for model_class in _model_classes(hf_config, config):
+    for model_class in model_classes(hf_config, config):
         try:
             make = _maker(model_class, hf_config, name)
             modules = {path for path, _ in make().named_modules()}
@@ -298,7 +298,7 @@ def _weights(path: str) -> dict[str, torch.Tensor]:
         return load_peft_weights(path, device="cpu")
     except (OSError, ValueError, SafetensorError) as error:
         raise SieveError(
-            f"the weights of {path!r} cannot be read ({_first_line(error)}), expected adapter_model.safetensors beside "
+            f"the weights of {path!r} cannot be read ({first_line(error)}), expected adapter_model.safetensors beside "
             "adapter_config.json: save or download the adapter again"
         ) from error
 
@@ -328,7 +328,7 @@ def _maker(model_class: Any, config: PreTrainedConfig, name: str) -> Callable[[]
     return make
 
 
-def _model_classes(hf_config: PreTrainedConfig, config: PeftConfig) -> list[Any]:
+def model_classes(hf_config: PreTrainedConfig, config: PeftConfig) -> list[Any]:
     """What the base model may be an instance of, the likeliest first."""
     names = [(transformers, _AUTO_CLASSES[config.task_type])] if config.task_type in _AUTO_CLASSES else []
     mapping = config.auto_mapping or {}
@@ -346,5 +346,5 @@ def _takes(model_class: Any, hf_config: PreTrainedConfig) -> bool:
     return model_class is not None and (config_class is None or isinstance(hf_config, config_class))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
