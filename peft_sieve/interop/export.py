@@ -162,7 +162,8 @@ def _refuse_layouts_without_lora(layers: list[MoELayer]) -> None:
         if not common and not isinstance(layer.family, ModuleExperts):
             raise SieveError(
                 f"the experts of {layer.path} have the layout {layer.family.name!r}, expected stacks with the "
-                "common interface or modules of their own, since plain LoRA has no others: write a whole checkpoint (peft-sieve export --merge)"
+                "common interface or modules of their own, since plain LoRA has no others: write a whole checkpoint "
+                "(peft-sieve export --merge)"
             )
 
 

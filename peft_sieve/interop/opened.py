@@ -276,7 +276,7 @@ def open_plain_lora(
         model = PeftModel(make(), config)
     except ValueError as error:
         raise SieveError(
-            f"the LoRA {path!r} does not fit {base_name!r} ({_first_line(error)}), expected the base model that it was "
+            f"the LoRA {path!r} does not fit {base_name!r} ({first_line(error)}), expected the base model that it was "
             "trained on: pass that as base_model"
         ) from error
     # Files with a pair of factors per expert and projection become those of PEFT's parameters, as in its own loading.
