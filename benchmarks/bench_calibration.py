@@ -1,9 +1,9 @@
 """How many tokens of calibration are enough?
 
 Profiles each sample of a domain by itself. Then, again and again, draws two calibration sets without a sample in
-common and compares the experts that they select; measures how much coverage a set's selection loses, on the samples outside it,
-against the best selection for those; and lets the stopping rule run on shuffled data. Without --domain only on the
-Spider questions in examples/data.
+common and compares the experts that they select; measures how much coverage a set's selection loses, on the samples
+outside it, against the best selection for those; and lets the stopping rule run on shuffled data. Without --domain
+only on the Spider questions in examples/data.
 
     python benchmarks/bench_calibration.py --domain gsm8k=gsm8k_train.jsonl.xz:question,answer [--domain ...]
 
