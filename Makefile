@@ -62,7 +62,7 @@ lint: $(STAMP)-test
 types: $(STAMP)-test
 	$(BIN)/mypy peft_sieve
 
-# Side by side on this machine, and the figures from the rows; about half an hour on two cores.
+# Side by side on this machine, and the figures from the rows; about a quarter of an hour on two cores.
 bench: $(STAMP)-run
 	set -e; for name in step memory load profiling profile scaling; do $(BIN)/python benchmarks/bench_$$name.py; done
 	$(BIN)/python benchmarks/plot.py

@@ -25,3 +25,8 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if block is None or block.numel() < size:
         block = _kept.block = torch.empty(size, dtype=torch.uint8)
     return block[:size].view(dtype).view(shape)
+
+
+def release() -> None:
+    """Gives this thread's block back, which is otherwise kept at the size of the largest step."""
+    _kept.__dict__.clear()
