@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
 from transformers import PreTrainedConfig, PreTrainedModel
 
 HIDDEN, HEADS, HEAD_DIM, LAYERS, VOCABULARY, EXPERTS, TOP_K = 32, 4, 8, 4, 128, 8, 2
@@ -78,7 +77,7 @@ def _size(name: str, value: Any, default: PreTrainedConfig) -> int | None:
         return None if value is None else 1
     if re.search(r"token_(id|index)$", name):
         return None if value is None else SPECIAL_TOKEN
-    if value is None and name not in _NEEDED or value == 0:
+    if (value is None and name not in _NEEDED) or value == 0:
         return None
     if name == "num_key_value_heads" and value == vars(default).get("num_attention_heads"):
         return HEADS

@@ -310,11 +310,17 @@ def main() -> int:
             continue
         rows.append(row)
         why = "; ".join(f"{step}: {reason}" for step, reason in row.reasons.items())
-        print(f"{row.model:48} {','.join(row.layouts):16} {row.seconds:5.1f} s  {why or 'all'}\n{row.trace}", end="", flush=True)
+        print(
+            f"{row.model:48} {','.join(row.layouts):16} {row.seconds:5.1f} s  {why or 'all'}\n{row.trace}",
+            end="",
+            flush=True,
+        )
     if arguments.output:
         arguments.output.write_text(table(rows))
     unexplained = [row.model for row in rows if not row.passed and not row.refused]
-    print(f"{sum(row.passed for row in rows)} of {len(rows)} pass, {len(unexplained)} fail without a refusal: {unexplained}")
+    print(
+        f"{sum(row.passed for row in rows)} of {len(rows)} pass, {len(unexplained)} fail without a refusal: {unexplained}"
+    )
     return bool(unexplained)
 
 
