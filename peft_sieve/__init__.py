@@ -8,6 +8,10 @@ from . import registration
 registration.add_peft_type()
 
 from .errors import SieveError  # noqa: E402  (the configuration needs the enumeration member)
+from .interop.export import ExportedLora, export_lora  # noqa: E402
+from .interop.merge import merge_checkpoint  # noqa: E402
+from .interop.narrow import NarrowedLora, narrow_lora  # noqa: E402
+from .interop.summary import AdapterSummary, inspect_adapter  # noqa: E402
 from .moe.families import MoEFamily, register_moe_family  # noqa: E402
 from .routing.profile_data import RoutingProfile  # noqa: E402
 from .routing.profiling import profile_routing  # noqa: E402
@@ -20,13 +24,20 @@ registration.register(SieveLoraConfig, SieveLoraModel)
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterSummary",
     "ExpertSelection",
+    "ExportedLora",
     "MoEFamily",
+    "NarrowedLora",
     "RoutingProfile",
     "RoutingStatistics",
     "SieveError",
     "SieveLoraConfig",
     "SieveLoraModel",
+    "export_lora",
+    "inspect_adapter",
+    "merge_checkpoint",
+    "narrow_lora",
     "profile_routing",
     "register_moe_family",
     "register_score",

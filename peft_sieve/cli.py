@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from .errors import SieveError
 
 # In the order of the help; each is a module of `commands`.
-COMMANDS: tuple[str, ...] = ()
+COMMANDS: tuple[str, ...] = ("inspect", "export", "narrow")
 
 
 def build_parser() -> argparse.ArgumentParser:
