@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import SieveError
 from .activation import activation_of
 from .stacks import ExpertsCall, ExpertStacks
 
@@ -50,14 +51,21 @@ class MoEFamily(ABC):
     """A layout of routed experts.
 
     Attributes:
-        name: for messages.
+        name: what to call it in messages.
+        router_names: what the router may be called inside the block that holds the experts module.
+        reads_router_weight: the router is a linear layer that is never called: the model multiplies by its weight.
+        shared_experts: pattern of the names of shared experts in that block.
+        adapted_child: child of the experts module in whose place the adapter layer stands, where router and experts are
+            in one module (the layer's path is then the child's); None: in the place of the experts module.
         layer_class: the adapter layer that serves it, a subclass of `SieveExpertLayer`, or where to import that from
             ("package.module:Class").
-        reads_router_weight: the router is a linear layer that is never called: the model multiplies by its weight.
     """
 
     name: str
-    reads_router_weight = False
+    router_names: tuple[str, ...] = ("gate", "router")
+    reads_router_weight: bool = False
+    shared_experts: str = r"shared_(experts?|mlp)"
+    adapted_child: str | None = None
     layer_class: str | type
 
     @abstractmethod
@@ -84,7 +92,7 @@ class MoEFamily(ABC):
     def watch(self, experts: nn.Module, parent: nn.Module, on_dispatch: OnDispatch) -> list[Any]:
         """Register hooks that report every dispatch; returns their handles.
 
-        `experts` is the module that the model calls (an adapter layer, if one is around it), `parent` its parent.
+        `experts` is the module at the layer's path (an adapter layer, if one is around it), `parent` its parent.
         """
 
 
@@ -180,67 +188,22 @@ def bind_dispatch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertsCall:
     return ExpertsCall(*values)
 
 
-class ModuleListExperts(MoEFamily):
-    """A `ModuleList` of small gated MLPs beside a router that returns (ids, weights, ...): the shape of
-    DeepSeek-MoE-16B's remote code."""
-
-    name = "module_list"
-    layer_class = "peft_sieve.tuners.sieve.module_list:ModuleListSieveExperts"
-
-    def matches(self, module: nn.Module) -> bool:
-        if not isinstance(module, nn.ModuleList) or len(module) < 2:
-            return False
-        return all(isinstance(getattr(m, p, None), nn.Linear) for m in module for p in ("up_proj", "down_proj"))
-
-    def is_block(self, parent: nn.Module) -> bool:
-        return any(hasattr(parent, name) for name in ROUTER_NAMES)
-
-    def shape(self, experts: nn.Module) -> ExpertsShape:
-        assert isinstance(experts, nn.ModuleList)
-        linears = {name: getattr(experts[0], name, None) for name in PROJECTIONS}
-        sizes = {n: (m.in_features, m.out_features) for n, m in linears.items() if isinstance(m, nn.Linear)}
-        return ExpertsShape(len(experts), sizes)
-
-    def expert_weight(self, experts: nn.Module, projection: str, expert: int) -> torch.Tensor:
-        assert isinstance(experts, nn.ModuleList)
-        return getattr(experts[expert], projection).weight.data
-
-    def parameter_names(self, experts: nn.Module, projections: list[str]) -> list[str]:
-        return [f"*.{projection}.weight" for projection in projections]
-
-    def watch(self, experts: nn.Module, parent: nn.Module, on_dispatch: OnDispatch) -> list[Any]:
-        router = next((getattr(parent, name) for name in ROUTER_NAMES if hasattr(parent, name)), None)
-        if router is None:
-            return []
-
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            ids, weights = _ids_and_weights(output)
-            if ids is not None and weights is not None:
-                on_dispatch(ids, weights)
-
-        return [router.register_forward_hook(hook)]
-
-
-def _ids_and_weights(output: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """From what a router returned: the integer tensor of expert ids, and the float tensor of the same shape."""
-    tensors = [t for t in (output if isinstance(output, (tuple, list)) else (output,)) if isinstance(t, torch.Tensor)]
-    ids = next((t for t in tensors if not t.is_floating_point() and t.dim() >= 2), None)
-    if ids is None:
-        return None, None
-    weights = next((t for t in tensors if t.is_floating_point() and t.numel() == ids.numel()), None)
-    if weights is None:
-        return None, None
-    return ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, ids.shape[-1])
-
-
-# Every model that follows the common interface, and the remote code seen so far, names its router one of these.
-ROUTER_NAMES = ("gate", "router")
-
-_FAMILIES: list[MoEFamily] = [FusedExperts(), ModuleListExperts()]
+_FAMILIES: list[MoEFamily] = []
 
 
 def register_moe_family(family: MoEFamily) -> None:
-    """Teach the package another layout of routed experts. Families registered later are asked first."""
+    """Teach the package another layout of routed experts (docs/custom-architectures.md).
+
+    Families registered later are asked first.
+
+    Raises:
+        SieveError: `family` is not an instance of `MoEFamily`.
+    """
+    if not isinstance(family, MoEFamily):
+        raise SieveError(
+            f"register_moe_family received {family!r}, expected an instance of a class derived from MoEFamily: pass "
+            "one, such as ModuleExperts('mine', up_proj='fc_in', down_proj='fc_out')"
+        )
     _FAMILIES.insert(0, family)
 
 

@@ -66,7 +66,7 @@ def calibration_batches(
             - a sequence or an iterator of rows: str, or dicts with `text`, `messages`, `prompt` + `completion`,
               `input_ids` (and `attention_mask`) or `conversations` (ShareGPT);
             - an iterable of batches that are ready for the model: dicts with 2-D `input_ids`. They pass as they are,
-              without their `labels`, until they cover `max_samples` rows; `max_length` does not cut them.
+              `labels` included, until they cover `max_samples` rows; `max_length` does not cut them.
         tokenizer: tokenizer or processor; needed for text. Messages need its chat template.
         formatting_func: takes one row and returns its text, a list of texts (several samples) or a list of messages,
             as for TRL's `SFTTrainer`. Wins over the row's columns.
@@ -201,7 +201,6 @@ def _as_inputs(item: Mapping[str, Any], position: int) -> dict[str, Any]:
     batch = {
         key: torch.as_tensor(value).detach().cpu() if isinstance(value, (Tensor, np.ndarray)) else value
         for key, value in item.items()
-        if key != "labels"
     }
     if batch["input_ids"].is_floating_point():
         raise SieveError(

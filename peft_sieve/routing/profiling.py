@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..errors import SieveError
 from ..moe.topology import MoELayer, find_moe_layers
 from .calibration import CalibrationData, calibration_batches
+from .encoder_decoder import decoder_layers, with_decoder_inputs
 from .profile_data import RoutingProfile
 
 
@@ -38,7 +39,8 @@ def profile_routing(
 
     Runs the model's backbone, without its head, gradients or key-value cache, where and in the type the model is, and
     reads what the routers really dispatched. Padding and dropped slots do not count. Adapters on the model are switched
-    off meanwhile. Hooks, training mode and random state are restored, also after an exception.
+    off meanwhile. The decoder of an encoder-decoder reads the `labels` of batches that have some, and otherwise the
+    text that the encoder reads. Hooks, training mode and random state are restored, also after an exception.
 
     Args:
         model: a MoE model of transformers, or one around it (`PeftModel`).
@@ -146,13 +148,14 @@ def profile_batches(
             handles = layer.family.watch(getattr(parent_module, name), parent_module, counters[layer.path].add)
             for handle in handles:
                 stack.callback(handle.remove)
+        in_decoder = decoder_layers(model, layers)
         for batch in calibration.batches:
+            batch, decoder_mask = with_decoder_inputs(model, batch)
             mask = batch.get("attention_mask")
             if mask is not None and mask.dim() != 2:
                 mask = None  # one per query, as for packed samples: it says nothing of padding
-            real = None if mask is None or bool(mask.all()) else mask.reshape(-1).bool()
-            for counter in counters.values():
-                counter.real = real
+            for path, counter in counters.items():
+                counter.real = _real_tokens(decoder_mask if path in in_decoder else mask)
             forward(_to(batch, device))
             bar.update(int(mask.sum()) if mask is not None else batch["input_ids"].numel())
     return RoutingProfile(
@@ -168,6 +171,11 @@ def profile_batches(
             "model": getattr(model, "name_or_path", "") or type(model).__name__,
         },
     )
+
+
+def _real_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which of the flattened tokens are no padding; None if all are."""
+    return None if mask is None or bool(mask.all()) else mask.reshape(-1).bool()
 
 
 class _Counter:

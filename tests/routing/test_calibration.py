@@ -617,7 +617,7 @@ def test_a_dataloader_passes_through():
     expected = list(loader)
     assert len(data.batches) == 3
     for batch, original in zip(data.batches, expected, strict=True):
-        assert set(batch) == {"input_ids", "attention_mask"}
+        assert set(batch) == {"input_ids", "attention_mask", "labels"}
         assert torch.equal(batch["input_ids"], original["input_ids"])
         assert torch.equal(batch["attention_mask"], original["attention_mask"])
         assert batch["attention_mask"].dtype == torch.int64
@@ -664,7 +664,7 @@ def test_ready_batches_stop_at_max_samples_and_trim_the_last():
     assert last["pixel_values"].tolist() == [[0, 1], [2, 3]]
     assert last["names"] == ["a", "b"] and last["use_cache"] is False and last["scale"] == 1.0
     assert isinstance(last["token_type_ids"], torch.Tensor) and len(last["token_type_ids"]) == 2
-    assert "labels" not in last
+    assert len(last["labels"]) == 2
 
 
 def test_a_ready_batch_whose_inputs_are_not_by_rows_is_not_torn():

@@ -183,7 +183,33 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         a, b = (getattr(self, f"{name}_{side}")[adapter_name].weight[:, rows] for side in "AB")
         return a, b, scaling
 
+    def with_deltas(self, projection: str, expert: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What one projection of one expert gives with the active adapters.
+
+        Args:
+            x: its input, (rows, in).
+            output: what its own weight gives, (rows, out).
+
+        Returns:
+            (rows, out); `output` itself where nothing is added.
+        """
+        for name in self.applied_adapters():
+            slots = self.plans[name].experts
+            factors = self.factors(name, projection)
+            if factors is None or expert not in slots:
+                continue
+            a, b, scaling = factors
+            slot = slots.index(expert)
+            # In the type of the output, under autocast the lower one, and where that is.
+            inner = self.lora_dropout[name](x).to(output) @ a[slot].to(output).T  # (rows, rank)
+            output = output + scaling * (inner @ b[slot].to(output))
+        return output
+
     # Merging
+
+    def expert_weight(self, projection: str, expert: int) -> torch.Tensor:
+        """The base weight of one projection of one expert: a view, (out, in)."""
+        return self.family.expert_weight(self.get_base_layer(), projection, expert)
 
     def get_delta_weight(self, adapter_name: str, projection: str, expert: int) -> torch.Tensor:
         """What the adapter adds to one projection of one adapted expert: (out, in), in float32 or wider."""
@@ -210,7 +236,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
                 for key in slices:
                     self._check_finite(key, adapter_name)
             for key in slices:
-                weight = self.family.expert_weight(self.get_base_layer(), *key)
+                weight = self.expert_weight(*key)
                 # In main memory: a quarter of the experts would not fit on the device a second time.
                 self._before_merge.setdefault(key, weight.detach().to("cpu", copy=True))
                 weight.copy_(self._merged(weight, adapter_name, key))
@@ -221,7 +247,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     def _check_finite(self, key: tuple[str, int], adapter_name: str) -> None:
-        weight = self.family.expert_weight(self.get_base_layer(), *key)
+        weight = self.expert_weight(*key)
         if not torch.isfinite(self._merged(weight, adapter_name, key)).all():
             raise SieveError(
                 f"merging adapter '{adapter_name}' gives values that are not finite in {key[0]} of expert {key[1]} of "
@@ -232,7 +258,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
     def unmerge(self) -> None:
         """Put the weights back, bit for bit."""
         for key, weight in self._before_merge.items():
-            self.family.expert_weight(self.get_base_layer(), *key).copy_(weight)
+            self.expert_weight(*key).copy_(weight)
         self._before_merge.clear()
         self.merged_adapters.clear()
 

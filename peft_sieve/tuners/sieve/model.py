@@ -230,7 +230,7 @@ def _layer_class(layer: MoELayer) -> type[SieveExpertLayer]:
     raise SieveError(
         f"the experts of {layer.path} belong to the family {layer.family.name!r}, whose layer_class is {named!r}, "
         "expected an adapter layer: derive the family from the one whose forward it shares (FusedExperts or "
-        "ModuleListExperts), or set layer_class"
+        "ModuleExperts), or set layer_class"
     )
 
 

@@ -104,7 +104,7 @@ def _keep_out_of_experts(config: SieveLoraConfig, model: nn.Module, layers: list
 
 def _parameter_names(config: SieveLoraConfig, layer: MoELayer) -> list[str]:
     """Names in PEFT's sense, that is endings of full names; the index of the block is left out."""
-    parts = layer.path.split(".")
+    parts = layer.experts_path.split(".")
     last_index = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
     wanted = [p for p in layer.shape.projections if p in (config.expert_projections or PROJECTIONS)]
     prefix = ".".join(parts[last_index + 1 :])
