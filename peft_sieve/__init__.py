@@ -14,9 +14,11 @@ from .interop.narrow import NarrowedLora, narrow_lora  # noqa: E402
 from .interop.summary import AdapterSummary, inspect_adapter  # noqa: E402
 from .moe.families import ExpertsShape, FusedExperts, MoEFamily, register_moe_family  # noqa: E402
 from .moe.module_experts import ModuleExperts  # noqa: E402
+from .routing.equivalence import PairedEquivalence, holm_correction, paired_equivalence  # noqa: E402
 from .routing.profile_data import RoutingProfile  # noqa: E402
 from .routing.profiling import profile_routing  # noqa: E402
 from .routing.selection import ExpertSelection, register_score, select_experts  # noqa: E402
+from .routing.stability import selection_stability, subsample_stability  # noqa: E402
 from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
 from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
 from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
@@ -34,6 +36,7 @@ __all__ = [
     "MoEFamily",
     "ModuleExperts",
     "NarrowedLora",
+    "PairedEquivalence",
     "RoutingProfile",
     "RoutingStatistics",
     "SieveError",
@@ -41,12 +44,16 @@ __all__ = [
     "SieveLoraConfig",
     "SieveLoraModel",
     "export_lora",
+    "holm_correction",
     "inspect_adapter",
     "merge_checkpoint",
     "narrow_lora",
+    "paired_equivalence",
     "profile_routing",
     "register_moe_family",
     "register_score",
     "routing_statistics",
     "select_experts",
+    "selection_stability",
+    "subsample_stability",
 ]

@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..moe.families import FusedExperts, ModuleListExperts
+from ..moe.families import FusedExperts
+from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer
 from .stacks import projections_in
 
@@ -41,8 +42,8 @@ def expert_names(skeleton: PreTrainedModel, layer: MoELayer) -> dict[tuple[str, 
         None if the checkpoints of this model hold the experts in stacks, too.
     """
     projections, num_experts = list(layer.shape.projections), layer.num_experts
-    if isinstance(layer.family, ModuleListExperts):
-        return {(p, e): f"{layer.path}.{e}.{p}" for p in projections for e in range(num_experts)}
+    if isinstance(layer.family, ModuleExperts):
+        return {key: f"{layer.path}.{name}" for key, name in layer.family.names(layer.experts).items()}
     if not isinstance(layer.family, FusedExperts):
         return None
     probes = {}

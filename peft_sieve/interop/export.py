@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from ..errors import SieveError
 from ..files import replaced_when_done
-from ..moe.families import FusedExperts, ModuleListExperts
+from ..moe.families import FusedExperts
+from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer
 from ..tuners.sieve.config import SieveLoraConfig
 from .opened import OpenedAdapter, open_adapter
@@ -157,15 +158,17 @@ def _refuse_what_is_no_lora(config: SieveLoraConfig) -> None:
 
 def _refuse_layouts_without_lora(layers: list[MoELayer]) -> None:
     for layer in layers:
-        if not isinstance(layer.family, FusedExperts | ModuleListExperts):
+        common = isinstance(layer.family, FusedExperts) and hasattr(layer.experts, "is_transposed")
+        if not common and not isinstance(layer.family, ModuleExperts):
             raise SieveError(
-                f"the experts of {layer.path} have the layout {layer.family.name!r}, expected stacks or a ModuleList "
-                "of experts, since plain LoRA has no others: write a whole checkpoint (peft-sieve export --merge)"
+                f"the experts of {layer.path} have the layout {layer.family.name!r}, expected stacks with the "
+                "common interface or modules of their own, since plain LoRA has no others: write a whole checkpoint "
+                "(peft-sieve export --merge)"
             )
 
 
 def _layouts_to_try(layout: str, opened: OpenedAdapter, layers: list[MoELayer]) -> list[str]:
-    if any(isinstance(layer.family, ModuleListExperts) for layer in layers):
+    if any(isinstance(layer.family, ModuleExperts) for layer in layers):
         if layout == "stacked":
             raise SieveError(
                 "received layout='stacked' for a model whose experts are separate modules, expected 'per_expert' or "
@@ -206,7 +209,7 @@ def _write_card(opened: OpenedAdapter, layout: str, path: Path) -> None:
     adapted = sum(len(layer.plans[opened.name].experts) for layer in opened.expert_layers().values())
     total = sum(layer.num_experts for layer in opened.moe_layers())
     text = (
-        f"# LoRA for {opened.base_name or 'a Mixture-of-Experts model'}\n\n"
+        f"# LoRA for {data.base_model or 'a Mixture-of-Experts model'}\n\n"
         f"A sparse expert adapter ({adapted} of {total} routed experts) written as plain LoRA by `peft_sieve`, layout "
         f"`{layout}`. The factors of the other experts are zeros; the scaling is folded into B. It loads with PEFT, "
         "and with servers that read LoRA for this model, without any plugin.\n"

@@ -63,7 +63,10 @@ def merge_checkpoint(
             nothing was written.
     """
     opened = open_adapter(adapter, base_model, adapter_name, _refuse_what_cannot_be_merged)
-    source = _checkpoint_folder(base_model if isinstance(base_model, str | os.PathLike) else opened.base_name)
+    if isinstance(base_model, str | os.PathLike):
+        source = _checkpoint_folder(base_model, None)
+    else:
+        source = _checkpoint_folder(opened.base_name, opened.config.revision)
     output = Path(output_dir)
     if output.exists() and (not output.is_dir() or output.resolve() == source.resolve()):
         raise SieveError(
@@ -86,13 +89,14 @@ def merge_checkpoint(
 # --- the base checkpoint --------------------------------------------------------------------------------------------
 
 
-def _checkpoint_folder(name: str | os.PathLike[str]) -> Path:
+def _checkpoint_folder(name: str | os.PathLike[str], revision: str | None) -> Path:
     name = os.fspath(name)
     if os.path.isdir(name):
         return Path(name)
     try:
         # Other formats hold the same weights again.
-        return Path(snapshot_download(name, ignore_patterns=[f"*{s}" for s in _OTHER_WEIGHTS[1:]] + ["*/*"]))
+        others = [f"*{ending}" for ending in _OTHER_WEIGHTS[1:]]
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=[*others, "*/*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SieveError(
             f"received {name!r} as the base model, expected a folder or a Hub id with its checkpoint, since merging "
@@ -315,7 +319,7 @@ def _write_card(opened: OpenedAdapter, path: Path) -> None:
     if opened.base_name and not os.path.exists(opened.base_name):
         data.base_model = opened.base_name
     text = (
-        f"# {opened.base_name or 'A Mixture-of-Experts model'} with an adapter merged in\n\n"
+        f"# {data.base_model or 'A Mixture-of-Experts model'} with an adapter merged in\n\n"
         "The base model's checkpoint, with a sparse expert adapter added to its weights by `peft_sieve`.\n"
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)

@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 
 from ..errors import SieveError
-from ..moe.families import ModuleListExperts
+from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer, find_moe_layers
 from ..routing.profile_data import RoutingProfile
 from ..routing.selection import ExpertSelection, select_experts
@@ -175,17 +175,21 @@ def _read(model: PeftModel, name: str, layers: dict[str, MoELayer]) -> tuple[dic
     """The factors of all experts, and PEFT's layers on everything else, by path in the base model."""
     factors: dict[str, _OfLayer] = {}
     others: dict[str, LoraLayer] = {}
+    in_modules = {
+        f"{layer.path}.{inside}": (layer.path, key)
+        for layer in layers.values()
+        if isinstance(layer.family, ModuleExperts)
+        for key, inside in layer.family.names(layer.experts).items()
+    }
     for path, module in model.get_base_model().named_modules():
         if not isinstance(module, LoraLayer) or name not in {**module.lora_A, **module.lora_embedding_A}:
             continue
         path = path.replace(".base_layer", "")
-        within, _, projection = path.rpartition(".")
-        listed = layers.get(within.rpartition(".")[0])
         if path in layers and isinstance(module, ParamWrapper):
             factors.setdefault(path, {}).update(_of_stack(layers[path], module, name))
-        elif listed is not None and isinstance(listed.family, ModuleListExperts):
-            pair = _Pair(*_weights(module, name), module.scaling[name])
-            factors.setdefault(listed.path, {})[projection, int(within.rpartition(".")[2])] = pair
+        elif path in in_modules:
+            layer, key = in_modules[path]
+            factors.setdefault(layer, {})[key] = _Pair(*_weights(module, name), module.scaling[name])
         else:
             others[path] = module
     return factors, others

@@ -138,7 +138,7 @@ def _read_config(adapter: str) -> PeftConfig:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SieveError(
-            f"no adapter can be read from {adapter!r} ({_first_line(error)}), expected a folder or repository with "
+            f"no adapter can be read from {adapter!r} ({first_line(error)}), expected a folder or repository with "
             "adapter_config.json: pass one"
         ) from error
 
@@ -165,14 +165,16 @@ def skeleton_maker(base_model: Any, config: PeftConfig, paths: list[str]) -> tup
         )
     name = os.fspath(name)
     try:
-        hf_config = AutoConfig.from_pretrained(name)
+        # No question on the terminal about code that comes with a checkpoint: it is an error that says what to pass.
+        revision = config.revision if base_model is None else None
+        hf_config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise SieveError(
-            f"the configuration of the base model {name!r} cannot be read ({_first_line(error)}), expected a path or "
+            f"the configuration of the base model {name!r} cannot be read ({first_line(error)}), expected a path or "
             "Hub id that AutoConfig can load: pass it, or the model itself, as base_model"
         ) from error
     tried = []
-    for model_class in _model_classes(hf_config, config):
+    for model_class in model_classes(hf_config, config):
         try:
             make = _maker(model_class, hf_config, name)
             modules = {path for path, _ in make().named_modules()}
@@ -270,7 +272,13 @@ def open_plain_lora(
     check(config)
     make, base_name = skeleton_maker(base_model, config, [])
     config.inference_mode = True
-    model = PeftModel(make(), config)
+    try:
+        model = PeftModel(make(), config)
+    except ValueError as error:
+        raise SieveError(
+            f"the LoRA {path!r} does not fit {base_name!r} ({first_line(error)}), expected the base model that it was "
+            "trained on: pass that as base_model"
+        ) from error
     # Files with a pair of factors per expert and projection become those of PEFT's parameters, as in its own loading.
     assign(model, convert_peft_adapter_state_dict_for_transformers(model, config, _weights(path)))
     return model, make, base_name
@@ -290,7 +298,7 @@ def _weights(path: str) -> dict[str, torch.Tensor]:
         return load_peft_weights(path, device="cpu")
     except (OSError, ValueError, SafetensorError) as error:
         raise SieveError(
-            f"the weights of {path!r} cannot be read ({_first_line(error)}), expected adapter_model.safetensors beside "
+            f"the weights of {path!r} cannot be read ({first_line(error)}), expected adapter_model.safetensors beside "
             "adapter_config.json: save or download the adapter again"
         ) from error
 
@@ -320,7 +328,7 @@ def _maker(model_class: Any, config: PreTrainedConfig, name: str) -> Callable[[]
     return make
 
 
-def _model_classes(hf_config: PreTrainedConfig, config: PeftConfig) -> list[Any]:
+def model_classes(hf_config: PreTrainedConfig, config: PeftConfig) -> list[Any]:
     """What the base model may be an instance of, the likeliest first."""
     names = [(transformers, _AUTO_CLASSES[config.task_type])] if config.task_type in _AUTO_CLASSES else []
     mapping = config.auto_mapping or {}
@@ -329,8 +337,14 @@ def _model_classes(hf_config: PreTrainedConfig, config: PeftConfig) -> list[Any]
     names += [(transformers, name) for name in getattr(hf_config, "architectures", None) or ()]
     names += [(transformers, "AutoModelForCausalLM")]
     found = [getattr(module, name, None) for module, name in names]
-    return list(dict.fromkeys(model_class for model_class in found if model_class is not None))
+    return [model_class for model_class in dict.fromkeys(found) if _takes(model_class, hf_config)]
 
 
-def _first_line(error: Exception) -> str:
+def _takes(model_class: Any, hf_config: PreTrainedConfig) -> bool:
+    """An auto class has no configuration of its own, and says itself when it does not know one."""
+    config_class = getattr(model_class, "config_class", None)
+    return model_class is not None and (config_class is None or isinstance(hf_config, config_class))
+
+
+def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -24,7 +24,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import SieveError
-from ..moe.families import FusedExperts, ModuleListExperts
+from ..moe.families import FusedExperts
+from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer
 from .checkpoint_names import expert_names, module_names
 from .opened import OpenedAdapter
@@ -90,7 +91,7 @@ def per_expert(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, 
             tensors[f"{PREFIX}{name}.lora_A.weight"] = (rank, in_features), partial(of.a, projection, expert)
             tensors[f"{PREFIX}{name}.lora_B.weight"] = (out_features, rank), partial(of.b, projection, expert)
     config = _plain_config(opened, rank)
-    _target(config, skeleton, others, [layer for layer in layers if isinstance(layer.family, ModuleListExperts)])
+    _target(config, skeleton, others, [layer for layer in layers if isinstance(layer.family, ModuleExperts)])
     fused = [layer for layer in layers if isinstance(layer.family, FusedExperts)]
     if fused:
         _target_matrices(config, skeleton, fused, others)
@@ -130,7 +131,7 @@ def _target(
     parameters = {path for path, _ in skeleton.named_parameters()}
     linears = {path for path, layer in others.items() if not isinstance(layer, ParamWrapper)}
     for layer in module_lists:
-        linears |= {f"{layer.path}.{e}.{p}" for e in range(layer.num_experts) for p in layer.shape.projections}
+        linears |= set((expert_names(skeleton, layer) or {}).values())
     wrapped = {f"{path}.{x.parameter_name}" for path, x in others.items() if isinstance(x, ParamWrapper)}
     if linears:
         config.target_modules = _fewest_words(linears, modules)

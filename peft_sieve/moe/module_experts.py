@@ -83,6 +83,15 @@ class ModuleExperts(MoEFamily):
         """The linear layer of one projection of one expert."""
         return getattr(self.experts(container)[expert], str(self.linear_names[projection]))
 
+    def names(self, container: nn.Module) -> dict[tuple[str, int], str]:
+        """(projection, expert) -> the name of that linear layer inside the container."""
+        experts = [(name, child) for name, child in container.named_children() if self._is_expert(child)]
+        return {
+            (projection, i): f"{name}.{self.linear_names[projection]}"
+            for i, (name, expert) in enumerate(experts)
+            for projection, _ in self._linears(expert)
+        }
+
     def shape(self, experts: nn.Module) -> ExpertsShape:
         modules = self.experts(experts)
         sizes = {name: (linear.in_features, linear.out_features) for name, linear in self._linears(modules[0])}

@@ -5,7 +5,7 @@ import operator
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,21 @@ class CalibrationData:
     name: str
     fingerprint: str
     num_dropped_empty: int
+
+    def part(self, batches: list[dict[str, Any]]) -> "CalibrationData":
+        """Some of the batches alone; name and fingerprint stay those of the whole data that was read."""
+        return replace(
+            self,
+            batches=batches,
+            num_samples=sum(len(batch["input_ids"]) for batch in batches),
+            num_tokens=sum(map(tokens_in, batches)),
+        )
+
+
+def tokens_in(batch: Mapping[str, Any]) -> int:
+    """Tokens of a batch that are not padding. A mask per query, as for packed samples, says nothing of padding."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if isinstance(mask, Tensor) and mask.ndim == 2 else batch["input_ids"].numel()
 
 
 def calibration_batches(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -155,19 +156,23 @@ def test_a_model_and_its_saved_adapter_give_the_same_bytes_and_no_base_weight_is
 
 @pytest.mark.parametrize("layout", ["per_expert", "stacked"])
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        {"expert_projections": ["down_proj"], "rank_pattern": {}},
-        {"layers_to_transform": [1], "selected_experts": {"model.layers.1.mlp.experts": [2, 5, 7]}},
-        {"train_attention": False, "train_router": False, "use_rslora": True},
-        {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+        ("olmoe", {"expert_projections": ["down_proj"], "rank_pattern": {}}),
+        ("olmoe", {"layers_to_transform": [1], "selected_experts": {"model.layers.1.mlp.experts": [2, 5, 7]}}),
+        ("olmoe", {"train_attention": False, "train_router": False, "use_rslora": True}),
+        ("olmoe", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
+        # Linear layers of the same names as the experts' projections, without an adapter.
+        ("qwen2_moe", {"train_shared_experts": False}),
     ],
-    ids=["one projection", "one layer", "experts only", "embeddings"],
+    ids=["one projection", "one layer", "experts only", "embeddings", "no shared experts"],
 )
-def test_parts_of_an_adapter(options: dict[str, Any], layout: str, tmp_path: Path) -> None:
-    adapter = saved_adapter(tmp_path, "olmoe", **options)
+def test_parts_of_an_adapter(name: str, options: dict[str, Any], layout: str, tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, name, **options)
     export_lora(adapter.path, tmp_path / "lora", layout=layout)
-    model = PeftModel.from_pretrained(adapter.fresh(), tmp_path / "lora")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*adapter keys.*")
+        model = PeftModel.from_pretrained(adapter.fresh(), tmp_path / "lora")
     assert relative_difference(adapter.logits(model), adapter.logits()) < 1e-5
 
 

@@ -195,6 +195,10 @@ def test_loras_that_cannot_be_narrowed(full: Full, tmp_path: Path) -> None:
     refused("received int as the LoRA", 3, output)
     attention = get_peft_model(copy.deepcopy(full.base), LoraConfig(target_modules=["q_proj"]))
     refused("has no factors for the experts of model.layers.0.mlp.experts", attention, output)
+    attention.save_pretrained(tmp_path / "attention")
+    tiny_model("deepseek_v3").config.save_pretrained(tmp_path / "other")  # has no q_proj
+    mismatch = r"does not fit .*other.*expected the base model that it was trained on"
+    refused(mismatch, tmp_path / "attention", output, base_model=str(tmp_path / "other"))
     vera = get_peft_model(copy.deepcopy(full.base), VeraConfig(target_modules=["q_proj"]))
     refused("the model holds an adapter of type VERA, expected LORA", vera, output)
     sieve = get_peft_model(copy.deepcopy(full.base), SieveLoraConfig(selected_experts=MASK))

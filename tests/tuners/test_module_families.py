@@ -344,20 +344,22 @@ def test_attention_of_an_encoder_decoder() -> None:
     assert sum("EncDecAttention" in path for path in found) == 8
 
 
-def test_blocks_that_are_no_experts() -> None:
-    """Lists of MLPs without a router, and transformer blocks that hold the layers of an MLP directly."""
+def test_what_is_taken_for_experts() -> None:
+    """Two MLPs or more beside a router; not with other weights among them, and no transformer blocks."""
+
+    def mlp(**more: nn.Module) -> nn.Module:
+        return nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc2": nn.Linear(4, 4), **more})
+
     model = transformers4_like("mixtral_v4")
-    expected = [layer.path for layer in find_moe_layers(model)]
+    expected = {layer.path for layer in find_moe_layers(model)}
     layer = model.model.layers[0]
-    layer.heads = nn.ModuleList(nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc2": nn.Linear(4, 4)}) for _ in range(3))
-    layer.router = nn.Linear(4, 3)
-    layer.blocks = nn.ModuleList(
-        nn.ModuleDict({"fc1": nn.Linear(4, 4), "fc2": nn.Linear(4, 4), "attn": nn.Linear(4, 4)}) for _ in range(3)
-    )
-    found = [layer.path for layer in find_moe_layers(model)]
-    assert set(found) - set(expected) <= {"model.layers.0.heads"}  # beside a router
-    del layer.router
-    assert [layer.path for layer in find_moe_layers(model)] == expected
+    layer.pair = nn.ModuleList([mlp(), mlp()])
+    layer.single = nn.ModuleList([mlp()])
+    layer.mixed = nn.ModuleList([mlp(), mlp(), nn.Linear(4, 4)])
+    layer.blocks = nn.ModuleList([mlp(attention=nn.Linear(4, 4)), mlp(attention=nn.Linear(4, 4))])
+    assert {found.path for found in find_moe_layers(model)} == expected
+    layer.router = nn.Linear(4, 2)
+    assert {found.path for found in find_moe_layers(model)} == expected | {"model.layers.0.pair"}
 
 
 def test_rows_that_are_no_tokens() -> None:

@@ -1,13 +1,18 @@
 """PEFT's own LoRA layers, with an `unmerge` that gives the base weights back bit for bit.
 
-PEFT subtracts what it added, which leaves rounding behind.
+PEFT subtracts what it added, which leaves rounding behind. And its wrapper of a parameter takes no mixed batches; the
+one here does.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import nn
+
+from .mixed import each_adapter
 
 
 class _ExactUnmerge:
@@ -55,7 +60,17 @@ class WeightReadLinear(ExactLinear):
 
 
 class ExactParamWrapper(_ExactUnmerge, ParamWrapper):
-    """`lora.ParamWrapper` (here: the router's weight) with an exact `unmerge`."""
+    """`lora.ParamWrapper` (here: the router's weight) with an exact `unmerge`, and for mixed batches."""
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """As the router's; with `adapter_names`, one for each entry of the inputs, each entry with its adapter."""
+        if adapter_names is None or self.disable_adapters:
+            return super().forward(*args, **kwargs)
+        return each_adapter(self._forward_with, adapter_names, args, kwargs)
+
+    def _forward_with(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        with self._activate_lora([adapter_name]):
+            return self.base_layer(*args, **kwargs)
 
     def _base_parameter(self) -> torch.Tensor:
         return self.get_param()

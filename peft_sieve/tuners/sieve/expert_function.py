@@ -22,6 +22,7 @@ from ...moe.dispatch import Dispatch
 from ...moe.grouped import Groups
 from ...moe.scratch import scratch
 from ...moe.stacks import ExpertStacks
+from ...moe.workers import for_each
 from .low_rank import LowRank
 
 
@@ -46,6 +47,11 @@ class ExpertPlan:
     def __post_init__(self) -> None:
         self.first_groups = self._groups(self.first_adapters)
         self.down_groups = self._groups(self.down_adapters)
+
+    @property
+    def kept_per_chunk(self) -> int:
+        """How many tensors the forward of a chunk leaves for its backward."""
+        return 1 + len(self.first_adapters) + len(self.down_adapters) + (self.stacks.post_norm is not None)
 
     def _groups(self, adapters: Sequence[LowRank]) -> list[list[tuple[LowRank, Groups]]]:
         """For each chunk, the adapters and their ranges in it; made once, since ranges remember what they dropped."""
@@ -72,7 +78,8 @@ class ExpertFunction(torch.autograd.Function):
         with torch.autocast(hidden_states.device.type, enabled=False):
             factors_used = [factor.to(dtype) for factor in factors]
             weights = _sorted_weights(expert_weights, dispatch, stacks.one_by_one)
-            total = _Total(dispatch, hidden_states, stacks.one_by_one)
+            sum_dtype = hidden_states.dtype if stacks.one_by_one else torch.promote_types(dtype, weights.dtype)
+            total = _Total(plan, dispatch, hidden_states, sum_dtype)
             kept: list[torch.Tensor] = []
             for chunk, first, down in zip(plan.chunks, plan.first_groups, plan.down_groups, strict=True):
                 rows = chunk.rows
@@ -100,101 +107,135 @@ class ExpertFunction(torch.autograd.Function):
         plan: ExpertPlan = ctx.plan
         order, tokens, expert_ids, counts, hidden_states, expert_weights, *saved = ctx.saved_tensors
         dispatch = Dispatch(order, tokens, expert_ids, counts, expert_weights.shape[1])
-        factors, kept = saved[: ctx.num_factors], iter(saved[ctx.num_factors :])
+        factors, kept = saved[: ctx.num_factors], saved[ctx.num_factors :]
         stacks = plan.stacks
         dtype = stacks.down.dtype
         _, _, needs_hidden, needs_weights, *needs_factors = ctx.needs_input_grad
         with torch.autocast(hidden_states.device.type, enabled=False):
-            factors_used = [factor.to(dtype) for factor in factors]
-            gradients = [
-                torch.zeros_like(factor) if needed else None
-                for factor, needed in zip(factors, needs_factors, strict=True)
-            ]
             weights = _sorted_weights(expert_weights, dispatch, stacks.one_by_one)
-            grad_weights = torch.zeros_like(weights, dtype=torch.promote_types(weights.dtype, torch.float32))
-            grad_hidden = _Total(dispatch, hidden_states, stacks.one_by_one, backward=True)
-            for chunk, first, down in zip(plan.chunks, plan.first_groups, plan.down_groups, strict=True):
-                rows, groups = chunk.rows, chunk.groups
-                chunk_tokens = tokens[rows]
-                up, *inners = (next(kept) for _ in range(1 + len(first) + len(down)))
-                first_inners, down_inners = inners[: len(first)], inners[len(first) :]
-                grad_out = grads[0].index_select(0, chunk_tokens)  # (rows, hidden)
-                pair_weights = weights[rows].unsqueeze(-1)
-                scale: torch.Tensor | None = pair_weights
-                if stacks.post_norm is not None:
-                    normed, grad_norm = replay(stacks.post_norm, next(kept))
-                    grad_weights[rows] = _row_dot(grad_out, normed)
-                    grad_out, scale = grad_norm(grad_out * pair_weights), None
-                grad_out = grad_out.to(dtype)
-                act, grad_activation = stacks.replay_activation(up)
-                # Not yet multiplied by the pair's weight: its product with act is the gradient of that weight.
-                grad_act = groups.project(grad_out, stacks.down.transpose(1, 2))
-                for (adapter, ranges), inner in zip(down, down_inners, strict=True):
-                    adapter.add_gradients(grad_out, act, inner, scale, grad_act, ranges, factors_used, gradients, False)
-                if scale is not None:
-                    grad_weights[rows] = _row_dot(grad_act, act)
-                    if stacks.down_bias is not None:
-                        bias = stacks.down_bias.index_select(0, dispatch.expert_ids[rows])
-                        grad_weights[rows] += _row_dot(grad_out, bias)
-                    grad_act.mul_(scale)
-                grad_up = grad_activation(grad_act).contiguous()
-                del grad_out, act, grad_act
-                grad_x = _project_back(grad_up, stacks.first, groups)
-                if any(not ranges.is_empty for _, ranges in first):
-                    x = hidden_states.index_select(0, chunk_tokens).to(dtype)
-                    for (adapter, ranges), inner in zip(first, first_inners, strict=True):
-                        adapter.add_gradients(
-                            grad_up, x, inner, None, grad_x, ranges, factors_used, gradients, adapter.last
-                        )
-                if needs_hidden:
-                    grad_hidden.add(chunk, grad_x)
-                for _, ranges in (*first, *down):
-                    ranges.forget()
+            # Added one after the other, half precision would round each time.
+            sum_dtype = torch.promote_types(dtype, torch.float32) if stacks.one_by_one else dtype
+            run = _Backward(
+                plan=plan,
+                dispatch=dispatch,
+                hidden_states=hidden_states,
+                weights=weights,
+                kept=[kept[i : i + plan.kept_per_chunk] for i in range(0, len(kept), plan.kept_per_chunk)],
+                factors=[factor.to(dtype) for factor in factors],
+                grad=grads[0],
+                grad_factors=[
+                    torch.zeros_like(factor) if needed else None
+                    for factor, needed in zip(factors, needs_factors, strict=True)
+                ],
+                grad_weights=torch.zeros_like(weights, dtype=torch.promote_types(weights.dtype, torch.float32)),
+                grad_hidden=_Total(plan, dispatch, hidden_states, sum_dtype) if needs_hidden else None,
+            )
+            sizes = [chunk.rows.stop - chunk.rows.start for chunk in plan.chunks]
+            if stacks.one_by_one or hidden_states.device.type != "cpu":
+                for index in range(len(sizes)):
+                    run(index)
+            else:
+                for_each(run, sizes)
         return (
             None,
             None,
-            grad_hidden.result().to(hidden_states.dtype) if needs_hidden else None,
-            _unsorted_weights(grad_weights, expert_weights, dispatch, stacks.one_by_one) if needs_weights else None,
-            *gradients,
+            run.grad_hidden.result(stock_bits=False).to(hidden_states.dtype) if run.grad_hidden is not None else None,
+            _unsorted_weights(run.grad_weights, expert_weights, dispatch, stacks.one_by_one) if needs_weights else None,
+            *run.grad_factors,
         )
+
+
+@dataclass
+class _Backward:
+    """The backward of one chunk after the other: each call writes the rows and factors of its own experts only.
+
+    Attributes:
+        weights: of the sorted pairs, (pairs,).
+        kept: what the forward of each chunk left.
+        factors: in the type of the stacks.
+        grad: of the layer's output, (tokens, hidden).
+        grad_factors, grad_weights, grad_hidden: written to; None where not wanted.
+    """
+
+    plan: ExpertPlan
+    dispatch: Dispatch
+    hidden_states: torch.Tensor
+    weights: torch.Tensor
+    kept: Sequence[Sequence[torch.Tensor]]
+    factors: Sequence[torch.Tensor]
+    grad: torch.Tensor
+    grad_factors: Sequence[torch.Tensor | None]
+    grad_weights: torch.Tensor
+    grad_hidden: _Total | None
+
+    def __call__(self, index: int) -> None:
+        plan, dispatch, stacks = self.plan, self.dispatch, self.plan.stacks
+        dtype = stacks.down.dtype
+        chunk, first, down = plan.chunks[index], plan.first_groups[index], plan.down_groups[index]
+        rows, groups, tokens = chunk.rows, chunk.groups, dispatch.tokens[chunk.rows]
+        up, *inners = self.kept[index]
+        grad_out = self.grad.index_select(0, tokens)  # (rows, hidden)
+        pair_weights = self.weights[rows].unsqueeze(-1)
+        scale: torch.Tensor | None = pair_weights
+        if stacks.post_norm is not None:
+            normed, grad_norm = replay(stacks.post_norm, inners.pop())
+            self.grad_weights[rows] = _row_dot(grad_out, normed)
+            grad_out, scale = grad_norm(grad_out * pair_weights), None
+        grad_out = grad_out.to(dtype)
+        act, grad_activation = stacks.replay_activation(up)
+        # Not yet multiplied by the pair's weight: its product with act is the gradient of that weight.
+        grad_act = groups.project(grad_out, stacks.down.transpose(1, 2))
+        for (adapter, ranges), inner in zip(down, inners[len(first) :], strict=True):
+            adapter.add_gradients(grad_out, act, inner, scale, grad_act, ranges, self.factors, self.grad_factors, False)
+        if scale is not None:
+            self.grad_weights[rows] = _row_dot(grad_act, act)
+            if stacks.down_bias is not None:
+                bias = stacks.down_bias.index_select(0, dispatch.expert_ids[rows])
+                self.grad_weights[rows] += _row_dot(grad_out, bias)
+            grad_act.mul_(scale)
+        grad_up = grad_activation(grad_act).contiguous()
+        del grad_out, act, grad_act
+        grad_x = _project_back(grad_up, stacks.first, groups)
+        if any(not ranges.is_empty for _, ranges in first):
+            x = self.hidden_states.index_select(0, tokens).to(dtype)
+            for (adapter, ranges), inner in zip(first, inners[: len(first)], strict=True):
+                adapter.add_gradients(
+                    grad_up, x, inner, None, grad_x, ranges, self.factors, self.grad_factors, adapter.last
+                )
+        if self.grad_hidden is not None:
+            self.grad_hidden.add(chunk, grad_x)
+        for _, ranges in (*first, *down):
+            ranges.forget()
 
 
 class _Total:
     """Sums the pairs of each token, chunk after chunk: (rows, hidden) ... -> (tokens, hidden)."""
 
-    def __init__(
-        self, dispatch: Dispatch, hidden_states: torch.Tensor, by_expert: bool, backward: bool = False
-    ) -> None:
+    def __init__(self, plan: ExpertPlan, dispatch: Dispatch, hidden_states: torch.Tensor, dtype: torch.dtype) -> None:
         self.dispatch = dispatch
-        # The order of a gradient's additions is nobody's promise, so the cheapest is taken; but on a GPU, adding to
-        # rows that appear twice is not deterministic.
-        self.added = by_expert or (backward and hidden_states.device.type == "cpu")
+        self.added = plan.stacks.one_by_one
+        self.at_once = len(plan.chunks) == 1
         num_tokens, width = hidden_states.shape
-        self.shape = (num_tokens if self.added else dispatch.order.numel(), width)
-        self.rows = hidden_states.new_zeros(self.shape) if self.added else hidden_states.new_empty((0, width))
-        if backward and self.added:
-            self.rows = self.rows.to(torch.promote_types(self.rows.dtype, torch.float32))
+        if self.added:
+            self.rows = hidden_states.new_zeros((num_tokens, width), dtype=dtype)
+        elif not self.at_once:
+            # Here, before any chunk: those may come from several threads.
+            self.rows = scratch((dispatch.order.numel(), width), dtype, hidden_states.device)
 
     def add(self, chunk: Chunk, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
         """Take the rows of one chunk, (rows, hidden), times their weights, (rows,)."""
         if self.added:
             rows = rows if weights is None else rows * weights.unsqueeze(-1)
             self.rows.index_add_(0, self.dispatch.tokens[chunk.rows], rows.to(self.rows.dtype))
-            return
-        if weights is None and len(rows) == self.shape[0]:
-            self.rows = rows  # all at once, as on a GPU
-            return
-        if len(self.rows) != self.shape[0]:
-            dtype = rows.dtype if weights is None else torch.promote_types(rows.dtype, weights.dtype)
-            self.rows = scratch(self.shape, dtype, rows.device)
-        target = self.rows[chunk.rows]
-        if weights is None:
-            target.copy_(rows)
+        elif self.at_once:
+            self.rows = rows if weights is None else rows * weights.unsqueeze(-1)
+        elif weights is None:
+            self.rows[chunk.rows] = rows
         else:
-            torch.mul(rows, weights.unsqueeze(-1), out=target)
+            torch.mul(rows, weights.unsqueeze(-1), out=self.rows[chunk.rows])
 
-    def result(self) -> torch.Tensor:
-        return self.rows if self.added else self.dispatch.sum_by_token(self.rows)
+    def result(self, stock_bits: bool = True) -> torch.Tensor:
+        return self.rows if self.added else self.dispatch.sum_by_token(self.rows, stock_bits)
 
 
 def _project(

@@ -17,6 +17,7 @@ from ...moe.families import FusedExperts
 from .expert_function import ExpertFunction, ExpertPlan
 from .layer import INPUT_PROJECTIONS, SieveExpertLayer
 from .low_rank import LowRank, Part
+from .mixed import each_adapter
 
 
 class FusedSieveExperts(SieveExpertLayer):
@@ -24,13 +25,26 @@ class FusedSieveExperts(SieveExpertLayer):
 
     family: FusedExperts
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    supports_mixed_batches = True
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> torch.Tensor:
         """As the experts module: its arguments, and a result of the shape of its hidden states.
+
+        Args:
+            adapter_names: in a mixed batch, the adapter of each token.
 
         Raises:
             SieveError: a parameter of the experts themselves requires a gradient.
         """
-        adapters = self.applied_adapters()
+        if adapter_names is not None and not self.disable_adapters:
+            mixed: torch.Tensor = each_adapter(self._forward_with, adapter_names, args, kwargs)
+            return mixed
+        return self._forward(self.applied_adapters(), args, kwargs)
+
+    def _forward_with(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._forward(self.verified([adapter_name]), args, kwargs)
+
+    def _forward(self, adapters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         if not adapters:
             return self.base_layer(*args, **kwargs)
         hidden_states, expert_ids, expert_weights = self.family.bind(self.get_base_layer(), args, kwargs)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...errors import SieveError
@@ -17,6 +16,7 @@ from ...moe.families import PROJECTIONS
 from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
 from .factors import AdapterPlan, ExpertFactors, ExpertSlots, initialize, slots_of
+from .targets import adapted_projections, by_pattern
 
 # The projections that read the layer's input share one packed A; down_proj has its own.
 INPUT_PROJECTIONS = PROJECTIONS[:2]
@@ -33,6 +33,8 @@ class SieveExpertLayer(nn.Module, LoraLayer):
     of the adapted projections) and `lora_experts` (`ExpertSlots`).
     """
 
+    # Whether `forward` is what the model calls, and takes `adapter_names`, one for each token.
+    supports_mixed_batches = False
     adapter_layer_names = ("lora_gate_up_A", "lora_gate_up_B", "lora_down_A", "lora_down_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_experts", "plans")
 
@@ -70,10 +72,13 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         Args:
             without_values: leave the factors on the meta device, for `allocate`, since saved ones will follow.
         """
-        wanted = config.expert_projections or PROJECTIONS
-        projections = [name for name in self.shape.projections if name in wanted]
-        ranks = {name: self._pattern(config.rank_pattern, name, config.r) for name in projections}
-        alphas = {name: self._pattern(config.alpha_pattern, name, config.lora_alpha) for name in projections}
+        projections = adapted_projections(config, self.path, self.shape)
+        ranks, alphas = {}, {}
+        for name in projections:
+            parameters = self.family.parameter_names(self.get_base_layer(), [name])
+            keys = [*(f"{self.path}.{n}" for n in (name, *parameters)), self.path]
+            ranks[name] = by_pattern(config.rank_pattern, keys, config.r)
+            alphas[name] = by_pattern(config.alpha_pattern, keys, config.lora_alpha)
         scaling = _scaling(config.lora_alpha, config.r, config.use_rslora)
         relative = {n: _scaling(alphas[n], ranks[n], config.use_rslora) / scaling for n in projections}
         self.plans[adapter_name] = AdapterPlan(tuple(experts), ranks, relative)
@@ -111,15 +116,6 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         getattr(self, f"{name}_A")[adapter_name] = factor_a
         getattr(self, f"{name}_B")[adapter_name] = factor_b
 
-    def _pattern(self, patterns: dict[str, Any] | None, projection: str, default: Any) -> Any:
-        """A rank or alpha from PEFT's patterns, which may name the layer or one projection of it."""
-        patterns = patterns or {}
-        for key in (f"{self.path}.{projection}", self.path):
-            match = get_pattern_key(list(patterns), key)
-            if match in patterns:
-                return patterns[match]
-        return default
-
     def allocate(self, adapter_name: str) -> None:
         """Give memory to the factors of an adapter that was added without values."""
         for factors in self._factors_of(adapter_name):
@@ -148,7 +144,11 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         """The active adapters to add in a forward: none while they are disabled or merged."""
         if self.disable_adapters or self.merged:
             return []
-        names = [name for name in self.active_adapters if name in self.plans]
+        return self.verified(self.active_adapters)
+
+    def verified(self, adapter_names: Sequence[str]) -> list[str]:
+        """Those of the adapters that this layer has, their slots compared with the mask."""
+        names = [name for name in adapter_names if name in self.plans]
         for name in self._unverified.intersection(names):
             self.verify_slots(name)
         return names
