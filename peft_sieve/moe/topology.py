@@ -101,8 +101,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
 
     def visit(path: str, module: nn.Module) -> None:
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
+        module = _unadapted(module)
         modules[path] = module
         for name, child in module.named_children():
             visit(f"{path}.{name}" if path else name, child)
@@ -132,6 +131,20 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
         if any(_ATTENTION.search(part) for part in parents) and "indexer" not in parents:
             found.append(path)
     return found
+
+
+def read_weights(model: nn.Module, layers: list[MoELayer]) -> list[str]:
+    """Paths of the linear layers whose weights a model reads, always or in some kernel, where it might call the layer."""
+    found = [router.path for layer in layers if layer.family.reads_router_weight for router in layer.routers]
+    for path, module in base_modules(model).items():
+        # A state-space block; its kernels take all that it holds.
+        if hasattr(module, "A_log") and hasattr(module, "D"):
+            found += [f"{path}.{name}" for name, child in module.named_children() if _is_linear(_unadapted(child))]
+    return found
+
+
+def _unadapted(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _is_linear(module: nn.Module) -> bool:
