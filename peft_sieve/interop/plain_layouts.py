@@ -15,11 +15,7 @@ from functools import partial
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from peft.tuners.tuners_utils import (
-    _check_lora_target_modules_mamba,
-    _find_minimal_target_modules,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
@@ -32,7 +28,7 @@ from ..moe.families import FusedExperts
 from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer
 from .checkpoint_names import expert_names, module_names
-from .opened import OpenedAdapter
+from .opened import OpenedAdapter, first_line
 from .plain_factors import Tensors, expert_factors, linear_factors
 from .stacks import parameters_of, projections_in
 
@@ -154,11 +150,7 @@ def _target(
     # PEFT takes some of these names for those of experts (`gate_proj`, in models that once had a module of that name
     # per expert). The weight of such a module by its own name means the same, and has the same keys.
     converted = _as_peft_converts(config, skeleton)
-    taken = {
-        path
-        for path in linears
-        if not check_target_module_exists(converted, path) or _is_refused_by_name(config, skeleton, path)
-    }
+    taken = {path for path in linears if not check_target_module_exists(converted, path)}
     if taken:
         _target_modules(config, linears - taken, modules)
         wrapped |= {f"{path}.weight" for path in taken}
@@ -187,18 +179,6 @@ def _as_peft_converts(config: LoraConfig, skeleton: PreTrainedModel) -> LoraConf
     converted = copy.deepcopy(config)
     convert_peft_config_for_transformers(converted, skeleton, None)
     return converted
-
-
-def _is_refused_by_name(config: LoraConfig, skeleton: PreTrainedModel, path: str) -> bool:
-    """Whether PEFT takes no LoRA on a module of that name in this model, since a kernel reads its weight in training.
-
-    An export is not for training.
-    """
-    try:
-        _check_lora_target_modules_mamba(config, skeleton, path.rpartition(".")[2])
-    except ValueError:
-        return True
-    return False
 
 
 def _target_stacks(config: LoraConfig, layers: list[MoELayer]) -> None:
@@ -251,11 +231,22 @@ def _without_index(path: str) -> str:
 
 
 def _injected(config: LoraConfig, skeleton: PreTrainedModel) -> PeftModel:
-    """Plain LoRA on the meta device, as any PEFT would set it up from the configuration."""
+    """Plain LoRA on the meta device, as any PEFT would set it up from the configuration.
+
+    Raises:
+        SieveError: it refuses to.
+    """
     with warnings.catch_warnings():
         # PEFT looks for patterns among modules only, and says that those of parameters were ignored: they are not.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
-        return PeftModel(skeleton, copy.deepcopy(config))
+        try:
+            return PeftModel(skeleton, copy.deepcopy(config))
+        except ValueError as error:
+            raise SieveError(
+                f"plain PEFT takes no such LoRA on {type(skeleton).__name__} ({first_line(error)}), expected adapters "
+                "on modules where it does: train with exclude_modules, or write a whole checkpoint (peft-sieve export "
+                "--merge)"
+            ) from error
 
 
 def _plain_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
