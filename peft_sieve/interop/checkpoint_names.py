@@ -29,20 +29,27 @@ def module_names(skeleton: PreTrainedModel, paths: Iterable[str]) -> dict[str, s
     Raises:
         SieveError: transformers cannot tell.
     """
+    keys = weight_keys(skeleton, paths)
+    # One that is transposed in the checkpoint is not the same module there.
+    same = {path for path, (key, transposed) in keys.items() if key.endswith(".weight") and not transposed}
+    return {path: key.removesuffix(".weight") if path in same else path for path, (key, _) in keys.items()}
+
+
+def weight_keys(skeleton: PreTrainedModel, paths: Iterable[str]) -> dict[str, tuple[str, bool]]:
+    """Module path -> the key that checkpoints have for its weight, and whether they have it transposed.
+
+    A weight that is split in the checkpoint, or fused with others there, keeps its own key.
+
+    Raises:
+        SieveError: transformers cannot tell.
+    """
     paths = list(paths)
     probes = {f"{path}.weight": torch.tensor([[float(i)] * 2]) for i, path in enumerate(paths)}
-    found: dict[int, list[str]] = {}
-    for name, value in _reverted(skeleton, probes).items():
-        # One that is transposed in the checkpoint is not the same weight there.
-        if value.shape == (1, 2) and name.endswith(".weight"):
-            found.setdefault(int(value[0, 0]), []).append(name)
-    names = {}
-    for i, path in enumerate(paths):
-        # A weight that is split in the checkpoint, or fused with others there, keeps its own name.
-        candidates = found.get(i, [])
-        renamed = candidates[0] if len(candidates) == 1 else f"{path}.weight"
-        names[path] = renamed.removesuffix(".weight")
-    return names
+    found: dict[str, list[tuple[str, bool]]] = {path: [] for path in paths}
+    for key, value in _reverted(skeleton, probes).items():
+        if value.shape in ((1, 2), (2, 1)):
+            found[paths[int(value[0, 0])]].append((key, value.shape == (2, 1)))
+    return {path: keys[0] if len(keys) == 1 else (f"{path}.weight", False) for path, keys in found.items()}
 
 
 def expert_names(skeleton: PreTrainedModel, layers: list[MoELayer]) -> dict[str, ExpertNames]:

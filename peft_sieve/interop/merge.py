@@ -25,7 +25,7 @@ from ..moe.topology import MoELayer
 from ..tuners.sieve.config import SieveLoraConfig
 from ..tuners.sieve.layer import SieveExpertLayer
 from ..tuners.sieve.tied import refuse_tied_experts
-from .checkpoint_names import ExpertNames, expert_names, module_names, stack_names
+from .checkpoint_names import ExpertNames, expert_names, stack_names, weight_keys
 from .opened import OpenedAdapter, open_adapter
 from .stacks import matrix_in, parameter_of
 
@@ -186,11 +186,12 @@ def _edits(opened: OpenedAdapter, keys: set[str]) -> dict[str, list[_Edit]]:
         edits.setdefault(key, []).append(edit)
 
     others = dict(opened.other_layers())
-    names = module_names(skeleton, others)
+    keys_of = weight_keys(skeleton, others)
     for path, layer in others.items():
         _refuse_tied(opened, path, layer)
         parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-        add([f"{names[path]}.{parameter}", f"{path}.{parameter}"], _matrix_edit(layer, opened.name))
+        key, transposed = keys_of[path] if parameter == "weight" else (f"{path}.{parameter}", False)
+        add([key, f"{path}.{parameter}"], _matrix_edit(layer, opened.name, transposed))
     moe = {layer.path: layer for layer in opened.moe_layers()}
     matrices = expert_names(skeleton, list(moe.values()))
     for path, adapted in opened.expert_layers().items():
@@ -237,7 +238,7 @@ def _expert_edits(
         yield [stacks.get(parameter, own), own], add_to_stack
 
 
-def _matrix_edit(layer: LoraLayer, name: str) -> _Edit:
+def _matrix_edit(layer: LoraLayer, name: str, transposed: bool) -> _Edit:
     def add(weight: torch.Tensor) -> None:
         if isinstance(layer, Embedding):
             a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
@@ -245,7 +246,8 @@ def _matrix_edit(layer: LoraLayer, name: str) -> _Edit:
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         wide = torch.promote_types(a.dtype, torch.float32)
         delta = layer.scaling[name] * (b.detach().cpu().to(wide) @ a.detach().cpu().to(wide))
-        _add(weight, delta.T if isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False) else delta)
+        turned = isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False)
+        _add(weight.T if transposed else weight, delta.T if turned else delta)
 
     return add
 
