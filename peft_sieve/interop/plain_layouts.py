@@ -149,8 +149,8 @@ def _target(
     _target_modules(config, linears, modules)
     # PEFT takes some of these names for those of experts (`gate_proj`, in models that once had a module of that name
     # per expert). The weight of such a module by its own name means the same, and has the same keys.
-    converted = _as_peft_converts(config, skeleton)
-    taken = {path for path in linears if not check_target_module_exists(converted, path)}
+    mistaken = {word for word in map(_without_index, linears) if _is_mistaken(config, skeleton, word)}
+    taken = {path for path in linears if _without_index(path) in mistaken}
     if taken:
         _target_modules(config, linears - taken, modules)
         wrapped |= {f"{path}.weight" for path in taken}
@@ -177,8 +177,24 @@ def _fewest_words(wanted: set[str], all_names: set[str]) -> list[str]:
 
 def _as_peft_converts(config: LoraConfig, skeleton: PreTrainedModel) -> LoraConfig:
     converted = copy.deepcopy(config)
-    convert_peft_config_for_transformers(converted, skeleton, None)
+    try:
+        convert_peft_config_for_transformers(converted, skeleton, None)
+    except ValueError as error:
+        raise SieveError(
+            f"plain PEFT takes modules of {type(skeleton).__name__} for matrices of its experts ({first_line(error)}), "
+            "expected names that tell them apart: pass layout='stacked'"
+        ) from error
     return converted
+
+
+def _is_mistaken(config: LoraConfig, skeleton: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT takes the name of a module for one of experts."""
+    alone = copy.copy(config)
+    alone.target_modules = [name]
+    try:
+        return not check_target_module_exists(_as_peft_converts(alone, skeleton), name)
+    except SieveError:
+        return True
 
 
 def _target_stacks(config: LoraConfig, layers: list[MoELayer]) -> None:
