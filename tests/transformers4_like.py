@@ -93,14 +93,25 @@ class Qwen2MoeLayer(DeepseekLikeLayer):
         return x + self.mlp(self.post_attention_layernorm(x))[0]
 
 
-LAYERS = {"mixtral_v4": MixtralLayer, "qwen2_moe_v4": Qwen2MoeLayer}
+class MixtralLikeForCausalLM(DeepseekLikeForCausalLM):
+    layer_class: type[DeepseekLikeLayer] = MixtralLayer
+
+    def __init__(self, config: DeepseekLikeConfig) -> None:
+        super().__init__(config)
+        self.model.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
+
+
+class Qwen2MoeLikeForCausalLM(MixtralLikeForCausalLM):
+    layer_class = Qwen2MoeLayer
+
+
+CLASSES = {"mixtral_v4": MixtralLikeForCausalLM, "qwen2_moe_v4": Qwen2MoeLikeForCausalLM}
 
 
 def transformers4_like(name: str, seed: int = 0) -> DeepseekLikeForCausalLM:
     """A random model of that shape, in evaluation mode."""
     torch.manual_seed(seed)
-    model = DeepseekLikeForCausalLM(DeepseekLikeConfig(num_hidden_layers=2))
-    model.model.layers = nn.ModuleList(LAYERS[name](model.config, index) for index in range(2))
+    model = CLASSES[name](DeepseekLikeConfig(num_hidden_layers=2))
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.2)

@@ -18,10 +18,12 @@ from ..errors import SieveError
 from ..files import replaced_when_done
 from ..moe.families import FusedExperts
 from ..moe.module_experts import ModuleExperts
+from ..moe.parallel_experts import ParallelExperts
 from ..moe.topology import MoELayer
 from ..tuners.sieve.config import SieveLoraConfig
 from .opened import OpenedAdapter, open_adapter
 from .plain_layouts import per_expert, stacked
+from .stacks import is_stack, parameters_of
 
 _BUILD = {"per_expert": per_expert, "stacked": stacked}
 LAYOUTS = ("auto", *_BUILD)
@@ -108,6 +110,7 @@ def export_lora(
     others = {
         path: layer for path, layer in opened.other_layers() if include_router or path not in _router_paths(layers)
     }
+    _refuse_routers_read_by_weight(layers, others)
     rank = _common_rank(opened, others)
     for chosen in layouts:
         try:
@@ -158,13 +161,32 @@ def _refuse_what_is_no_lora(config: SieveLoraConfig) -> None:
 
 def _refuse_layouts_without_lora(layers: list[MoELayer]) -> None:
     for layer in layers:
-        common = isinstance(layer.family, FusedExperts) and hasattr(layer.experts, "is_transposed")
-        if not common and not isinstance(layer.family, ModuleExperts):
+        if isinstance(layer.family, ModuleExperts):
+            continue
+        if not isinstance(layer.family, FusedExperts | ParallelExperts):
             raise SieveError(
-                f"the experts of {layer.path} have the layout {layer.family.name!r}, expected stacks with the "
-                "common interface or modules of their own, since plain LoRA has no others: write a whole checkpoint "
-                "(peft-sieve export --merge)"
+                f"the experts of {layer.path} have the layout {layer.family.name!r}, expected stacks of weights, or "
+                "modules of their own, since plain LoRA has no others: write a whole checkpoint (peft-sieve export "
+                "--merge)"
             )
+        for parameter in parameters_of(layer):
+            if not is_stack(layer, parameter):
+                raise SieveError(
+                    f"the experts of {layer.path} have their weights one below the other in {parameter}, a single "
+                    "matrix, expected a stack of three dimensions, since plain LoRA has one pair of factors for a "
+                    "matrix: write a whole checkpoint (peft-sieve export --merge)"
+                )
+
+
+def _refuse_routers_read_by_weight(layers: list[MoELayer], others: dict[str, LoraLayer]) -> None:
+    for layer in layers:
+        for router in layer.routers:
+            if layer.family.reads_router_weight and router.path in others:
+                raise SieveError(
+                    f"the model reads the weight of {router.path}, where plain LoRA does not show, instead of calling "
+                    "it, expected no adapter on this router: write a whole checkpoint (peft-sieve export --merge), or "
+                    "leave the router's adapter out (include_router=False)"
+                )
 
 
 def _layouts_to_try(layout: str, opened: OpenedAdapter, layers: list[MoELayer]) -> list[str]:

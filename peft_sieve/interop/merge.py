@@ -24,7 +24,8 @@ from ..files import replaced_when_done
 from ..moe.topology import MoELayer
 from ..tuners.sieve.config import SieveLoraConfig
 from ..tuners.sieve.layer import SieveExpertLayer
-from .checkpoint_names import expert_names, module_names, stack_names
+from ..tuners.sieve.tied import refuse_tied_experts
+from .checkpoint_names import ExpertNames, expert_names, stack_names, weight_keys
 from .opened import OpenedAdapter, open_adapter
 from .stacks import matrix_in, parameter_of
 
@@ -73,6 +74,7 @@ def merge_checkpoint(
             f"output_dir {str(output)!r} is a file, or the base model itself, expected another folder: pass one"
         )
     _refuse_quantised(source)
+    refuse_tied_experts(opened.base)
     files = _weight_files(source)
     edits = _edits(opened, {key for keys in files.values() for key in keys})
     for name in files:
@@ -184,14 +186,19 @@ def _edits(opened: OpenedAdapter, keys: set[str]) -> dict[str, list[_Edit]]:
         edits.setdefault(key, []).append(edit)
 
     others = dict(opened.other_layers())
-    names = module_names(skeleton, others)
+    keys_of = weight_keys(skeleton, others)
     for path, layer in others.items():
         _refuse_tied(opened, path, layer)
         parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-        add([f"{names[path]}.{parameter}", f"{path}.{parameter}"], _matrix_edit(layer, opened.name))
+        key, transposed = keys_of[path] if parameter == "weight" else (f"{path}.{parameter}", False)
+        add([key, f"{path}.{parameter}"], _matrix_edit(layer, opened.name, transposed))
     moe = {layer.path: layer for layer in opened.moe_layers()}
+    matrices = expert_names(skeleton, list(moe.values()))
     for path, adapted in opened.expert_layers().items():
-        for candidates, edit in _expert_edits(skeleton, moe[path], adapted, opened.name, find):
+        separate = matrices.get(path, {})
+        if not any(find([f"{matrix}.weight"]) for matrix in separate.values()):
+            separate = {}
+        for candidates, edit in _expert_edits(skeleton, moe[path], adapted, opened.name, separate):
             add(candidates, edit)
     return edits
 
@@ -201,11 +208,15 @@ def _expert_edits(
     layer: MoELayer,
     adapted: SieveExpertLayer,
     name: str,
-    find: Callable[[list[str]], str | None],
+    separate: ExpertNames,
 ) -> Iterator[tuple[list[str], _Edit]]:
+    """Names that a weight may have in the checkpoint, and what is added to it.
+
+    Args:
+        separate: names of the experts' matrices, if the checkpoint has each by itself.
+    """
     plan = adapted.plans[name]
-    separate = expert_names(skeleton, layer) or {}
-    if any(find([f"{matrix}.weight"]) for matrix in separate.values()):
+    if separate:
         for projection in plan.ranks:
             for expert in plan.experts:
 
@@ -223,10 +234,11 @@ def _expert_edits(
                 weight = matrix_in(layer, stack, projection, expert)
                 _add(weight, adapted.get_delta_weight(name, projection, expert))
 
-        yield [stacks.get(parameter, f"{layer.path}.{parameter}"), f"{layer.path}.{parameter}"], add_to_stack
+        own = f"{layer.experts_path}.{parameter}"
+        yield [stacks.get(parameter, own), own], add_to_stack
 
 
-def _matrix_edit(layer: LoraLayer, name: str) -> _Edit:
+def _matrix_edit(layer: LoraLayer, name: str, transposed: bool) -> _Edit:
     def add(weight: torch.Tensor) -> None:
         if isinstance(layer, Embedding):
             a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
@@ -234,7 +246,8 @@ def _matrix_edit(layer: LoraLayer, name: str) -> _Edit:
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         wide = torch.promote_types(a.dtype, torch.float32)
         delta = layer.scaling[name] * (b.detach().cpu().to(wide) @ a.detach().cpu().to(wide))
-        _add(weight, delta.T if isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False) else delta)
+        turned = isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False)
+        _add(weight.T if transposed else weight, delta.T if turned else delta)
 
     return add
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..moe.topology import MoELayer
 from ..tuners.sieve.layer import SieveExpertLayer
 from .opened import OpenedAdapter
-from .stacks import matrix_in
+from .stacks import is_transposed, matrix_in, projections_in
 
 # Key -> shape of the tensor, and how to make it.
 Tensors = dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]
@@ -42,23 +42,49 @@ class ExpertFactors:
             result[:, : b.shape[1]] = _scaled(b[self.experts.index(expert)].detach().T, scaling)
         return result
 
-    def stacked_a(self, projections: list[str]) -> torch.Tensor:
-        """(num_experts * ranks, in), an expert after the other, in it a projection after the other."""
-        rows = [self.a(p, expert) for expert in range(self.shape.num_experts) for p in projections]
-        return torch.cat(rows)
+    def stacked_a(self, parameter: str) -> torch.Tensor:
+        """PEFT's A of a stack, (matrices * ranks, in), a matrix after the other."""
+        factor = self._outward(parameter).transpose(1, 2) if self._is_swapped(parameter) else self._inward(parameter)
+        return factor.reshape(-1, factor.shape[2])
 
-    def stacked_b(self, projections: list[str]) -> torch.Tensor:
-        """(out, ranks * num_experts), the expert fastest; each projection has ranks of its own."""
-        width = sum(self.shape.projections[p][1] for p in projections)
-        ranks = len(projections) * self.rank
-        stack = self.like.new_zeros(self.shape.num_experts, width, ranks)
+    def stacked_b(self, parameter: str) -> torch.Tensor:
+        """PEFT's B of a stack, (out, ranks * matrices), the matrix fastest."""
+        factor = self._inward(parameter).transpose(1, 2) if self._is_swapped(parameter) else self._outward(parameter)
+        return factor.permute(1, 2, 0).reshape(factor.shape[1], -1)
+
+    def _is_swapped(self, parameter: str) -> bool:
+        """Whether PEFT takes the matrices of a stack for (out, in), and they are (in, out), or the other way round.
+
+        It then wants the transpose of B A, whose factors are those of B A in the other order, transposed.
+        """
+        holder = self.layer.experts.get_submodule(parameter.rpartition(".")[0])
+        return is_transposed(self.layer, parameter) != bool(getattr(holder, "is_transposed", False))
+
+    def _inward(self, parameter: str) -> torch.Tensor:
+        """(matrices, ranks, in): in each matrix, a projection after the other, each with ranks of its own."""
+        projections = projections_in(self.layer, parameter)
+        matrices, ranks = self._matrices(parameter), len(projections) * self.rank
+        stack = self.like.new_zeros(matrices, ranks, self.shape.projections[projections[0]][0])
+        for expert in self.experts:
+            stack[expert] = torch.cat([self.a(projection, expert) for projection in projections])
+        return stack
+
+    def _outward(self, parameter: str) -> torch.Tensor:
+        """(matrices, out, ranks): the rows of a projection where the model has them, in the ranks of the projection."""
+        projections = projections_in(self.layer, parameter)
+        width, ranks = sum(self.shape.projections[p][1] for p in projections), len(projections) * self.rank
+        stack = self.like.new_zeros(self._matrices(parameter), width, ranks)
         # As the model's own stack lies, so that its family finds the rows of a projection.
-        as_model = stack.transpose(1, 2) if self.layer.experts.is_transposed else stack
+        as_model = stack.transpose(1, 2) if is_transposed(self.layer, parameter) else stack
         for i, projection in enumerate(projections):
             for expert in self.experts:
                 rows = matrix_in(self.layer, as_model, projection, expert)
                 rows[:, i * self.rank : (i + 1) * self.rank] = self.b(projection, expert)
-        return stack.permute(1, 2, 0).reshape(width, ranks * self.shape.num_experts)
+        return stack
+
+    def _matrices(self, parameter: str) -> int:
+        # longcat_flash has some more than experts with weights.
+        return self.layer.experts.get_parameter(parameter).shape[0]
 
 
 def expert_factors(opened: OpenedAdapter, layers: list[MoELayer], rank: int) -> dict[str, ExpertFactors]:

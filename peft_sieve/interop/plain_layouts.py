@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,9 +28,9 @@ from ..moe.families import FusedExperts
 from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer
 from .checkpoint_names import expert_names, module_names
-from .opened import OpenedAdapter
+from .opened import OpenedAdapter, first_line
 from .plain_factors import Tensors, expert_factors, linear_factors
-from .stacks import projections_in
+from .stacks import parameters_of, projections_in
 
 PREFIX = "base_model.model."
 
@@ -51,22 +51,31 @@ def stacked(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, Lor
     _target_stacks(config, layers)
     plain = _injected(config, skeleton)
     experts = expert_factors(opened, layers, rank)
-    by_path = {layer.path: layer for layer in layers}
+    stacks = {f"{layer.experts_path}.{parameter}": layer for layer in layers for parameter in parameters_of(layer)}
     tensors: Tensors = {}
+    placed = set()
     for path, module in _plain_layers(plain):
         base_path = path.replace(".base_layer", "")
-        if base_path in experts and isinstance(module, ParamWrapper):
-            layer, factors = by_path[base_path], experts[base_path]
-            inside = projections_in(layer, module.parameter_name)
+        stack = f"{base_path}.{module.parameter_name}" if isinstance(module, ParamWrapper) else ""
+        placed.add(stack if stack in stacks else base_path)
+        if stack in stacks:
+            factors = experts[stacks[stack].path]
+            parameter = stack.removeprefix(f"{stacks[stack].experts_path}.")
             tensors[f"{PREFIX}{path}.lora_A.weight"] = _lazy(
-                module.lora_A["default"], partial(factors.stacked_a, inside)
+                module.lora_A["default"], partial(factors.stacked_a, parameter)
             )
             tensors[f"{PREFIX}{path}.lora_B.weight"] = _lazy(
-                module.lora_B["default"], partial(factors.stacked_b, inside)
+                module.lora_B["default"], partial(factors.stacked_b, parameter)
             )
-        else:
+        elif base_path in others:
             for key, make in linear_factors(others[base_path], opened.name, rank).items():
                 tensors[f"{PREFIX}{path}.{key}"] = make
+    wrong = sorted(placed ^ {*stacks, *others})
+    if wrong:
+        raise SieveError(
+            f"plain PEFT cannot tell {wrong[0]} of {type(skeleton).__name__} from other modules by names ({len(wrong)} "
+            "in all), expected adapters where it can: write a whole checkpoint (peft-sieve export --merge)"
+        )
     return PlainLora(config, tensors)
 
 
@@ -79,19 +88,20 @@ def per_expert(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, 
         for key, make in linear_factors(other, opened.name, rank).items():
             tensors[f"{PREFIX}{names[path]}.{key}"] = make
     factors = expert_factors(opened, layers, rank)
+    matrices = expert_names(skeleton, layers)
     for layer in layers:
-        of_layer = expert_names(skeleton, layer)
-        if of_layer is None:
+        if layer.path not in matrices:
             raise SieveError(
                 f"received layout='per_expert', and checkpoints of {opened.base_name or type(skeleton).__name__} hold "
                 "the experts in stacks, so that nothing would load it, expected 'stacked' or 'auto': pass one of those"
             )
-        for (projection, expert), name in of_layer.items():
+        for (projection, expert), name in matrices[layer.path].items():
             of, (in_features, out_features) = factors[layer.path], layer.shape.projections[projection]
             tensors[f"{PREFIX}{name}.lora_A.weight"] = (rank, in_features), partial(of.a, projection, expert)
             tensors[f"{PREFIX}{name}.lora_B.weight"] = (out_features, rank), partial(of.b, projection, expert)
     config = _plain_config(opened, rank)
-    _target(config, skeleton, others, [layer for layer in layers if isinstance(layer.family, ModuleExperts)])
+    listed = [layer.path for layer in layers if isinstance(layer.family, ModuleExperts)]
+    _target(config, skeleton, others, {name for path in listed for name in matrices[path].values()})
     fused = [layer for layer in layers if isinstance(layer.family, FusedExperts)]
     if fused:
         _target_matrices(config, skeleton, fused, others)
@@ -124,27 +134,40 @@ def _target(
     config: LoraConfig,
     skeleton: PreTrainedModel,
     others: dict[str, LoraLayer],
-    module_lists: list[MoELayer] | tuple[()] = (),
+    in_experts: Iterable[str] = (),
 ) -> None:
-    """Name the modules outside stacks of experts, in as few words as tell them apart from all others."""
+    """Name the modules outside stacks of experts, in as few words as tell them apart from all others.
+
+    Args:
+        others: PEFT's own layers.
+        in_experts: linear layers inside experts that are modules.
+    """
     modules = {path for path, _ in skeleton.named_modules() if path}
     parameters = {path for path, _ in skeleton.named_parameters()}
-    linears = {path for path, layer in others.items() if not isinstance(layer, ParamWrapper)}
-    for layer in module_lists:
-        linears |= set((expert_names(skeleton, layer) or {}).values())
+    linears = {path for path, layer in others.items() if not isinstance(layer, ParamWrapper)} | set(in_experts)
     wrapped = {f"{path}.{x.parameter_name}" for path, x in others.items() if isinstance(x, ParamWrapper)}
-    if linears:
-        config.target_modules = _fewest_words(linears, modules)
+    _target_modules(config, linears, modules)
     # PEFT takes some of these names for those of experts (`gate_proj`, in models that once had a module of that name
     # per expert). The weight of such a module by its own name means the same, and has the same keys.
-    converted = _as_peft_converts(config, skeleton)
-    taken = {path for path in linears if not check_target_module_exists(converted, path)}
+    mistaken = {word for word in map(_without_index, linears) if _is_mistaken(config, skeleton, word)}
+    taken = {path for path in linears if _without_index(path) in mistaken}
     if taken:
-        left = linears - taken
-        config.target_modules = _fewest_words(left, modules)
+        _target_modules(config, linears - taken, modules)
         wrapped |= {f"{path}.weight" for path in taken}
     if wrapped:
         config.target_parameters = _fewest_words(wrapped, parameters)
+
+
+def _target_modules(config: LoraConfig, wanted: set[str], modules: set[str]) -> None:
+    """Name modules, and exclude those of a model inside this one whose whole paths end the same."""
+    inside = {path for path in modules - wanted if not _endings(path).isdisjoint(wanted)}
+    config.target_modules = _fewest_words(wanted, modules - inside)
+    config.exclude_modules = _fewest_words(inside, modules) or None
+
+
+def _endings(path: str) -> set[str]:
+    parts = path.split(".")
+    return {".".join(parts[start:]) for start in range(1, len(parts))}
 
 
 def _fewest_words(wanted: set[str], all_names: set[str]) -> list[str]:
@@ -154,20 +177,35 @@ def _fewest_words(wanted: set[str], all_names: set[str]) -> list[str]:
 
 def _as_peft_converts(config: LoraConfig, skeleton: PreTrainedModel) -> LoraConfig:
     converted = copy.deepcopy(config)
-    convert_peft_config_for_transformers(converted, skeleton, None)
+    try:
+        convert_peft_config_for_transformers(converted, skeleton, None)
+    except ValueError as error:
+        raise SieveError(
+            f"plain PEFT takes modules of {type(skeleton).__name__} for matrices of its experts ({first_line(error)}), "
+            "expected names that tell them apart: pass layout='stacked'"
+        ) from error
     return converted
+
+
+def _is_mistaken(config: LoraConfig, skeleton: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT takes the name of a module for one of experts."""
+    alone = copy.copy(config)
+    alone.target_modules = [name]
+    try:
+        return not check_target_module_exists(_as_peft_converts(alone, skeleton), name)
+    except SieveError:
+        return True
 
 
 def _target_stacks(config: LoraConfig, layers: list[MoELayer]) -> None:
     """Name the stacks; a stack of two projections gets the ranks of both, since it has one A for both."""
     names = set(config.target_parameters or ())
     for layer in layers:
-        projections = list(layer.shape.projections)
-        for parameter in layer.family.parameter_names(layer.experts, projections):
-            names.add(_without_index(f"{layer.path}.{parameter}"))
+        for parameter in parameters_of(layer):
+            names.add(_without_index(f"{layer.experts_path}.{parameter}"))
             count = len(projections_in(layer, parameter))
             if count > 1:
-                key = f"{layer.path.rpartition('.')[2]}.{parameter}"
+                key = f"{layer.experts_path.rpartition('.')[2]}.{parameter}"
                 config.rank_pattern = {**(config.rank_pattern or {}), key: count * config.r}
                 config.alpha_pattern = {**(config.alpha_pattern or {}), key: count * config.r}
     config.target_parameters = sorted(names)
@@ -195,7 +233,7 @@ def _target_matrices(
     }
     if left_alone:
         modules = {path for path, _ in skeleton.named_modules() if path}
-        config.exclude_modules = _fewest_words(left_alone, modules)
+        config.exclude_modules = sorted({*(config.exclude_modules or ()), *_fewest_words(left_alone, modules)})
 
 
 def _without_index(path: str) -> str:
@@ -209,11 +247,22 @@ def _without_index(path: str) -> str:
 
 
 def _injected(config: LoraConfig, skeleton: PreTrainedModel) -> PeftModel:
-    """Plain LoRA on the meta device, as any PEFT would set it up from the configuration."""
+    """Plain LoRA on the meta device, as any PEFT would set it up from the configuration.
+
+    Raises:
+        SieveError: it refuses to.
+    """
     with warnings.catch_warnings():
         # PEFT looks for patterns among modules only, and says that those of parameters were ignored: they are not.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
-        return PeftModel(skeleton, copy.deepcopy(config))
+        try:
+            return PeftModel(skeleton, copy.deepcopy(config))
+        except ValueError as error:
+            raise SieveError(
+                f"plain PEFT takes no such LoRA on {type(skeleton).__name__} ({first_line(error)}), expected adapters "
+                "on modules where it does: train with exclude_modules, or write a whole checkpoint (peft-sieve export "
+                "--merge)"
+            ) from error
 
 
 def _plain_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:

@@ -5,5 +5,5 @@ from .families_stacked import STACKED_FAMILIES
 from .module_experts import MODULE_FAMILIES
 from .parallel_experts import ParallelExperts
 
-for _family in (*MODULE_FAMILIES, ParallelExperts(), *STACKED_FAMILIES, FusedExperts()):
+for _family in (*MODULE_FAMILIES, ParallelExperts(), FusedExperts(), *STACKED_FAMILIES):
     register_moe_family(_family)

@@ -53,19 +53,19 @@ class MoEFamily(ABC):
     Attributes:
         name: what to call it in messages.
         router_names: what the router may be called inside the block that holds the experts module.
+        reads_router_weight: the router is a linear layer that is never called: the model multiplies by its weight.
         shared_experts: pattern of the names of shared experts in that block.
         adapted_child: child of the experts module in whose place the adapter layer stands, where router and experts are
             in one module (the layer's path is then the child's); None: in the place of the experts module.
         layer_class: the adapter layer that serves it, a subclass of `SieveExpertLayer`, or where to import that from
             ("package.module:Class").
-        reads_router_weight: the router is a linear layer that is never called: the model multiplies by its weight.
     """
 
     name: str
     router_names: tuple[str, ...] = ("gate", "router")
+    reads_router_weight: bool = False
     shared_experts: str = r"shared_(experts?|mlp)"
     adapted_child: str | None = None
-    reads_router_weight = False
     layer_class: str | type
 
     @abstractmethod

@@ -101,8 +101,7 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
 
     def visit(path: str, module: nn.Module) -> None:
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
+        module = _unadapted(module)
         modules[path] = module
         for name, child in module.named_children():
             visit(f"{path}.{name}" if path else name, child)
@@ -115,13 +114,15 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     """Paths of the linear layers inside attention modules, in the stacks of blocks that have MoE layers.
 
     Linear-attention and state-space mixers count as attention; a vision tower, which is another stack, does not. Where
-    attention has experts of its own, they and their router do not, either.
+    attention has experts of its own, they and their router do not, either. What comes out of a state-space mixer is left
+    out: its kernels read that weight, so that PEFT has no LoRA on it, and could not load one.
     """
+    modules = base_modules(model)
     routed = {router.path for layer in layers for router in layer.routers}
     inside_experts = tuple(f"{layer.path}." for layer in layers)
     stacks = {match.group(1) or "" for layer in layers if (match := _BLOCK_INDEX.match(layer.path))}
     found = []
-    for path, module in base_modules(model).items():
+    for path, module in modules.items():
         if not _is_linear(module) or path in routed or path.startswith(inside_experts):
             continue
         match = _BLOCK_INDEX.match(path)
@@ -129,9 +130,30 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
             continue
         parents = path[match.end() + 1 :].split(".")[:-1]
         # An indexer picks keys without gradients: an adapter in it would never learn.
-        if any(_ATTENTION.search(part) for part in parents) and "indexer" not in parents:
+        if not any(_ATTENTION.search(part) for part in parents) or "indexer" in parents:
+            continue
+        mixer, _, name = path.rpartition(".")
+        if not (name == "out_proj" and _is_state_space(modules[mixer])):
             found.append(path)
     return found
+
+
+def read_weights(model: nn.Module, layers: list[MoELayer]) -> list[str]:
+    """Paths of the linear layers whose weights a model reads, always or in some kernel, where it might call the layer."""
+    found = [router.path for layer in layers if layer.family.reads_router_weight for router in layer.routers]
+    for path, module in base_modules(model).items():
+        if _is_state_space(module):
+            found += [f"{path}.{name}" for name, child in module.named_children() if _is_linear(_unadapted(child))]
+    return found
+
+
+def _is_state_space(module: nn.Module) -> bool:
+    """Whether a module is a Mamba mixer, whose kernels take the weights that it holds."""
+    return hasattr(module, "A_log") and hasattr(module, "D")
+
+
+def _unadapted(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -33,7 +33,7 @@ def folders_with_experts() -> frozenset[str]:
 def model_classes() -> list[type[PreTrainedModel]]:
     """Every class with a head whose configuration is of such a folder, or by default contains one that is."""
     classes: list[type[PreTrainedModel]] = []
-    for folder in sorted({_folder(name) for name in CONFIG_MAPPING_NAMES if _contains_experts(name)}):
+    for folder in sorted({_folder(name) for name in CONFIG_MAPPING_NAMES if contains_experts(name)}):
         for path in sorted((MODELS / folder).glob("modeling_*.py")):
             module = importlib.import_module(f"transformers.models.{folder}.{path.stem}")
             classes += _with_head(module)
@@ -64,7 +64,7 @@ def _folder(model_type: str) -> str:
     return model_type_to_module_name(model_type)
 
 
-def _contains_experts(model_type: str) -> bool:
+def contains_experts(model_type: str) -> bool:
     if _folder(model_type) in folders_with_experts():
         return True
     try:

@@ -27,8 +27,10 @@ def recounted(model: nn.Module, num_experts: dict[str, int]) -> Iterator[Counts]
     try:
         for path, count in counts.items():
             experts = model.get_submodule(path)
-            listed = list(_unwrapped(experts).children())
-            if len(listed) == len(count) and isinstance(_unwrapped(experts), nn.ModuleList | nn.ModuleDict):
+            if isinstance(_unwrapped(experts), nn.ModuleList | nn.ModuleDict):
+                # Whatever has no weights is no expert: nllb_moe keeps a dropout among them.
+                listed = [child for child in _unwrapped(experts).children() if any(True for _ in child.parameters())]
+                assert len(listed) == len(count), f"{path} holds {len(listed)} modules with weights"
                 for index, expert in enumerate(listed):
                     _count_rows(expert, count, index)
                     changed.append(expert)

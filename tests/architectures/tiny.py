@@ -141,6 +141,7 @@ MORE_INPUTS = {
 # What sizes alone do not settle: model type -> settings.
 CHANGES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"layer_group_size": 2},
+    "doge": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2},
     "DbrxAttentionConfig": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},

@@ -9,6 +9,7 @@ import argparse
 import copy
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 import warnings
@@ -24,16 +25,28 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from peft_sieve import SieveError, SieveLoraConfig, export_lora, profile_routing
+from peft_sieve import SieveError, SieveLoraConfig, export_lora, merge_checkpoint, profile_routing
 from peft_sieve.moe.topology import MoELayer, find_moe_layers
 from peft_sieve.tuners.sieve.layer import SieveExpertLayer
 from tests.architectures.discovery import looks_like_experts, model_classes
 from tests.architectures.recount import recounted
 from tests.architectures.tiny import inputs_for, tiny_model
+from tests.deepseek_like import DeepseekLikeForCausalLM
 from tests.models import randomize_adapters
+from tests.transformers4_like import MixtralLikeForCausalLM, Qwen2MoeLikeForCausalLM
 
-STEPS = ("recognise", "profile", "inject", "train", "save and load", "merge", "export")
+STEPS = ("recognise", "profile", "inject", "train", "save and load", "merge", "unmerge", "checkpoint", "export")
+# What follows one of the first steps cannot do without it; the rest go by a loaded adapter.
+FIRST = STEPS[:5]
+NEEDS = {"unmerge": (*FIRST, "merge")}
+# Experts in a ModuleList, as code that comes with checkpoints has them.
+REMOTE_CODE: dict[type[PreTrainedModel], str] = {
+    DeepseekLikeForCausalLM: "DeepSeek-MoE-16B (remote code)",
+    MixtralLikeForCausalLM: "Mixtral as in transformers 4",
+    Qwen2MoeLikeForCausalLM: "Qwen2-MoE as in transformers 4",
+}
 SHARE = 0.25
+WIDTH = 128  # of the page
 YES = "yes"
 ROUNDED = "yes, within rounding"
 
@@ -47,7 +60,7 @@ class Row:
         layouts: names of the families of its MoE layers.
         layers: number of those.
         results: step -> `YES`, `ROUNDED`, or why not.
-        refused: whether the last of them is a `SieveError`, which a user would have read.
+        refusals: the steps that ended in a `SieveError`, which a user would have read.
         seconds: how long it took.
         trace: of an exception that is none.
     """
@@ -56,7 +69,7 @@ class Row:
     layouts: list[str] = field(default_factory=list)
     layers: int = 0
     results: dict[str, str] = field(default_factory=dict)
-    refused: bool = False
+    refusals: list[str] = field(default_factory=list)
     seconds: float = 0.0
     trace: str = ""
 
@@ -67,14 +80,22 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return set(self.results) == set(STEPS) and all(result in (YES, ROUNDED) for result in self.results.values())
+        return set(self.results) == set(STEPS) and self.failures == []
+
+    @property
+    def refused(self) -> bool:
+        """Whether it does not pass, for reasons that users are told."""
+        return bool(self.failures) and set(self.failures) == set(self.refusals)
+
+    @property
+    def failures(self) -> list[str]:
+        return [step for step, result in self.results.items() if result not in (YES, ROUNDED)]
 
 
 def walk(model_class: type[PreTrainedModel]) -> Row | None:
-    """All steps on one class, up to the first that fails; None if its models have no experts."""
-    row = Row(model_class.__name__)
+    """All steps on one class that its failures leave; None if its models have no experts."""
+    row = Row(REMOTE_CODE.get(model_class, model_class.__name__))
     start = time.perf_counter()
-    step = "build"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -82,14 +103,24 @@ def walk(model_class: type[PreTrainedModel]) -> Row | None:
             if not any(looks_like_experts(module) for path, module in model.named_modules() if path):
                 return None
             for step, function in Journey(model, row).steps().items():
-                row.results[step] = function() or YES
-        except SieveError as error:
-            row.results[step], row.refused = str(error), True
+                if not set(NEEDS.get(step, FIRST)) & set(row.failures):
+                    _take(row, step, function)
         except Exception as error:
-            row.results[step] = f"{type(error).__name__}: {error}".split("\n")[0]
+            row.results["build"] = f"{type(error).__name__}: {error}".split("\n")[0]
             row.trace = traceback.format_exc()
     row.seconds = time.perf_counter() - start
     return row
+
+
+def _take(row: Row, step: str, function: Callable[[], str | None]) -> None:
+    try:
+        row.results[step] = function() or YES
+    except SieveError as error:
+        row.results[step] = str(error)
+        row.refusals.append(step)
+    except Exception as error:
+        row.results[step] = f"{type(error).__name__}: {error}".split("\n")[0]
+        row.trace += traceback.format_exc()
 
 
 class Journey:
@@ -102,14 +133,14 @@ class Journey:
         self.layers: list[MoELayer] = []
 
     def steps(self) -> dict[str, Callable[[], str | None]]:
-        functions = (self.recognise, self.profile, self.inject, self.train, self.save_and_load, self.merge, self.export)
-        return dict(zip(STEPS, functions, strict=True))
+        first = (self.recognise, self.profile, self.inject, self.train, self.save_and_load)
+        return dict(zip(STEPS, (*first, self.merge, self.unmerge, self.checkpoint, self.export), strict=True))
 
     def recognise(self) -> None:
         self.layers = find_moe_layers(self.base)
         self.row.layouts = sorted({layer.family.name for layer in self.layers})
         self.row.layers = len(self.layers)
-        known = {layer.path for layer in self.layers}
+        known = {layer.experts_path for layer in self.layers}
         modules = dict(self.base.named_modules())
         for path, module in modules.items():
             # A block may be called "MoE" too: then the experts are in it, or beside it.
@@ -129,7 +160,7 @@ class Journey:
     def inject(self) -> str | None:
         self.before = self.logits(self.base)
         self.state = {name: value.clone() for name, value in self.base.state_dict().items()}
-        self.fresh = copy.deepcopy(self.base)
+        self.untouched = copy.deepcopy(self.base)
         config = SieveLoraConfig(r=4, lora_dropout=0.0, top_k_frac=SHARE, calib_dataset=[self.batch])
         self.adapted = get_peft_model(self.base, config).eval()
         for layer in self.layers:
@@ -179,7 +210,7 @@ class Journey:
         self.trained = self.logits(self.adapted)
         with tempfile.TemporaryDirectory() as folder:
             self.adapted.save_pretrained(folder)
-            self.loaded = PeftModel.from_pretrained(self.fresh, folder).eval()
+            self.loaded = PeftModel.from_pretrained(copy.deepcopy(self.untouched), folder).eval()
         assert torch.equal(self.logits(self.loaded), self.trained), "a loaded adapter gives other outputs"
         with self.loaded.disable_adapter():
             assert torch.equal(self.logits(self.loaded), self.before), "a disabled adapter is not without effect"
@@ -189,20 +220,31 @@ class Journey:
         merged = self.logits(self.adapted)
         self._compared(merged, self.trained, "merged outputs", 1e-3)
         assert float((merged - self.before).abs().max()) > 1e-2 * float(self.trained.abs().max()), "nothing was merged"
+
+    def unmerge(self) -> None:
         self.adapted.unmerge_adapter()
         assert torch.equal(self.logits(self.adapted), self.trained), "unmerged outputs differ"
-        self.plain = self.adapted.unload()
-        state = self.plain.state_dict()
+        state = self.adapted.unload().state_dict()
         assert state.keys() == self.state.keys(), "other tensors than before"
         for name, value in state.items():
             assert torch.equal(value, self.state[name]), f"{name} is not as it was before merging"
 
-    def export(self) -> str | None:
+    def checkpoint(self) -> None:
+        model_class = type(self.untouched)
+        with tempfile.TemporaryDirectory() as folder:
+            self.untouched.save_pretrained(f"{folder}/base")
+            again = self.logits(model_class.from_pretrained(f"{folder}/base").eval())
+            self._compared(again, self.before, "outputs of the base model, saved and loaded by transformers,", 1e-5)
+            merge_checkpoint(self.loaded, f"{folder}/base", f"{folder}/merged")
+            merged = model_class.from_pretrained(f"{folder}/merged").eval()
+        self._compared(self.logits(merged), self.trained, "outputs of the merged checkpoint", 1e-3)
+
+    def export(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             export_lora(self.loaded, folder)
-            plain = PeftModel.from_pretrained(self.plain, folder).eval()
+            plain = PeftModel.from_pretrained(copy.deepcopy(self.untouched), folder).eval()
         assert plain.peft_config["default"].peft_type == "LORA", "the export is no plain LoRA"
-        return self._compared(self.logits(plain), self.trained, "exported outputs", 1e-3)
+        self._compared(self.logits(plain), self.trained, "exported outputs", 1e-3)
 
     @staticmethod
     def _compared(actual: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float) -> None:
@@ -258,40 +300,48 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Every model class of transformers with routed experts that has a head, found by `make architectures`, which wrote "
-        f"this page (transformers {transformers.__version__}, peft {peft.__version__}). Each is built tiny and random and "
-        "goes the whole way:",
+        "Every model class of transformers with routed experts that has a head, and models with a list of experts as code "
+        "that comes with",
+        "checkpoints has it. `make architectures` finds them and wrote this page "
+        f"(transformers {transformers.__version__}, peft {peft.__version__}).",
+        "Each is built tiny and random and goes the whole way:",
         "",
         "- profile: the counts are those that a recount at the experts gives;",
-        f"- inject: {SHARE:.0%} of each layer's experts, and a new adapter changes no bit of the output (~: no more than "
+        f"- inject: {SHARE:.0%} of each layer's experts; a new adapter changes no bit of the output (~: no more than "
         "rounding does);",
         "- train: one step; adapters have gradients where their expert received tokens, and nothing else has any;",
         "- save and load: the same output to the bit, and without the adapter that of the base model;",
-        "- merge: the same output, and unmerged the same weights as before, to the bit;",
+        "- merge: the same output; unmerge: the same weights as before, to the bit;",
+        "- checkpoint: `merge_checkpoint`'s files, loaded by transformers, give the same output;",
         "- export: plain PEFT computes the same from `export_lora`'s files.",
         "",
-        f"{sum(row.passed for row in rows)} of {len(rows)} pass all of it; the numbers lead to what holds for the others.",
+        f"{sum(row.passed for row in rows)} of {len(rows)} pass all of it. A number leads to the sentence with which the "
+        "package refuses the step.",
         "",
         "| model | layout | MoE layers | " + " | ".join(steps) + " |",
         "| --- | --- | --- | " + " | ".join("---" for _ in steps) + " |",
     ]
     notes: list[str] = []
+
+    def cell(row: Row, step: str) -> str:
+        result = row.results.get(step, "")
+        if result in (YES, ROUNDED, ""):
+            return {YES: "yes", ROUNDED: "~"}.get(result, "")
+        note = result.replace(f"the model {row.model}", "the model")
+        if note not in notes:
+            notes.append(note)
+        return f"({notes.index(note) + 1})"
+
     for row in rows:
-        cells = []
-        for step in steps:
-            result = row.results.get(step, "")
-            if result not in (YES, ROUNDED, ""):
-                if result not in notes:
-                    notes.append(result)
-                result = f"({notes.index(result) + 1})"
-            cells.append({YES: "yes", ROUNDED: "~"}.get(result, result))
-        why = next((result for step, result in row.results.items() if step not in steps and result != YES), None)
-        if why is not None:
-            if why not in notes:
-                notes.append(why)
-            cells[0] = f"({notes.index(why) + 1})"
+        cells = [cell(row, step) for step in steps]
+        # What went wrong before the first column stands there.
+        before = next((step for step in row.failures if step not in steps), None)
+        cells[0] = cells[0] if before is None else cell(row, before)
         lines.append(f"| {row.model} | {', '.join(row.layouts)} | {row.layers or ''} | {' | '.join(cells)} |")
-    lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
+    lines.append("")
+    for number, note in enumerate(notes, 1):
+        indent = " " * len(f"{number}. ")
+        lines += textwrap.wrap(f"{number}. {note}", WIDTH, subsequent_indent=indent, break_long_words=False)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -301,8 +351,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="write the page there")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     rows = []
-    for model_class in model_classes():
+    for model_class in [*model_classes(), *REMOTE_CODE]:
         if arguments.names and not any(name.lower() in model_class.__name__.lower() for name in arguments.names):
             continue
         row = walk(model_class)

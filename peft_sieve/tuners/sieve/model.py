@@ -18,7 +18,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from ...errors import SieveError
-from ...moe.topology import MoELayer, find_moe_layers
+from ...moe.topology import MoELayer, find_moe_layers, read_weights
 from ...routing.distributed import check_agreement, on_every_rank
 from .agreement import check_at_next_training_forward, stop_checking
 from .calibrate import calibrate
@@ -130,10 +130,8 @@ class SieveLoraModel(LoraModel):
                     parameter_name=router.parameter,
                 )
                 injected.append(key)
-            for layer in layers:
-                if layer.family.reads_router_weight:
-                    for router in layer.routers:
-                        read_by_weight(model.get_submodule(router.path))
+            for path in read_weights(model, layers):
+                read_by_weight(model.get_submodule(path))
         check_at_next_training_forward(model)
         return injected
 

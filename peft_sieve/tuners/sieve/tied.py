@@ -19,9 +19,10 @@ def refuse_tied_experts(model: nn.Module) -> None:
         users.setdefault(id(parameter), []).append(name)
     for path, layer in sieve_layers(model):
         for parameter in layer.get_base_layer().parameters():
-            names = users[id(parameter)]
-            if len(names) > 1:
+            names = (name.replace(".base_layer", "") for name in users[id(parameter)])
+            elsewhere = [name for name in names if not name.startswith(f"{path}.")]
+            if elsewhere:
                 raise SieveError(
-                    f"the experts of {path} share their weights with other modules ({', '.join(sorted(names)[:2])}), "
-                    "expected weights of their own to merge into: keep the adapter unmerged"
+                    f"the experts of {path} share their weights with other modules ({elsewhere[0]}), expected weights "
+                    "of their own to merge into: keep the adapter unmerged"
                 )
