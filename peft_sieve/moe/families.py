@@ -88,12 +88,18 @@ class FusedExperts(MoEFamily):
         )
 
     def shape(self, experts: nn.Module) -> ExpertsShape:
-        names = ("gate_proj", "up_proj", "down_proj") if experts.has_gate else ("up_proj", "down_proj")
-        projections = {}
-        for name in names:
-            num_experts, out_features, in_features = self._stack(experts, name).shape
-            projections[name] = (in_features, out_features)
-        return ExpertsShape(num_experts, projections)
+        # From the shapes alone: a quantised stack may have no transpose.
+        fused = experts.has_gate
+        num_experts, hidden_size, width = self._matrix_shape(experts, "gate_up_proj" if fused else "up_proj")
+        first = (hidden_size, width // 2 if fused else width)
+        down = self._matrix_shape(experts, "down_proj")[1:]
+        names = PROJECTIONS if fused else PROJECTIONS[1:]
+        return ExpertsShape(num_experts, {name: down if name == "down_proj" else first for name in names})
+
+    def _matrix_shape(self, experts: nn.Module, name: str) -> tuple[int, int, int]:
+        """(num_experts, in_features, out_features) of a stack."""
+        num_experts, rows, columns = getattr(experts, name).shape
+        return (num_experts, rows, columns) if experts.is_transposed else (num_experts, columns, rows)
 
     def expert_weight(self, experts: nn.Module, projection: str, expert: int) -> torch.Tensor:
         return self._stack(experts, projection)[expert]

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import SieveError
 from .families import ROUTER_NAMES, ExpertsShape, MoEFamily, family_of
+from .quantised import refuse_packed
 
 _SHARED = re.compile(r"shared_(experts?|mlp)")
 _ATTENTION = re.compile(r"(^|_)(attn|attention|mixer)$")
@@ -60,9 +61,10 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     Adapters may already be around them: paths and modules are those of the base model.
 
     Raises:
-        SieveError: the model has none.
+        SieveError: the model has none, or some that are kept packed.
     """
     modules = base_modules(model)
+    refuse_packed(modules.items())
     layers = []
     for path, module in modules.items():
         family = family_of(module)

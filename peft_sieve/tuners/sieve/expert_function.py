@@ -10,6 +10,7 @@ In the notation below, a pair is a token sent to one of its experts, and pairs a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +25,29 @@ from ...moe.scratch import scratch
 from .low_rank import LowRank
 
 
+@dataclass(frozen=True)
+class Stacks:
+    """The frozen weights of a layer.
+
+    Attributes:
+        first, down: as (num_experts, in, out).
+        first_bias, down_bias: (num_experts, out), None for none.
+    """
+
+    first: torch.Tensor
+    down: torch.Tensor
+    first_bias: torch.Tensor | None
+    down_bias: torch.Tensor | None
+
+
 @dataclass
 class ExpertPlan:
     """How one forward of a layer is done.
 
     Attributes:
         chunks: in which pieces the pairs are handled.
-        first, down: the frozen stacks as (num_experts, in, out).
-        first_bias, down_bias: (num_experts, out), None for none.
+        stacks_again: the frozen weights once more, for the backward: those of a quantised or offloaded layer are made
+            for each pass.
         activation: between the products: (rows, first's width) -> (rows, down's input width).
         replay_activation: the activation again, with the map from its gradient to that of its input.
         post_norm: after the second product, None for none.
@@ -41,10 +57,7 @@ class ExpertPlan:
     """
 
     chunks: Sequence[Chunk]
-    first: torch.Tensor
-    down: torch.Tensor
-    first_bias: torch.Tensor | None
-    down_bias: torch.Tensor | None
+    stacks_again: Callable[[], AbstractContextManager[Stacks]]
     activation: Callable[[torch.Tensor], torch.Tensor]
     replay_activation: Callable[[torch.Tensor], Replay]
     post_norm: Callable[[torch.Tensor], torch.Tensor] | None
@@ -66,18 +79,21 @@ class ExpertPlan:
 
 
 class ExpertFunction(torch.autograd.Function):
-    """`apply(plan, dispatch, hidden_states, expert_weights, *factors)`: (tokens, hidden) -> (tokens, hidden)."""
+    """`apply(plan, stacks, dispatch, hidden_states, expert_weights, *factors)`: (tokens, hidden) -> (tokens, hidden).
+
+    `stacks` is for the forward only."""
 
     @staticmethod
     def forward(
         ctx: Any,
         plan: ExpertPlan,
+        stacks: Stacks,
         dispatch: Dispatch,
         hidden_states: torch.Tensor,
         expert_weights: torch.Tensor,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        dtype = plan.first.dtype
+        dtype = stacks.first.dtype
         with torch.autocast(hidden_states.device.type, enabled=False):
             factors_used = [factor.to(dtype) for factor in factors]
             weights = _sorted_weights(expert_weights, dispatch, plan.by_expert)
@@ -86,11 +102,11 @@ class ExpertFunction(torch.autograd.Function):
             for chunk, first, down in zip(plan.chunks, plan.first_groups, plan.down_groups, strict=True):
                 rows = chunk.rows
                 x = hidden_states.index_select(0, dispatch.tokens[rows]).to(dtype)  # (rows, hidden)
-                up = _project(x, plan.first, plan.first_bias, chunk, dispatch)
+                up = _project(x, stacks.first, stacks.first_bias, chunk, dispatch)
                 inners = [adapter.add(x, up, g, factors_used, adapter.last) for adapter, g in first]
                 del x
                 act = plan.activation(up)  # (rows, intermediate)
-                out = _project(act, plan.down, plan.down_bias, chunk, dispatch)  # (rows, hidden)
+                out = _project(act, stacks.down, stacks.down_bias, chunk, dispatch)  # (rows, hidden)
                 spare = act is not up
                 inners += [adapter.add(act, out, g, factors_used, adapter.last and spare) for adapter, g in down]
                 if plan.keep:
@@ -110,9 +126,9 @@ class ExpertFunction(torch.autograd.Function):
         order, tokens, expert_ids, counts, hidden_states, expert_weights, *saved = ctx.saved_tensors
         dispatch = Dispatch(order, tokens, expert_ids, counts, expert_weights.shape[1])
         factors, kept = saved[: ctx.num_factors], iter(saved[ctx.num_factors :])
-        dtype = plan.first.dtype
-        _, _, needs_hidden, needs_weights, *needs_factors = ctx.needs_input_grad
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        _, _, _, needs_hidden, needs_weights, *needs_factors = ctx.needs_input_grad
+        with torch.autocast(hidden_states.device.type, enabled=False), plan.stacks_again() as stacks:
+            dtype = stacks.first.dtype
             factors_used = [factor.to(dtype) for factor in factors]
             gradients = [
                 torch.zeros_like(factor) if needed else None
@@ -136,18 +152,18 @@ class ExpertFunction(torch.autograd.Function):
                 grad_out = grad_out.to(dtype)
                 act, grad_activation = plan.replay_activation(up)
                 # Not yet multiplied by the pair's weight: its product with act is the gradient of that weight.
-                grad_act = groups.project(grad_out, plan.down.transpose(1, 2))
+                grad_act = groups.project(grad_out, stacks.down.transpose(1, 2))
                 for (adapter, ranges), inner in zip(down, down_inners, strict=True):
                     adapter.add_gradients(grad_out, act, inner, scale, grad_act, ranges, factors_used, gradients, False)
                 if scale is not None:
                     grad_weights[rows] = _row_dot(grad_act, act)
-                    if plan.down_bias is not None:
-                        bias = plan.down_bias.index_select(0, dispatch.expert_ids[rows])
+                    if stacks.down_bias is not None:
+                        bias = stacks.down_bias.index_select(0, dispatch.expert_ids[rows])
                         grad_weights[rows] += _row_dot(grad_out, bias)
                     grad_act.mul_(scale)
                 grad_up = grad_activation(grad_act).contiguous()
                 del grad_out, act, grad_act
-                grad_x = groups.project(grad_up, plan.first.transpose(1, 2))
+                grad_x = groups.project(grad_up, stacks.first.transpose(1, 2))
                 if any(not ranges.is_empty for _, ranges in first):
                     x = hidden_states.index_select(0, chunk_tokens).to(dtype)
                     for (adapter, ranges), inner in zip(first, first_inners, strict=True):
@@ -159,6 +175,7 @@ class ExpertFunction(torch.autograd.Function):
                 for _, ranges in (*first, *down):
                     ranges.forget()
         return (
+            None,
             None,
             None,
             grad_hidden.result().to(hidden_states.dtype) if needs_hidden else None,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +17,9 @@ from ...moe.chunks import CHUNK_ROWS, device_chunks, device_groups_usable, loop_
 from ...moe.dispatch import sort_by_expert
 from ...moe.dropout import Dropout
 from ...moe.families import bind_dispatch
-from .expert_function import ExpertFunction, ExpertPlan
+from ...moe.placement import onloaded
+from ...moe.quantised import plain_stack
+from .expert_function import ExpertFunction, ExpertPlan, Stacks
 from .layer import INPUT_PROJECTIONS, SieveExpertLayer
 from .low_rank import LowRank, Part
 
@@ -55,30 +60,45 @@ class FusedSieveExperts(SieveExpertLayer):
         # The stock forwards differ in how they multiply and in which order they sum. Following the one in use makes an
         # adapter that adds zero change nothing, to the bit: for experts_implementation="eager", an expert at a time.
         eager = getattr(getattr(experts, "config", None), "_experts_implementation", None) == "eager"
-        first_name = "gate_up_proj" if experts.has_gate else "up_proj"
-        stacks = [_matrices(experts, name) for name in (first_name, "down_proj")]
-        dispatch = sort_by_expert(expert_ids, self.shape.num_experts, rank_major=eager)
-        if not eager and device_groups_usable(stacks):
-            chunks = device_chunks(dispatch.counts, dispatch.order.numel())
-        else:
-            chunks = loop_chunks(dispatch.counts, chunk_rows=1 if eager else CHUNK_ROWS)
-        activation, replay_activation = activation_of(experts)
-        plan = ExpertPlan(
-            chunks=chunks,
-            first=stacks[0],
-            down=stacks[1],
-            first_bias=getattr(experts, f"{first_name}_bias") if experts.has_bias else None,
-            down_bias=experts.down_proj_bias if experts.has_bias else None,
-            activation=activation,
-            replay_activation=replay_activation,
-            post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
-            first_adapters=first_adapters,
-            down_adapters=down_adapters,
-            by_expert=eager,
-            keep=torch.is_grad_enabled(),
-        )
-        result: torch.Tensor = ExpertFunction.apply(plan, dispatch, hidden_states, expert_weights, *factors)
+        stacks_again = partial(self._stacks, _compute_dtype(hidden_states))
+        with stacks_again() as stacks:
+            # Where the stock forward's hook would bring them, if the layer is on another device.
+            hidden_states, expert_ids, expert_weights = (
+                tensor.to(stacks.first.device) for tensor in (hidden_states, expert_ids, expert_weights)
+            )
+            dispatch = sort_by_expert(expert_ids, self.shape.num_experts, rank_major=eager)
+            if not eager and device_groups_usable([stacks.first, stacks.down]):
+                chunks = device_chunks(dispatch.counts, dispatch.order.numel())
+            else:
+                chunks = loop_chunks(dispatch.counts, chunk_rows=1 if eager else CHUNK_ROWS)
+            activation, replay_activation = activation_of(experts)
+            plan = ExpertPlan(
+                chunks=chunks,
+                stacks_again=stacks_again,
+                activation=activation,
+                replay_activation=replay_activation,
+                post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+                first_adapters=first_adapters,
+                down_adapters=down_adapters,
+                by_expert=eager,
+                keep=torch.is_grad_enabled(),
+            )
+            result: torch.Tensor = ExpertFunction.apply(plan, stacks, dispatch, hidden_states, expert_weights, *factors)
         return result
+
+    @contextmanager
+    def _stacks(self, dtype: torch.dtype) -> Iterator[Stacks]:
+        """The frozen weights as they are used, for one pass; those of a quantised layer in `dtype`."""
+        experts: Any = self.get_base_layer()
+        first_name = "gate_up_proj" if experts.has_gate else "up_proj"
+        with onloaded(experts):
+            first, down = (plain_stack(experts, name, dtype) for name in (first_name, "down_proj"))
+            yield Stacks(
+                first=first if experts.is_transposed else first.transpose(1, 2),
+                down=down if experts.is_transposed else down.transpose(1, 2),
+                first_bias=getattr(experts, f"{first_name}_bias").detach() if experts.has_bias else None,
+                down_bias=experts.down_proj_bias.detach() if experts.has_bias else None,
+            )
 
     def _low_rank(
         self, adapter_name: str, name: str, group: tuple[str, ...], factors: list[torch.Tensor]
@@ -127,10 +147,9 @@ class FusedSieveExperts(SieveExpertLayer):
             )
 
 
-def _matrices(experts: Any, name: str) -> torch.Tensor:
-    """A frozen stack as (num_experts, in, out)."""
-    weight: torch.Tensor = getattr(experts, name).detach()
-    return weight if experts.is_transposed else weight.transpose(1, 2)
+def _compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
+    device = hidden_states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
 
 
 def _drawn(dropout: nn.Module) -> Dropout | None:

@@ -18,6 +18,8 @@ from transformers.initialization import no_init_weights
 
 from ...errors import SieveError
 from ...moe.families import FusedExperts, ModuleListExperts
+from ...moe.placement import onloaded
+from ...moe.quantised import refuse_storage
 from ...moe.topology import MoELayer, find_moe_layers
 from ...routing.distributed import check_agreement, on_every_rank
 from .agreement import check_at_next_training_forward, stop_checking
@@ -83,7 +85,10 @@ class SieveLoraModel(LoraModel):
         layers = find_moe_layers(self.model)
         for layer in layers:
             _layer_class(layer)
-            _refuse_storage(layer)
+            _refuse_parallel(layer)
+            if isinstance(layer.family, FusedExperts):
+                # Linear layers in a list multiply by themselves, however they are stored.
+                refuse_storage(layer.experts, layer.path)
         if config.selected_experts is not None:
             check_mask(config, layers)
             return layers
@@ -150,7 +155,14 @@ class SieveLoraModel(LoraModel):
         if adapter_name not in self.active_adapters:
             # As PEFT: an additional adapter does not become trainable by being added.
             wrapper.requires_grad_(False)
-        self._replace_module(parent, name, wrapper, target)
+        setattr(parent, name, wrapper)
+
+    def _create_and_replace(
+        self, lora_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        # PEFT puts an adapter where the base weights are, which for offloaded ones is nowhere.
+        with onloaded(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target):
+            super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -231,16 +243,10 @@ def _layer_class(layer: MoELayer) -> type[SieveExpertLayer]:
     )
 
 
-def _refuse_storage(layer: MoELayer) -> None:
-    """Experts whose weights cannot take an adapter as they are stored."""
+def _refuse_parallel(layer: MoELayer) -> None:
+    """Experts of which a process has only some."""
     if getattr(layer.experts, "_is_expert_parallel", False):
         raise SieveError(
             f"the experts of {layer.path} are spread over processes (expert parallelism), expected all in each: "
             "load the model without a distributed_config that enables it"
         )
-    for parameter in layer.experts.parameters():
-        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-            raise SieveError(
-                f"the experts of {layer.path} are stored as {parameter.dtype}, expected float64, float32, bfloat16 or "
-                "float16: load the model without quantisation of its experts"
-            )

@@ -51,8 +51,8 @@ class ModuleListSieveExperts(SieveExpertLayer):
                 continue
             a, b, scaling = factors
             slot = plan.experts.index(expert)
-            # In the type of the layer's output: under autocast that is the lower one.
-            x = self.lora_dropout[name](args[0]).to(output.dtype)
+            # In the type of the layer's output, under autocast the lower one, and where that is.
+            x = self.lora_dropout[name](args[0]).to(output)
             inner = F.linear(x, a[slot].to(output.dtype))  # (tokens, rank)
             output = output + scaling * (inner @ b[slot].to(output.dtype))
         return output
