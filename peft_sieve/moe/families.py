@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .linear import is_linear
+
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 # (expert ids, expert weights), both (tokens, top_k): called once a forward of the layer.
@@ -153,12 +155,12 @@ class ModuleListExperts(MoEFamily):
     def matches(self, module: nn.Module) -> bool:
         if not isinstance(module, nn.ModuleList) or len(module) < 2:
             return False
-        return all(isinstance(getattr(m, p, None), nn.Linear) for m in module for p in ("up_proj", "down_proj"))
+        return all(is_linear(getattr(m, p, None)) for m in module for p in ("up_proj", "down_proj"))
 
     def shape(self, experts: nn.Module) -> ExpertsShape:
         assert isinstance(experts, nn.ModuleList)
-        linears = {name: getattr(experts[0], name, None) for name in PROJECTIONS}
-        sizes = {n: (m.in_features, m.out_features) for n, m in linears.items() if isinstance(m, nn.Linear)}
+        linears: dict[str, Any] = {name: getattr(experts[0], name, None) for name in PROJECTIONS}
+        sizes = {n: (m.in_features, m.out_features) for n, m in linears.items() if is_linear(m)}
         return ExpertsShape(len(experts), sizes)
 
     def expert_weight(self, experts: nn.Module, projection: str, expert: int) -> torch.Tensor:

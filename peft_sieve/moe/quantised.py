@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import SieveError
+from .linear import is_linear
 
 # Values dequantised at a time, so that the float32 copy in between stays small.
 _CHUNK_VALUES = 2**26
@@ -26,9 +27,20 @@ _PACKED = {
 
 
 def quantisation_of(experts: nn.Module) -> str | None:
-    """How the stacks of a module of experts are stored, None for plainly. Only those named here can be read."""
-    methods = (_method(experts, name) for name in _stack_names(experts))
+    """How a module of experts stores its weights, stacks or linear layers, in fewer bits; None for plainly."""
+    methods = [_method(experts, name) for name in _stack_names(experts)]
+    methods += [linear_quantisation(module) for module in experts.modules() if is_linear(module)]
     return next((method for method in methods if method is not None), None)
+
+
+def linear_quantisation(linear: nn.Module) -> str | None:
+    """As `quantisation_of`, of a linear layer."""
+    weight = getattr(linear, "weight", None)
+    library = type(weight).__module__.partition(".")[0]
+    if isinstance(weight, torch.Tensor) and library != "torch":
+        return library  # a tensor of its own kind
+    plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    return None if plain else type(linear).__name__
 
 
 def plain_stack(experts: nn.Module, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -92,13 +104,17 @@ def _method(experts: nn.Module, name: str) -> str | None:
     if parametrize.is_parametrized(experts, name):
         return "bitsandbytes"
     stack = getattr(experts, name)
-    # As PEFT tells them, without importing torchao.
-    if type(stack).__module__.startswith("torchao.") or type(stack.data).__module__.startswith("torchao."):
+    if _is_torchao(stack):
         return "torchao"
     is_fp8 = stack.is_floating_point() and stack.dtype.itemsize == 1
     if is_fp8 and isinstance(getattr(experts, f"{name}_scale_inv", None), torch.Tensor):
         return "fine-grained FP8"
     return None
+
+
+def _is_torchao(weight: torch.Tensor) -> bool:
+    # As PEFT tells them, without importing torchao.
+    return type(weight).__module__.startswith("torchao.")
 
 
 def _kind(experts: nn.Module, stack: Any) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import SieveError
 from .families import ROUTER_NAMES, ExpertsShape, MoEFamily, family_of
+from .linear import is_linear
 from .quantised import refuse_packed
 
 _SHARED = re.compile(r"shared_(experts?|mlp)")
@@ -106,7 +107,7 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     stacks = {match.group(1) or "" for layer in layers if (match := _BLOCK_INDEX.match(layer.path))}
     found = []
     for path, module in base_modules(model).items():
-        if not _is_linear(module):
+        if not is_linear(module):
             continue
         match = _BLOCK_INDEX.match(path)
         if match is None or (match.group(1) or "") not in stacks:
@@ -118,31 +119,24 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether LoRA's forward fits: a linear layer, quantised or not, but none with a forward from the model's own file
-    (phimoe's router, deepseek_v4's grouped projection)."""
-    own_forward = type(module).forward is not nn.Linear.forward and ".modeling_" in type(module).__module__
-    return isinstance(module, nn.Linear) and not own_forward
-
-
 def _routers(modules: dict[str, nn.Module], block: str) -> tuple[Router, ...]:
     for name in ROUTER_NAMES:
         path = f"{block}.{name}"
         router = modules.get(path)
         if router is None:
             continue
-        if _is_linear(router):
+        if is_linear(router):
             return (Router(path, None),)
         weight = getattr(router, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 2:
             return (Router(path, "weight"),)
-        inner = [p for p, m in modules.items() if p.startswith(path + ".") and _is_linear(m)]
+        inner = [p for p, m in modules.items() if p.startswith(path + ".") and is_linear(m)]
         return tuple(Router(p, None) for p in inner)
     return ()
 
 
 def _shared(modules: dict[str, nn.Module], block: str) -> tuple[str, ...]:
     prefix = block + "."
-    linears = (p for p, m in modules.items() if p.startswith(prefix) and _is_linear(m))
+    linears = (p for p, m in modules.items() if p.startswith(prefix) and is_linear(m))
     # shared_expert_gate is not an expert: it has one output, and the paper leaves it alone.
     return tuple(p for p in linears if _SHARED.fullmatch(p[len(prefix) :].split(".")[0]))

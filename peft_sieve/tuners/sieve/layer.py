@@ -204,9 +204,9 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             SieveError: the experts are quantised, or `safe_merge` and a merged weight is not finite; nothing was
                 changed then.
         """
+        self.check_mergeable()
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name in self.plans:
-                self.check_mergeable()
                 with onloaded_for_change(self):
                     self._merge_one(adapter_name, safe_merge)
 

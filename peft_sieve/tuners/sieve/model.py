@@ -19,13 +19,13 @@ from transformers.initialization import no_init_weights
 from ...errors import SieveError
 from ...moe.families import FusedExperts, ModuleListExperts
 from ...moe.placement import onloaded
-from ...moe.quantised import refuse_storage
+from ...moe.quantised import linear_quantisation, refuse_storage
 from ...moe.topology import MoELayer, find_moe_layers
 from ...routing.distributed import check_agreement, on_every_rank
 from .agreement import check_at_next_training_forward, stop_checking
 from .calibrate import calibrate
 from .config import SieveLoraConfig
-from .exact import with_exact_unmerge
+from .exact import ExactLinear, with_exact_unmerge
 from .fused import FusedSieveExperts
 from .layer import SieveExpertLayer
 from .loading import check_state_dict, sieve_layers, weights_follow
@@ -194,6 +194,19 @@ class SieveLoraModel(LoraModel):
             f"add_weighted_adapter was called for {adapters}, expected adapters without expert factors, since those "
             "belong to different experts: activate several at once with set_adapter instead"
         )
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for _, layer in sieve_layers(self.model):
+            layer.check_mergeable()
+        for path, module in self.model.named_modules():
+            # PEFT merges into those that it has a layer of its own for; to others it would add as if they were plain.
+            method = linear_quantisation(module.get_base_layer()) if isinstance(module, ExactLinear) else None
+            if method is not None:
+                raise SieveError(
+                    f"merging was asked for, and {path} is quantised ({method}), expected weights in a floating-point "
+                    "type: load the adapter on the model without quantisation and merge there"
+                )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, in all layers or in none: when one refuses, the others are as before."""
