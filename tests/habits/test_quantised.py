@@ -331,6 +331,22 @@ def test_experts_in_fp8_with_scales(scale_fmt: str, tmp_path: Path) -> None:
     )
 
 
+def test_experts_in_fp8_compute_in_the_type_of_their_input() -> None:
+    model = fp8_model()
+    batch = token_batch(model)
+    mask = {layer.path: [0, 3, 5] for layer in find_moe_layers(model)}
+    peft_model = get_peft_model(model, config(model, batch, calib_dataset=None, selected_experts=mask))
+    seen: list[torch.dtype] = []
+    for layer in find_moe_layers(model):
+        layer.experts.act_fn.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    logits(peft_model, batch)
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits(peft_model, batch)
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_blocks_that_end_before_the_matrix_does() -> None:
     experts = nn.Module()
     experts.block_size = (10, 12)
