@@ -141,7 +141,7 @@ def _placed_as_it_is(model: Any, is_ours: Callable[[], bool], told: bool = False
 
 def _is_ours(model_id: Any, config: Any, download: Mapping[str, Any]) -> bool:
     if config is not None:
-        return getattr(config, "peft_type", None) == PEFT_TYPE
+        return (config if isinstance(config, Mapping) else vars(config)).get("peft_type") == PEFT_TYPE
     hub = {name: download[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in download}
     try:
         return PeftConfig._get_peft_type(model_id, **hub) == PEFT_TYPE

@@ -36,9 +36,8 @@ def quantisation_of(experts: nn.Module) -> str | None:
 def linear_quantisation(linear: nn.Module) -> str | None:
     """As `quantisation_of`, of a linear layer."""
     weight = getattr(linear, "weight", None)
-    library = type(weight).__module__.partition(".")[0]
-    if isinstance(weight, torch.Tensor) and library != "torch":
-        return library  # a tensor of its own kind
+    if isinstance(weight, torch.Tensor) and _library(weight) != "torch":
+        return _library(weight)  # a tensor of its own kind
     plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
     return None if plain else type(linear).__name__
 
@@ -70,11 +69,11 @@ def refuse_storage(experts: nn.Module, path: str) -> None:
             continue
         stack = getattr(experts, name)
         if not stack.is_floating_point() or stack.dtype.itemsize < 2:
-            kind = _PACKED.get(type(experts).__name__, (None, None))[0] or _kind(experts, stack)
             raise SieveError(
-                f"the experts of {path} are stored as {stack.dtype} ({kind}), expected float64, float32, bfloat16, "
-                "float16, or a quantisation that can be undone one layer at a time (bitsandbytes' "
-                f"replace_parameter_4bit, torchao, FP8 with scales): {_advice(experts)}"
+                f"the experts of {path} are stored as {stack.dtype} ({type(stack).__name__} in "
+                f"{type(experts).__name__}), expected float64, float32, bfloat16, float16, or a quantisation that can "
+                "be undone one layer at a time (bitsandbytes' replace_parameter_4bit, torchao, FP8 with scales): load "
+                "the model without quantisation of its experts"
             )
 
 
@@ -87,9 +86,10 @@ def refuse_packed(modules: Iterable[tuple[str, nn.Module]]) -> None:
     for path, module in modules:
         name = type(module).__name__
         if name in _PACKED:
+            method, advice = _PACKED[name]
             raise SieveError(
-                f"the experts of {path} are kept packed in {_PACKED[name][0]} ({name}), through which no gradient "
-                f"flows, expected experts in a floating-point type: {_advice(module)}"
+                f"the experts of {path} are kept packed in {method} ({name}), through which no gradient flows, "
+                f"expected experts in a floating-point type: {advice}"
             )
 
 
@@ -102,9 +102,10 @@ def _stack_names(experts: nn.Module) -> list[str]:
 
 def _method(experts: nn.Module, name: str) -> str | None:
     if parametrize.is_parametrized(experts, name):
-        return "bitsandbytes"
+        parametrisations: Any = experts.parametrizations
+        return _library(parametrisations[name][0])
     stack = getattr(experts, name)
-    if _is_torchao(stack):
+    if _library(stack) == "torchao":
         return "torchao"
     is_fp8 = stack.is_floating_point() and stack.dtype.itemsize == 1
     if is_fp8 and isinstance(getattr(experts, f"{name}_scale_inv", None), torch.Tensor):
@@ -112,18 +113,9 @@ def _method(experts: nn.Module, name: str) -> str | None:
     return None
 
 
-def _is_torchao(weight: torch.Tensor) -> bool:
-    # As PEFT tells them, without importing torchao.
-    return type(weight).__module__.startswith("torchao.")
-
-
-def _kind(experts: nn.Module, stack: Any) -> str:
-    return f"{type(stack).__name__} in {type(experts).__name__}"
-
-
-def _advice(experts: nn.Module) -> str:
-    packed = _PACKED.get(type(experts).__name__)
-    return packed[1] if packed else "load the model without quantisation of its experts"
+def _library(value: object) -> str:
+    """Where the class of a tensor comes from: as PEFT tells them, without importing what may not be there."""
+    return type(value).__module__.partition(".")[0]
 
 
 def _dequantised(stack: torch.Tensor, scales: torch.Tensor, block_size: Any, dtype: torch.dtype) -> torch.Tensor:

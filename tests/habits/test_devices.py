@@ -158,7 +158,11 @@ def test_a_list_of_experts_is_offloaded_one_by_one() -> None:
     offloaded_list = accelerate.cpu_offload(deepseek_like(), execution_device=torch.device("cpu"))
     model = adapted(offloaded_list, batch)
     assert all(p.is_meta for n, p in model.named_parameters() if ".experts." in n and "lora_" not in n)
-    assert torch.equal(logits(model, batch), logits(reference, batch))
+    expected = logits(reference, batch)
+    assert torch.equal(logits(model, batch), expected)
+    with pytest.raises(SieveError, match="separate modules that are offloaded"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model, batch), expected)
 
 
 def test_a_model_that_is_on_one_device_by_its_map(checkpoint: Path, tmp_path: Path) -> None:

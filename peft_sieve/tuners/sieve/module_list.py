@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...errors import SieveError
+from ...moe.placement import is_offloaded
 from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
 from .layer import SieveExpertLayer
@@ -56,6 +58,19 @@ class ModuleListSieveExperts(SieveExpertLayer):
             inner = F.linear(x, a[slot].to(output.dtype))  # (tokens, rank)
             output = output + scaling * (inner @ b[slot].to(output.dtype))
         return output
+
+    def check_mergeable(self) -> None:
+        """Refuse to merge into quantised weights, and into offloaded ones, which nobody would write back.
+
+        Raises:
+            SieveError: the experts are either.
+        """
+        super().check_mergeable()
+        if is_offloaded(self.base_layer):
+            raise SieveError(
+                f"merging was asked for, and the experts of {self.path} are separate modules that are offloaded, "
+                "expected them in memory: load the model without offload and merge there"
+            )
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
