@@ -1,5 +1,7 @@
 # make quickstart   the main job on a small MoE, in under five minutes
 # make test         the tests
+# make test-tools   the tests with other people's tools, in an environment of their own
+# make test-servers vLLM's, SGLang's and llama.cpp's own code on an exported adapter (downloads 400 MB, installs nothing)
 # make lint types   what CI runs before them
 # make bench        what training costs, in time and memory
 PYTHON ?= python3
@@ -9,7 +11,7 @@ STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut
 # Bytecode is compiled at first import: compiling all of it at once takes longer than the rest.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
-.PHONY: quickstart test lint types bench clean
+.PHONY: quickstart test test-tools test-in-tools-environment test-servers lint types bench clean
 
 # What running it needs, and what testing it needs on top.
 $(STAMP)-run:
@@ -30,6 +32,29 @@ quickstart: $(STAMP)-run
 test: $(STAMP)-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
+# The evaluation harness brings forty packages, which the other tests should do without.
+test-tools:
+	$(MAKE) --no-print-directory VENV=.venv-tools test-in-tools-environment
+
+$(STAMP)-tools: $(STAMP)-test
+	$(PIP) --editable ".[eval-test]"
+	@touch $@
+
+test-in-tools-environment: $(STAMP)-tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/commands/test_run_lm_eval.py $(ARGS)
+
+# The servers' wheels are never installed: their Python files are read, and what needs a GPU has a stand-in.
+$(VENV)/servers/.ready: $(STAMP)-test tests/servers/requirements.txt tests/servers/unpack.py
+	rm -rf $(VENV)/servers
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+		--dest $(VENV)/servers/wheels --requirement tests/servers/requirements.txt
+	$(BIN)/python -m tests.servers.unpack $(VENV)/servers/wheels $(VENV)/servers
+	rm -rf $(VENV)/servers/wheels
+	@touch $@
+
+test-servers: $(VENV)/servers/.ready
+	PEFT_SIEVE_SERVERS=$(VENV)/servers $(BIN)/python -m pytest tests/servers $(ARGS)
+
 lint: $(STAMP)-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -37,10 +62,10 @@ lint: $(STAMP)-test
 types: $(STAMP)-test
 	$(BIN)/mypy peft_sieve
 
-# Side by side on this machine, and the figures from the rows; the better part of an hour on two cores.
+# Side by side on this machine, and the figures from the rows; about half an hour on two cores.
 bench: $(STAMP)-run
-	for name in step memory load profiling profile scaling; do $(BIN)/python benchmarks/bench_$$name.py || exit; done
+	set -e; for name in step memory load profiling profile scaling; do $(BIN)/python benchmarks/bench_$$name.py; done
 	$(BIN)/python benchmarks/plot.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-tools .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -2,7 +2,8 @@
 
 Shapes of Qwen3-30B-A3B with a quarter of the experts adapted. The base model is there already when an adapter is
 loaded, so its weights are placeholders of one element each, expanded to their real shapes; the adapter is real. The
-file was just written, so it is read from the page cache. The goal is 1.5 times the time of reading.
+file was just written, so it is read from the page cache. The goal is 1.5 times the time of reading. Beside it, what
+PEFT takes to load a plain LoRA on attention and router of the same model, without any expert.
 
     python benchmarks/bench_load.py [--layers 48] [--repeats 5] [--quick]
 """
@@ -25,7 +26,8 @@ from unittest import mock
 import peft.peft_model
 import torch
 from common import Rows, arguments, device, output_of, percentiles, positive, timed
-from peft import PeftModel, get_peft_model
+from methods import ATTENTION, ROUTER
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from settings import SETTINGS, Setting, configuration, tiny
 from torch import nn
@@ -49,6 +51,12 @@ def placeholder_model(setting: Setting) -> nn.Module:
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype, device=setting.device))
     return model
+
+
+def save_plain_lora(setting: Setting, folder: Path) -> None:
+    """LoRA on attention and router alone, as PEFT makes it."""
+    config = LoraConfig(r=setting.rank, target_modules=ATTENTION, target_parameters=[ROUTER], task_type="CAUSAL_LM")
+    get_peft_model(placeholder_model(setting), config).save_pretrained(str(folder))
 
 
 def save_adapter(setting: Setting, folder: Path) -> None:
@@ -105,10 +113,14 @@ class Loading:
 
 
 def measure(setting: Setting, repeats: int, folder: Path) -> dict[str, Any]:
-    save_adapter(setting, folder)
-    gc.collect()
-    file = folder / "adapter_model.safetensors"
-    loadings = {"load": Loading(setting, folder, False), "load_low_memory": Loading(setting, folder, True)}
+    save_adapter(setting, folder / "sieve")
+    save_plain_lora(setting, folder / "plain")
+    file = folder / "sieve" / "adapter_model.safetensors"
+    loadings = {
+        "load": Loading(setting, folder / "sieve", False),
+        "load_low_memory": Loading(setting, folder / "sieve", True),
+        "load_plain_lora": Loading(setting, folder / "plain", False),
+    }
 
     def read() -> None:
         # The file is mapped, so that only a copy reads it; kept until the end, as an adapter is.
@@ -117,8 +129,12 @@ def measure(setting: Setting, repeats: int, folder: Path) -> dict[str, Any]:
 
     seconds = []
     for _ in range(repeats + 1):
+        # What was loaded before is let go, so that each finds the same memory free: the first use of a page that the
+        # machine has not given out yet takes several times as long as reading the file.
+        gc.collect()
         seconds.append(timed(read))
         for loading in loadings.values():
+            gc.collect()
             loading.run()
     # The first round is warm-up.
     row = {**setting.described(), "file_bytes": file.stat().st_size, "repeats": repeats}
@@ -145,7 +161,11 @@ def main() -> None:
     size = row["file_bytes"] / 1e9
     print(f"\n{setting.model}, {setting.layers} layers, float32 adapter of {size:.3f} GB, file in the page cache")
     print(f"  reading the file into memory          {row['read_seconds_p50']:8.3f} s")
-    for name, label in (("load", "from_pretrained"), ("load_low_memory", "from_pretrained(low_cpu_mem_usage)")):
+    for name, label in (
+        ("load", "from_pretrained"),
+        ("load_low_memory", "from_pretrained(low_cpu_mem_usage)"),
+        ("load_plain_lora", "plain LoRA, no experts"),
+    ):
         print(
             f"  {label:36s}  {row[f'{name}_seconds_p50']:8.3f} s   {row[f'{name}_ratio_p50']:.2f}x   "
             + "  ".join(f"{part} {row[f'{name}_{part}_seconds_p50']:.3f}" for part in ("inject", *PARTS))

@@ -4,6 +4,10 @@ Sums what PyTorch's profiler says each operation took by itself, by kind, for on
 The rest is Python, autograd's bookkeeping and waiting for memory. On a GPU the times are those of its kernels.
 
     python benchmarks/bench_profile.py [--methods floor sieve_25 peft_all_grouped] [--quick]
+
+An earlier state of the package, in another checkout:
+
+    PYTHONPATH=../checkout python benchmarks/bench_profile.py --methods sieve_25
 """
 
 from __future__ import annotations
@@ -72,7 +76,7 @@ def medians(runs: Iterable[dict[str, float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = arguments(__doc__, "profile.jsonl", repeats=5)
+    parser = arguments(__doc__, "profile.jsonl", repeats=3)
     add_setting_argument(parser)
     parser.add_argument(
         "--methods", nargs="+", choices=sorted(METHODS), default=["floor", "sieve_25", "peft_all_grouped"]

@@ -4,7 +4,7 @@ One thing is changed at a time, the rest is as in the base setting. Each row has
 (no expert adapters), timed in turn, and the memory above the floor. More experts come at equal active size: each token
 still goes to 8 of the same width; a quarter of them is adapted.
 
-    python benchmarks/bench_scaling.py [--axes k rank] [--repeats 5] [--quick]
+    python benchmarks/bench_scaling.py [--axes k rank] [--repeats 3] [--quick]
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def held_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
 
 
 def main() -> None:
-    parser = arguments(__doc__, "scaling.jsonl", repeats=5)
+    parser = arguments(__doc__, "scaling.jsonl", repeats=3)
     parser.add_argument("--axes", nargs="+", choices=list(AXES), default=list(AXES), metavar="AXIS")
     parser.add_argument("--dropout", type=probability, default=0.05, help="of the adapters, default 0.05")
     args = parser.parse_args()

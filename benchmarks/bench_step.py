@@ -4,7 +4,7 @@ All methods run in one process, in turn, on the same frozen weights. The floor h
 and transformers' own experts; a ratio is taken round by round. Dropout is the package's default for every adapter that
 can have one: PEFT's on stacks of experts cannot, which is in its favour.
 
-    python benchmarks/bench_step.py [--settings cpu] [--methods floor sieve_25] [--repeats 10] [--quick]
+    python benchmarks/bench_step.py [--settings cpu] [--methods floor sieve_25] [--repeats 7] [--quick]
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def measure(setting: Setting, methods: list[str], dropout: float, repeats: int, 
 
 
 def main() -> None:
-    parser = arguments(__doc__, "step.jsonl", repeats=10)
+    parser = arguments(__doc__, "step.jsonl", repeats=7)
     add_setting_argument(parser)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--dropout", type=probability, default=0.05, help="of the adapters, default 0.05")

@@ -20,6 +20,8 @@ import peft
 import torch
 import transformers
 
+import peft_sieve
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -56,10 +58,14 @@ def device_name() -> str:
 
 
 def _commit() -> str:
-    """The commit, with "+" if the package was changed since."""
+    """The commit of the package that is measured, with "+" if it was changed since.
+
+    PYTHONPATH may name another checkout of it, to compare an earlier state.
+    """
+    package = Path(peft_sieve.__file__).resolve().parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=HERE.parent, capture_output=True, text=True, check=False).stdout
+        return subprocess.run(["git", *args], cwd=package.parent, capture_output=True, text=True, check=False).stdout
 
     # Results are written while others are still being measured, so they do not count as a change.
     changed = git("status", "--porcelain", "--", "peft_sieve", "benchmarks/*.py").strip()

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from .errors import SieveError
 
 # In the order of the help; each is a module of `commands`.
-COMMANDS: tuple[str, ...] = ()
+COMMANDS: tuple[str, ...] = ("plan", "profile", "select", "report", "inspect", "export", "narrow", "run")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,3 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

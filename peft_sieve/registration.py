@@ -14,10 +14,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import peft.mapping
+import peft.utils.hotswap
 from peft import PeftConfig, PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from transformers.integrations.peft import PeftAdapterMixin
 
+from .errors import SieveError
 from .files import replaced_when_done
 
 PEFT_TYPE = "SIEVE_LORA"
@@ -47,6 +49,10 @@ def register(config_cls: type, model_cls: type) -> None:
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method] = config_cls
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[method] = model_cls
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[method] = model_cls.prefix  # type: ignore[attr-defined]
+    swap = peft.utils.hotswap
+    swap.CONFIG_KEYS_TO_CHECK[method] = swap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+    _wrap(swap, "hotswap_adapter_from_state_dict", _hotswap_adapter_from_state_dict)
+    _wrap(swap, "prepare_model_for_compiled_hotswap", _prepare_model_for_compiled_hotswap)
     _wrap(PeftModel, "save_pretrained", _save_pretrained)
     _wrap(PeftModel, "create_or_update_model_card", _create_or_update_model_card)
     _wrap(PeftModel, "from_pretrained", _from_pretrained)
@@ -56,7 +62,7 @@ def register(config_cls: type, model_cls: type) -> None:
     _wrap(PeftConfigMixin, "from_json_file", _from_json_file)
 
 
-def _wrap(owner: type, name: str, wrapper: Callable[..., Any]) -> None:
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Replace a method by `wrapper(original, ...)`, once: a second call wraps the same original."""
     current = inspect.getattr_static(owner, name)
     as_function = current.__func__ if isinstance(current, classmethod) else current
@@ -78,6 +84,11 @@ def _save_pretrained(
     original: Callable[..., Any], self: PeftModel, save_directory: str, *args: Any, **kwargs: Any
 ) -> Any:
     """A crash in the middle of a save must leave the previous adapter whole."""
+    if _has_sieve(self) and not kwargs.get("safe_serialization", args[0] if args else True):
+        raise SieveError(
+            "safe_serialization is False, expected True, since adapters are read as safetensors only and never as "
+            "pickled files: leave it out"
+        )
     is_main_process = kwargs.get("is_main_process", args[3] if len(args) > 3 else True)
     if not _has_sieve(self) or not is_main_process or os.path.isfile(save_directory):
         return original(self, save_directory, *args, **kwargs)
@@ -195,6 +206,28 @@ def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args
             unmap(self, name)
             check_loaded(self, name, getattr(loaded, "missing_keys", ()), getattr(loaded, "unexpected_keys", ()))
     return loaded
+
+
+def _hotswap_adapter_from_state_dict(
+    original: Callable[..., Any], model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Values are swapped where they are, so they must belong to the same experts."""
+    if config.peft_type == PEFT_TYPE:
+        from .tuners.sieve.loading import check_hotswap
+
+        check_hotswap(model, adapter_name, config, state_dict)
+    return original(model, state_dict, adapter_name, config, *args, **kwargs)
+
+
+def _prepare_model_for_compiled_hotswap(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    from .tuners.sieve.loading import sieve_layers
+
+    if sieve_layers(model):
+        raise SieveError(
+            "prepare_model_for_compiled_hotswap was called for adapters on experts, expected no preparation, since "
+            "those run outside compiled graphs and only adapters of one rank are swapped: leave the call out"
+        )
+    return original(model, *args, **kwargs)
 
 
 def _from_json_file(original: Callable[..., Any], cls: type, path_json_file: str, **kwargs: Any) -> Any:

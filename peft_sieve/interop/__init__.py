@@ -1,1 +1,1 @@
-"""What leaves the package: model cards."""
+"""What leaves the package, or comes into it from others: plain LoRA, merged checkpoints, model cards."""

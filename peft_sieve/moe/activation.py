@@ -14,6 +14,7 @@ from transformers.activations import SiLUActivation
 # Rows and the map from the gradient of the result to that of the input.
 Replay = tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
 Function = Callable[[torch.Tensor], torch.Tensor]
+Replayer = Callable[[torch.Tensor], Replay]
 
 
 def replay(function: Function, x: torch.Tensor) -> Replay:
@@ -39,11 +40,23 @@ def replay_silu_gate(gate_up: torch.Tensor) -> Replay:
     return silu * up, backward
 
 
-def activation_of(experts: Any) -> tuple[Function, Callable[[torch.Tensor], Replay]]:
+def activation_of(experts: Any) -> tuple[Function, Replayer]:
     """The activation of a module of fused experts, and how to replay it."""
-    function: Function = experts._apply_gate if experts.has_gate else experts.act_fn
+    if not experts.has_gate:
+        return experts.act_fn, partial(replay, experts.act_fn)
     # The default of the common interface; some models have a gate of their own.
-    default_gate = experts.has_gate and type(experts)._apply_gate.__module__ == "transformers.integrations.moe"
-    if default_gate and isinstance(experts.act_fn, nn.SiLU | SiLUActivation):
+    if type(experts)._apply_gate.__module__ == "transformers.integrations.moe":
+        return gate_by(experts.act_fn)
+    return experts._apply_gate, partial(replay, experts._apply_gate)
+
+
+def gate_by(act_fn: Function) -> tuple[Function, Replayer]:
+    """act_fn(gate) * up of gate and up side by side, and how to replay it."""
+
+    def function(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return act_fn(gate) * up
+
+    if isinstance(act_fn, nn.SiLU | SiLUActivation):
         return function, replay_silu_gate
     return function, partial(replay, function)

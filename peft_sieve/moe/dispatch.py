@@ -33,20 +33,22 @@ class Dispatch:
         """One value a pair, sorted, (pairs,) -> (pairs,) as dispatched."""
         return torch.empty_like(values).index_copy_(0, self.order, values)
 
-    def sum_by_token(self, rows: torch.Tensor) -> torch.Tensor:
-        """Add up the pairs of each token, in the order of the dispatch: (pairs, width) -> (tokens, width).
+    def sum_by_token(self, rows: torch.Tensor, stock_bits: bool = True) -> torch.Tensor:
+        """Add up the pairs of each token: (pairs, width) -> (tokens, width).
 
-        The bits are those of stock transformers, which reorders the rows and sums over a dimension.
+        Args:
+            stock_bits: give the bits of stock transformers, which reorders the rows and sums over a dimension.
         """
         inverse = self.unsort(torch.arange(self.order.numel(), device=rows.device))
         positions = inverse.view(-1, self.top_k)
-        if self._in_sequence(rows):
-            # The same additions in the same order, without a reordered copy of all rows.
+        wide_sums = rows.dtype in (torch.float32, torch.float64)
+        if self._in_sequence(rows) or (not stock_bits and rows.device.type == "cpu" and wide_sums):
+            # Without a reordered copy of all rows.
             return F.embedding_bag(positions, rows, mode="sum")
         return rows.index_select(0, inverse).view(-1, self.top_k, rows.shape[-1]).sum(1)
 
     def _in_sequence(self, rows: torch.Tensor) -> bool:
-        """Whether `sum` adds the rows of a token one after the other on this device, as `embedding_bag` does.
+        """Whether `sum` adds the rows of a token one after the other on this device, with the bits of `embedding_bag`.
 
         It does so in float32 for up to 16 rows, in the columns that fill its vectors (four at a time, of up to 16).
         """

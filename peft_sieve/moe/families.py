@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .linear import is_linear
+from ..errors import SieveError
+from .activation import activation_of
+from .quantised import plain_stack
+from .stacks import ExpertsCall, ExpertStacks
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -46,13 +49,35 @@ class ExpertsShape:
 
 
 class MoEFamily(ABC):
-    """A layout of routed experts."""
+    """A layout of routed experts.
+
+    Attributes:
+        name: what to call it in messages.
+        router_names: what the router may be called inside the block that holds the experts module.
+        shared_experts: pattern of the names of shared experts in that block.
+        adapted_child: child of the experts module in whose place the adapter layer stands, where router and experts are
+            in one module (the layer's path is then the child's); None: in the place of the experts module.
+        layer_class: the adapter layer that serves it, a subclass of `SieveExpertLayer`, or where to import that from
+            ("package.module:Class").
+        dequantises: its stacks may be stored in fewer bits: it reads them with `plain_stack`.
+        reads_router_weight: the router is a linear layer that is never called: the model multiplies by its weight.
+    """
 
     name: str
+    router_names: tuple[str, ...] = ("gate", "router")
+    shared_experts: str = r"shared_(experts?|mlp)"
+    adapted_child: str | None = None
+    dequantises = False
+    reads_router_weight = False
+    layer_class: str | type
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` holds routed experts in this layout."""
+
+    def is_block(self, parent: nn.Module) -> bool:
+        """Whether `parent`, which holds a module that matches, routes to it; a list of dense MLPs has no router."""
+        return True
 
     @abstractmethod
     def shape(self, experts: nn.Module) -> ExpertsShape:
@@ -70,7 +95,7 @@ class MoEFamily(ABC):
     def watch(self, experts: nn.Module, parent: nn.Module, on_dispatch: OnDispatch) -> list[Any]:
         """Register hooks that report every dispatch; returns their handles.
 
-        `experts` is the module that the model calls (an adapter layer, if one is around it), `parent` its parent.
+        `experts` is the module at the layer's path (an adapter layer, if one is around it), `parent` its parent.
         """
 
 
@@ -79,6 +104,8 @@ class FusedExperts(MoEFamily):
     `experts(hidden_states, top_k_index, top_k_weights)`."""
 
     name = "fused"
+    dequantises = True
+    layer_class = "peft_sieve.tuners.sieve.fused:FusedSieveExperts"
 
     def matches(self, module: nn.Module) -> bool:
         first = getattr(module, "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", None)
@@ -91,11 +118,10 @@ class FusedExperts(MoEFamily):
 
     def shape(self, experts: nn.Module) -> ExpertsShape:
         # From the shapes alone: a quantised stack may have no transpose.
-        fused = experts.has_gate
-        num_experts, hidden_size, width = self._matrix_shape(experts, "gate_up_proj" if fused else "up_proj")
-        first = (hidden_size, width // 2 if fused else width)
+        num_experts, hidden_size, width = self._matrix_shape(experts, _first_name(experts))
+        first = (hidden_size, width // 2 if experts.has_gate else width)
         down = self._matrix_shape(experts, "down_proj")[1:]
-        names = PROJECTIONS if fused else PROJECTIONS[1:]
+        names = self._names(experts)
         return ExpertsShape(num_experts, {name: down if name == "down_proj" else first for name in names})
 
     def _matrix_shape(self, experts: nn.Module, name: str) -> tuple[int, int, int]:
@@ -110,18 +136,32 @@ class FusedExperts(MoEFamily):
         fused = experts.has_gate
         return sorted({"gate_up_proj" if fused and p != "down_proj" else p for p in projections})
 
-    def _stack(self, experts: nn.Module, projection: str) -> torch.Tensor:
-        """All experts' weights of a projection: a view of shape (num_experts, out_features, in_features)."""
-        fused = experts.has_gate and projection != "down_proj"
-        weight = getattr(experts, "gate_up_proj" if fused else projection).data
-        if experts.is_transposed:
-            weight = weight.transpose(1, 2)
-        if not fused:
-            return weight
-        second = projection == "up_proj"
-        if experts.is_concatenated:
-            return weight.chunk(2, dim=1)[second]
-        return weight[:, second::2]
+    def stacks(self, experts: Any, dtype: torch.dtype) -> ExpertStacks:
+        """What its forward computes with: views, or copies of what is stored in fewer bits.
+
+        Args:
+            dtype: of copies whose stored form does not say what they were made from.
+        """
+        name = _first_name(experts)
+        first, down = (plain_stack(experts, stack, dtype) for stack in (name, "down_proj"))
+        if not experts.is_transposed:
+            first, down = first.transpose(1, 2), down.transpose(1, 2)
+        activation, replay_activation = activation_of(experts)
+        return ExpertStacks(
+            first=[first],
+            down=down,
+            columns={name: self._columns(experts, name, first.shape[2]) for name in self._names(experts)},
+            activation=activation,
+            replay_activation=replay_activation,
+            first_bias=getattr(experts, f"{name}_bias").detach() if experts.has_bias else None,
+            down_bias=experts.down_proj_bias.detach() if experts.has_bias else None,
+            post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+            one_by_one=getattr(getattr(experts, "config", None), "_experts_implementation", None) == "eager",
+        )
+
+    def bind(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertsCall:
+        """The arguments of a call of the experts module."""
+        return bind_dispatch(args, kwargs)
 
     def watch(self, experts: nn.Module, parent: nn.Module, on_dispatch: OnDispatch) -> list[Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -130,79 +170,56 @@ class FusedExperts(MoEFamily):
 
         return [experts.register_forward_pre_hook(hook, with_kwargs=True)]
 
+    def _names(self, experts: Any) -> tuple[str, ...]:
+        return PROJECTIONS if experts.has_gate else PROJECTIONS[1:]
 
-def bind_dispatch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three arguments of a fused experts call, however they are named.
+    def _columns(self, experts: Any, projection: str, width: int) -> slice:
+        """Where the output of a projection lies in that of its stack, which is `width` wide."""
+        if not experts.has_gate or projection == "down_proj":
+            return slice(None)
+        second = projection == "up_proj"
+        if not experts.is_concatenated:
+            return slice(int(second), None, 2)
+        return slice(width // 2, None) if second else slice(width // 2)
 
-    Returns:
-        hidden states (tokens, hidden), expert ids and expert weights (tokens, top_k).
-    """
+    def _stack(self, experts: Any, projection: str) -> torch.Tensor:
+        """All experts' weights of a projection: a view of shape (num_experts, out_features, in_features)."""
+        stack = getattr(experts, projection if projection == "down_proj" else _first_name(experts)).detach()
+        by_output = stack.transpose(1, 2) if experts.is_transposed else stack
+        return by_output[:, self._columns(experts, projection, by_output.shape[1])]
+
+
+def _first_name(experts: Any) -> str:
+    """The stack that reads the layer's input."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def bind_dispatch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertsCall:
+    """The three arguments of a fused experts call, however they are named."""
     # gpt_oss and openai_privacy_filter name them router_indices and routing_weights.
     names = (("hidden_states",), ("top_k_index", "router_indices"), ("top_k_weights", "routing_weights"))
     values = list(args)
     for aliases in names[len(values) :]:
         values.append(next(kwargs[alias] for alias in aliases if alias in kwargs))
-    hidden_states, expert_ids, expert_weights = values
-    return hidden_states, expert_ids, expert_weights
+    return ExpertsCall(*values)
 
 
-class ModuleListExperts(MoEFamily):
-    """A `ModuleList` of small gated MLPs beside a router that returns (ids, weights, ...): the shape of
-    DeepSeek-MoE-16B's remote code."""
-
-    name = "module_list"
-
-    def matches(self, module: nn.Module) -> bool:
-        if not isinstance(module, nn.ModuleList) or len(module) < 2:
-            return False
-        return all(is_linear(getattr(m, p, None)) for m in module for p in ("up_proj", "down_proj"))
-
-    def shape(self, experts: nn.Module) -> ExpertsShape:
-        assert isinstance(experts, nn.ModuleList)
-        linears: dict[str, Any] = {name: getattr(experts[0], name, None) for name in PROJECTIONS}
-        sizes = {n: (m.in_features, m.out_features) for n, m in linears.items() if is_linear(m)}
-        return ExpertsShape(len(experts), sizes)
-
-    def expert_weight(self, experts: nn.Module, projection: str, expert: int) -> torch.Tensor:
-        assert isinstance(experts, nn.ModuleList)
-        return getattr(experts[expert], projection).weight.data
-
-    def parameter_names(self, experts: nn.Module, projections: list[str]) -> list[str]:
-        return [f"*.{projection}.weight" for projection in projections]
-
-    def watch(self, experts: nn.Module, parent: nn.Module, on_dispatch: OnDispatch) -> list[Any]:
-        router = next((getattr(parent, name) for name in ROUTER_NAMES if hasattr(parent, name)), None)
-        if router is None:
-            return []
-
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            ids, weights = _ids_and_weights(output)
-            if ids is not None and weights is not None:
-                on_dispatch(ids, weights)
-
-        return [router.register_forward_hook(hook)]
-
-
-def _ids_and_weights(output: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """From what a router returned: the integer tensor of expert ids, and the float tensor of the same shape."""
-    tensors = [t for t in (output if isinstance(output, (tuple, list)) else (output,)) if isinstance(t, torch.Tensor)]
-    ids = next((t for t in tensors if not t.is_floating_point() and t.dim() >= 2), None)
-    if ids is None:
-        return None, None
-    weights = next((t for t in tensors if t.is_floating_point() and t.numel() == ids.numel()), None)
-    if weights is None:
-        return None, None
-    return ids.reshape(-1, ids.shape[-1]), weights.reshape(-1, ids.shape[-1])
-
-
-# Every model that follows the common interface, and the remote code seen so far, names its router one of these.
-ROUTER_NAMES = ("gate", "router")
-
-_FAMILIES: list[MoEFamily] = [FusedExperts(), ModuleListExperts()]
+_FAMILIES: list[MoEFamily] = []
 
 
 def register_moe_family(family: MoEFamily) -> None:
-    """Teach the package another layout of routed experts. Families registered later are asked first."""
+    """Teach the package another layout of routed experts (docs/custom-architectures.md).
+
+    Families registered later are asked first.
+
+    Raises:
+        SieveError: `family` is not an instance of `MoEFamily`.
+    """
+    if not isinstance(family, MoEFamily):
+        raise SieveError(
+            f"register_moe_family received {family!r}, expected an instance of a class derived from MoEFamily: pass "
+            "one, such as ModuleExperts('mine', up_proj='fc_in', down_proj='fc_out')"
+        )
     _FAMILIES.insert(0, family)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,11 +36,11 @@ def computes_on(model: nn.Module) -> dict[str, torch.device]:
 
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """The own weights of `module` are where it computes, for reading, and go back afterwards."""
-    if not _is_away(module):
-        yield
-        return
-    with align_module_device(module):
+    """The weights of `module`, and of modules in it, are where it computes, for reading, and go back afterwards."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            if _is_away(part):
+                stack.enter_context(align_module_device(part))
         yield
 
 

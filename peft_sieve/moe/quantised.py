@@ -36,10 +36,11 @@ def quantisation_of(experts: nn.Module) -> str | None:
 def linear_quantisation(linear: nn.Module) -> str | None:
     """As `quantisation_of`, of a linear layer."""
     weight = getattr(linear, "weight", None)
-    if isinstance(weight, torch.Tensor) and _library(weight) != "torch":
+    if not isinstance(weight, torch.Tensor):
+        return type(linear).__name__
+    if _library(weight) != "torch":
         return _library(weight)  # a tensor of its own kind
-    plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
-    return None if plain else type(linear).__name__
+    return None if _is_plain(weight) else type(linear).__name__
 
 
 def plain_stack(experts: nn.Module, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -58,22 +59,32 @@ def plain_stack(experts: nn.Module, name: str, dtype: torch.dtype) -> torch.Tens
     return stack
 
 
-def refuse_storage(experts: nn.Module, path: str) -> None:
-    """Refuse experts whose weights cannot take an adapter as they are stored.
+def refuse_storage(experts: nn.Module, path: str, dequantises: bool) -> None:
+    """Refuse experts whose weights cannot take an adapter as they are stored. Linear layers can, whatever they store:
+    they multiply by themselves.
+
+    Args:
+        dequantises: whether the stacks of these experts are read with `plain_stack`.
 
     Raises:
         SieveError: naming the method, and how to load the model instead.
     """
-    for name in _stack_names(experts):
-        if _method(experts, name) in ("torchao", "fine-grained FP8"):
-            continue
-        stack = getattr(experts, name)
-        if not stack.is_floating_point() or stack.dtype.itemsize < 2:
+    expected = "float64, float32, bfloat16 or float16"
+    if dequantises:
+        names = [n for n in _stack_names(experts) if _method(experts, n) not in ("torchao", "fine-grained FP8")]
+        stacks = [getattr(experts, name) for name in names]
+        expected += (
+            ", or a quantisation that can be undone one layer at a time (bitsandbytes' replace_parameter_4bit, "
+            "torchao, FP8 with scales)"
+        )
+    else:
+        owners = (module for module in experts.modules() if not is_linear(module))
+        stacks = [parameter for module in owners for parameter in module.parameters(recurse=False)]
+    for stack in stacks:
+        if not _is_plain(stack):
             raise SieveError(
                 f"the experts of {path} are stored as {stack.dtype} ({type(stack).__name__} in "
-                f"{type(experts).__name__}), expected float64, float32, bfloat16, float16, or a quantisation that can "
-                "be undone one layer at a time (bitsandbytes' replace_parameter_4bit, torchao, FP8 with scales): load "
-                "the model without quantisation of its experts"
+                f"{type(experts).__name__}), expected {expected}: load the model without quantisation of its experts"
             )
 
 
@@ -111,6 +122,10 @@ def _method(experts: nn.Module, name: str) -> str | None:
     if is_fp8 and isinstance(getattr(experts, f"{name}_scale_inv", None), torch.Tensor):
         return "fine-grained FP8"
     return None
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    return _library(weight) == "torch" and weight.is_floating_point() and weight.dtype.itemsize > 1
 
 
 def _library(value: object) -> str:

@@ -9,12 +9,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import SieveError
-from .families import ROUTER_NAMES, ExpertsShape, MoEFamily, family_of
+from .families import ExpertsShape, MoEFamily, family_of
 from .linear import is_linear
 from .quantised import refuse_packed
+from .unadaptable import why_not
 
-_SHARED = re.compile(r"shared_(experts?|mlp)")
-_ATTENTION = re.compile(r"(^|_)(attn|attention|mixer)$")
+# The second kind is T5's: SelfAttention, EncDecAttention.
+_ATTENTION = re.compile(r"(^|_)(attn|attention|mixer)$|^[A-Z][A-Za-z]*Attention$")
 _BLOCK_INDEX = re.compile(r"^(.*?\.)?\d+(?=\.)")
 
 
@@ -36,8 +37,9 @@ class MoELayer:
     """One layer of routed experts.
 
     Attributes:
-        path: the experts module, as `named_modules` of the base model calls it (adapter layers left out).
-        experts: that module, without adapters.
+        path: where an adapter layer stands, as `named_modules` of the base model calls it (adapter layers left out):
+            the experts module, or the child of it that its family names.
+        experts: the experts module, without adapters around it.
         family: its layout.
         shape: number of experts and widths.
         routers: what of the router can be adapted.
@@ -55,6 +57,12 @@ class MoELayer:
     def num_experts(self) -> int:
         return self.shape.num_experts
 
+    @property
+    def experts_path(self) -> str:
+        """Path of the experts module."""
+        child = self.family.adapted_child
+        return self.path if child is None else self.path.removesuffix(f".{child}")
+
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of `model`, in the order of its modules.
@@ -71,15 +79,22 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         family = family_of(module)
         if family is None or path == "":
             continue
+        if family.adapted_child is not None:
+            path = f"{path}.{family.adapted_child}"
         block = path.rpartition(".")[0]
-        layers.append(
-            MoELayer(path, module, family, family.shape(module), _routers(modules, block), _shared(modules, block))
-        )
+        if not family.is_block(modules[block]):
+            continue
+        routers, shared = _routers(modules, block, family), _shared(modules, block, family)
+        layers.append(MoELayer(path, module, family, family.shape(module), routers, shared))
     if not layers:
+        for path, module in modules.items():
+            reason = why_not(module)
+            if reason is not None:
+                raise SieveError(f"the model {type(model).__name__} has {path} ({type(module).__name__}), {reason}")
         raise SieveError(
             f"the model {type(model).__name__} has no Mixture-of-Experts layer that is known here (fused experts of "
-            "transformers, or a ModuleList of gated MLPs): pass a MoE model, or teach the package its layout with "
-            "peft_sieve.register_moe_family"
+            "transformers, or a ModuleList of MLPs): pass a MoE model, or teach the package its layout with "
+            "peft_sieve.register_moe_family (docs/custom-architectures.md)"
         )
     return layers
 
@@ -102,12 +117,15 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
 def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     """Paths of the linear layers inside attention modules, in the stacks of blocks that have MoE layers.
 
-    Linear-attention and state-space mixers count as attention; a vision tower, which is another stack, does not.
+    Linear-attention and state-space mixers count as attention; a vision tower, which is another stack, does not. Where
+    attention has experts of its own, they and their router do not, either.
     """
+    routed = {router.path for layer in layers for router in layer.routers}
+    inside_experts = tuple(f"{layer.path}." for layer in layers)
     stacks = {match.group(1) or "" for layer in layers if (match := _BLOCK_INDEX.match(layer.path))}
     found = []
     for path, module in base_modules(model).items():
-        if not is_linear(module):
+        if not is_linear(module) or path in routed or path.startswith(inside_experts):
             continue
         match = _BLOCK_INDEX.match(path)
         if match is None or (match.group(1) or "") not in stacks:
@@ -119,8 +137,8 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     return found
 
 
-def _routers(modules: dict[str, nn.Module], block: str) -> tuple[Router, ...]:
-    for name in ROUTER_NAMES:
+def _routers(modules: dict[str, nn.Module], block: str, family: MoEFamily) -> tuple[Router, ...]:
+    for name in family.router_names:
         path = f"{block}.{name}"
         router = modules.get(path)
         if router is None:
@@ -135,8 +153,8 @@ def _routers(modules: dict[str, nn.Module], block: str) -> tuple[Router, ...]:
     return ()
 
 
-def _shared(modules: dict[str, nn.Module], block: str) -> tuple[str, ...]:
+def _shared(modules: dict[str, nn.Module], block: str, family: MoEFamily) -> tuple[str, ...]:
     prefix = block + "."
     linears = (p for p, m in modules.items() if p.startswith(prefix) and is_linear(m))
     # shared_expert_gate is not an expert: it has one output, and the paper leaves it alone.
-    return tuple(p for p in linears if _SHARED.fullmatch(p[len(prefix) :].split(".")[0]))
+    return tuple(p for p in linears if re.fullmatch(family.shared_experts, p[len(prefix) :].split(".")[0]))

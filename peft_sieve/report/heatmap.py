@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peft_sieve.errors import SieveError
+from peft_sieve.report.canvas import FONT, LIGHT, Theme, dress, new_figure, save_png, shares_map
 from peft_sieve.routing.profile_data import RoutingProfile, check_profile
 from peft_sieve.routing.selection import ExpertSelection
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from peft_sieve.report.figure import ReportFigure
 
-# Pale to dark in one hue, and an outline of the hue that all kinds of colour vision tell from it.
-_COLORMAP, _OUTLINE, _NO_EXPERT = "Blues", "#D55E00", "#BBBBBB"
 _TITLE = "Share of its layer's routed tokens that each expert receives"
-_DPI = 150
-_FONT, _OUTLINE_WIDTH = 8, 1.0  # points
+_OUTLINE_WIDTH = 1.0  # points
 # Inches. A cell is as large as a line of text where there is room, and never too small to see its outline.
 _LARGEST_CELL, _SMALLEST_CELL, _WIDEST_GRID, _TALLEST_GRID = 0.28, 0.08, 10.0, 9.0
 _SMALLEST_GRID = (4.0, 1.2)  # the title and the colour bar need that much
@@ -50,62 +47,58 @@ def save_heatmap(
         SieveError: if matplotlib is not installed, nothing can be written to `path`, or the selection names a layer or
             an expert that the profile lacks.
     """
+    save_png(heatmap_figure(profile, selection), path, "heat map")
+
+
+def heatmap_figure(
+    profile: RoutingProfile, selection: Mapping[str, Iterable[int]] | None = None, *, theme: Theme = LIGHT
+) -> ReportFigure:
+    """The picture that `save_heatmap` writes, as a figure of matplotlib.
+
+    Args:
+        profile: what the router did.
+        selection: layer name -> ids of the experts to outline.
+        theme: `LIGHT` or `DARK`.
+
+    Raises:
+        SieveError: if matplotlib is not installed, or the selection names a layer or an expert that the profile lacks.
+    """
     check_profile(profile)
     chosen = ExpertSelection(selection or {})
     chosen.coverage(profile)  # raises for layers and experts of another model
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SieveError(
-            f"a heat map is drawn with matplotlib, which cannot be imported ({error}): pip install peft-sieve[report]"
-        ) from error
-    # Not pyplot: it would keep the figure, and choose a backend for the whole process.
-    figure = Figure(dpi=_DPI)
-    FigureCanvasAgg(figure)
-    _draw(figure, profile, chosen)
-    try:
-        figure.savefig(path, format="png", dpi=_DPI)
-    except OSError as error:
-        raise SieveError(
-            f"could not write the heat map to {os.fspath(path)} ({error.strerror or error}), expected a file name in a "
-            "writable folder: create the folder or choose another path"
-        ) from error
-
-
-def _draw(figure: Figure, profile: RoutingProfile, selection: ExpertSelection) -> None:
-    from matplotlib.collections import PolyCollection
-
     shares = _shares(profile)
     num_layers, num_experts = shares.shape
-    labels, layers = _short_names(list(profile.counts))
+    labels, layers = short_names(list(profile.counts))
     grid = _Grid(num_layers, num_experts, left=0.45 + _CHARACTER * max(map(len, labels)))
-    figure.set_size_inches(grid.figure_size)
+    figure = new_figure(*grid.figure_size, constrained=False)
+    from matplotlib.collections import PolyCollection
 
     axes = figure.add_axes(grid.place(grid.left, grid.width))
-    axes.patch.set(facecolor="white", hatch="////", edgecolor=_NO_EXPERT)  # seen where the image has no value
-    image = axes.pcolormesh(100 * shares.numpy(), cmap=_COLORMAP, vmin=0)
-    boxes = PolyCollection(_outlines(profile, selection, grid), facecolors="none", edgecolors=_OUTLINE)
+    image = axes.pcolormesh(100 * shares.numpy(), cmap=shares_map(theme), vmin=0)
+    boxes = PolyCollection(_outlines(profile, chosen, grid), facecolors="none", edgecolors=theme.emphasis)
     boxes.set(linewidth=_OUTLINE_WIDTH, zorder=3)  # above the frame (2.5), which would hide the outer sides
     axes.add_collection(boxes)
     axes.set(xlim=(0, num_experts), ylim=(num_layers, 0))
     # Side by side, labels of three digits need twice the room of a line.
     axes.set_xticks(*_ticks([str(expert) for expert in range(num_experts)], grid.width / (2 * _LINE)))
     axes.set_yticks(*_ticks(labels, grid.height / _LINE))
-    axes.tick_params(labelsize=_FONT, length=2)
-    axes.set_xlabel("expert", fontsize=_FONT + 1)
-    axes.set_ylabel("layer", fontsize=_FONT + 1)
-    for text, line, size in ((_TITLE, 0, _FONT + 2), (layers, 1, _FONT), (_summary(profile, selection), 2, _FONT)):
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    for text, line, size in ((_TITLE, 0, FONT + 2), (layers, 1, FONT), (_summary(profile, chosen), 2, FONT)):
         x, y = 0.12 / grid.figure_size[0], 1 - (0.12 + 0.2 * line) / grid.figure_size[1]
-        figure.text(x, y, text, fontsize=size, va="top", parse_math=False)
+        figure.text(x, y, text, fontsize=size, va="top", parse_math=False, color=theme.text)
 
     bar_axes = figure.add_axes(grid.place(grid.left + grid.width + 0.15, 0.14))
     bar = figure.colorbar(image, cax=bar_axes, format="%.3g%%")
     bar.outline.set_visible(False)
-    bar_axes.tick_params(labelsize=_FONT, length=2)
     uniform = _uniform_share(profile)
     if uniform is not None:
-        bar_axes.axhline(100 * uniform, color="black", linewidth=1.5)
+        bar_axes.axhline(100 * uniform, color=theme.text, linewidth=1.5)
+    dress(figure, theme)
+    axes.patch.set(hatch="////", edgecolor=theme.quiet)  # seen where the image has no value
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+    return figure
 
 
 class _Grid:
@@ -157,7 +150,7 @@ def _ticks(labels: Sequence[str], room: float) -> tuple[list[float], list[str]]:
     return [index + 0.5 for index in range(0, len(labels), step)], list(labels[::step])
 
 
-def _short_names(names: Sequence[str]) -> tuple[list[str], str]:
+def short_names(names: Sequence[str]) -> tuple[list[str], str]:
     """What tells the layers apart, and what they have in common with a star in its place.
 
     `a.0.b` and `a.1.b` become `0` and `1` and the pattern `a.*.b`.

@@ -5,7 +5,7 @@ import operator
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,21 @@ class CalibrationData:
     fingerprint: str
     num_dropped_empty: int
 
+    def part(self, batches: list[dict[str, Any]]) -> "CalibrationData":
+        """Some of the batches alone; name and fingerprint stay those of the whole data that was read."""
+        return replace(
+            self,
+            batches=batches,
+            num_samples=sum(len(batch["input_ids"]) for batch in batches),
+            num_tokens=sum(map(tokens_in, batches)),
+        )
+
+
+def tokens_in(batch: Mapping[str, Any]) -> int:
+    """Tokens of a batch that are not padding. A mask per query, as for packed samples, says nothing of padding."""
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if isinstance(mask, Tensor) and mask.ndim == 2 else batch["input_ids"].numel()
+
 
 def calibration_batches(
     data: Any,
@@ -66,7 +81,7 @@ def calibration_batches(
             - a sequence or an iterator of rows: str, or dicts with `text`, `messages`, `prompt` + `completion`,
               `input_ids` (and `attention_mask`) or `conversations` (ShareGPT);
             - an iterable of batches that are ready for the model: dicts with 2-D `input_ids`. They pass as they are,
-              without their `labels`, until they cover `max_samples` rows; `max_length` does not cut them.
+              `labels` included, until they cover `max_samples` rows; `max_length` does not cut them.
         tokenizer: tokenizer or processor; needed for text. Messages need its chat template.
         formatting_func: takes one row and returns its text, a list of texts (several samples) or a list of messages,
             as for TRL's `SFTTrainer`. Wins over the row's columns.
@@ -201,7 +216,6 @@ def _as_inputs(item: Mapping[str, Any], position: int) -> dict[str, Any]:
     batch = {
         key: torch.as_tensor(value).detach().cpu() if isinstance(value, (Tensor, np.ndarray)) else value
         for key, value in item.items()
-        if key != "labels"
     }
     if batch["input_ids"].is_floating_point():
         raise SieveError(

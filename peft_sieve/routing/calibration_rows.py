@@ -1,6 +1,6 @@
 """One row of a calibration data set -> samples -> token ids.
 
-The forms follow TRL's `SFTTrainer`, so that the router is profiled on the text that training shows it.
+The forms follow TRL's trainers, so that the router is profiled on the text that training shows it.
 """
 
 import json
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_sieve.errors import SieveError
 
-ROW_FORMS = "`text`, `messages`, `prompt` + `completion`, `input_ids` or `conversations`"
+ROW_FORMS = "`text`, `messages`, `prompt` + `completion`, `chosen` + `rejected`, `input_ids` or `conversations`"
 # Every column that a row's form may read.
 ROW_COLUMNS = (
     "input_ids",
@@ -22,6 +22,8 @@ ROW_COLUMNS = (
     "messages",
     "prompt",
     "completion",
+    "chosen",
+    "rejected",
     "conversations",
     "text",
     "tools",
@@ -95,7 +97,11 @@ def read_row(row: Any, where: str, formatting_func: RowFormatter | None = None) 
     if row.get("messages") is not None:
         return [_conversation(row["messages"], "messages", row, where)]
     if row.get("prompt") is not None and row.get("completion") is not None:
-        return [_read_prompt_completion(row, where)]
+        return [_read_answer(row, "completion", where)]
+    answers = [name for name in ("chosen", "rejected") if row.get(name) is not None]
+    if answers:
+        # Preference training shows the model both.
+        return [_read_answer(row, name, where) for name in answers]
     if row.get("conversations") is not None:
         return [_conversation(row["conversations"], "conversations", row, where)]
     if row.get("text") is not None:
@@ -108,7 +114,8 @@ def read_row(row: Any, where: str, formatting_func: RowFormatter | None = None) 
 def fits_a_form(columns: Iterable[Any]) -> bool:
     """Whether rows with these columns are in one of `ROW_FORMS`."""
     names = set(columns)
-    return bool(names & {"input_ids", "messages", "conversations", "text"}) or {"prompt", "completion"} <= names
+    alone = {"input_ids", "messages", "conversations", "text", "chosen", "rejected"}
+    return bool(names & alone) or {"prompt", "completion"} <= names
 
 
 def _format_row(row: Any, where: str, formatting_func: RowFormatter) -> list[Sample]:
@@ -134,16 +141,18 @@ def _format_row(row: Any, where: str, formatting_func: RowFormatter) -> list[Sam
     )
 
 
-def _read_prompt_completion(row: Mapping[str, Any], where: str) -> Sample:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt + completion
-    if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
-        return _conversation([*prompt, *completion], "prompt` + `completion", row, where)
-    raise SieveError(
-        f"{where} of the calibration data has a `prompt` of type {_type_name(prompt)} and a `completion` of type "
-        f"{_type_name(completion)}; expected two str or two lists of messages."
-    )
+def _read_answer(row: Mapping[str, Any], column: str, where: str) -> Sample:
+    """An answer after its prompt; the answers of a preference row may have the prompt in them."""
+    prompt, answer = row.get("prompt"), row[column]
+    names = column if prompt is None else f"prompt` + `{column}"
+    if isinstance(answer, str) and isinstance(prompt, str | None):
+        return (prompt or "") + answer
+    if isinstance(answer, (list, tuple)) and isinstance(prompt, list | tuple | None):
+        return _conversation([*(prompt or ()), *answer], names, row, where)
+    given, expected = f"a `{column}` of type {_type_name(answer)}", "a str or a list of messages"
+    if prompt is not None:
+        given, expected = f"a `prompt` of type {_type_name(prompt)} and {given}", "two str or two lists of messages"
+    raise SieveError(f"{where} of the calibration data has {given}; expected {expected}.")
 
 
 def _read_token_ids(row: Mapping[str, Any], where: str) -> TokenIds:
@@ -224,10 +233,13 @@ def _unknown_columns(row: Mapping[str, Any]) -> SieveError:
     named_ids = {name for name in names if name.lower() in ("id", "idx", "index") or name.lower().endswith("_id")}
     texts = [name for name in names if isinstance(row[name], str) and name not in named_ids]
     shown = (texts or names)[:3] or ["column"]
-    body = r"\n".join(f"{{row[{name!r}]}}" for name in shown)
+    body = 'f"' + r"\n".join(f"{{row[{name!r}]}}" for name in shown) + '"'
+    for name in names:
+        if isinstance(row[name], (list, tuple)) and row[name] and all(map(_is_message, row[name])):
+            body = f"row[{name!r}]"
     return SieveError(
         f"the calibration data has the columns {_quoted(row)}, which fit none of the forms {ROW_FORMS}; pass a "
-        f'function that turns one row into text, e.g. `calib_formatting_func=lambda row: f"{body}"`.'
+        f"function that turns one row into text, e.g. `calib_formatting_func=lambda row: {body}`."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
 import reprlib
@@ -20,6 +21,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from peft_sieve.errors import SieveError
+from peft_sieve.table import UNKNOWN, Table
 
 FORMAT_VERSION = 1
 HEADER_KEY = "peft_sieve_routing_profile"  # under it lies the JSON header in the safetensors string metadata
@@ -237,6 +239,19 @@ class RoutingProfile:
         tokens = "" if self.num_tokens is None else f", {self.num_tokens:,} tokens"
         mass = "with" if self.mass is not None else "without"
         return f"RoutingProfile({len(self.counts)} layers x {experts} experts{top_k}{tokens}, {mass} mass)"
+
+    def to_table(self) -> Table:
+        """One row a layer: its experts, the tokens routed to them (each counts once for every expert that it goes to),
+        the most used expert, and the share that it gets."""
+        rows = []
+        for name, counts in self.counts.items():
+            routed, hottest = int(counts.sum()), int(counts.argmax())
+            top = (str(hottest), f"{int(counts[hottest]) / routed:.1%}") if routed else (UNKNOWN, UNKNOWN)
+            rows.append((name, str(counts.numel()), f"{routed:,}", *top))
+        return Table(("layer", "experts", "routed", "hottest expert", "its share"), rows)
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>\n{self.to_table().to_html()}"
 
 
 # --- values ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,8 +17,10 @@ from tqdm.auto import tqdm
 
 from ..errors import SieveError
 from ..moe.topology import MoELayer, find_moe_layers
-from .calibration import CalibrationData, calibration_batches
+from .calibration import CalibrationData, calibration_batches, tokens_in
+from .encoder_decoder import decoder_layers, with_decoder_inputs
 from .profile_data import RoutingProfile
+from .until_stable import StabilityRule, StableProfile, profile_until
 
 
 def profile_routing(
@@ -33,12 +35,15 @@ def profile_routing(
     progress: bool = True,
     split: str = "train",
     seed: int = 0,
+    stability: float | None = None,
+    selection: Mapping[str, Any] | None = None,
 ) -> RoutingProfile:
     """Count, for each MoE layer and expert, the tokens routed to it and the gate weight it received (MoE-Sieve §3).
 
     Runs the model's backbone, without its head, gradients or key-value cache, where and in the type the model is, and
     reads what the routers really dispatched. Padding and dropped slots do not count. Adapters on the model are switched
-    off meanwhile. Hooks, training mode and random state are restored, also after an exception.
+    off meanwhile. The decoder of an encoder-decoder reads the `labels` of batches that have some, and otherwise the
+    text that the encoder reads. Hooks, training mode and random state are restored, also after an exception.
 
     Args:
         model: a MoE model of transformers, or one around it (`PeftModel`).
@@ -50,7 +55,11 @@ def profile_routing(
         formatting_func: row -> text, for rows in another form.
         progress: show a bar with tokens per second if standard error is a terminal.
         split: split of a data set that has several.
-        seed: of the subset.
+        seed: of the subset, and of the order in which `stability` takes the batches.
+        stability: None profiles all samples. A share in (0, 1] stops as soon as two halves of the samples so far select
+            the same experts to at least this Jaccard similarity in every layer, and warns if that never happens. The
+            profile's metadata then hold `stability`, layer name -> similarity reached.
+        selection: with `stability`, the keyword arguments of `select_experts` that say what is selected; its defaults.
 
     Returns:
         The profile; layers are named by the path of their experts module.
@@ -58,6 +67,7 @@ def profile_routing(
     Raises:
         SieveError: no MoE layer, unusable data, or no MoE layer reached by it.
     """
+    rule = None if stability is None else StabilityRule(stability, selection or {}, seed)
     base = unwrapped(model)
     layers = find_moe_layers(base)
     calibration = calibration_batches(
@@ -70,7 +80,10 @@ def profile_routing(
         batch_size=batch_size,
         seed=seed,
     )
-    profile = profile_batches(base, layers, calibration, progress=progress)
+    if rule is None:
+        profile = profile_batches(base, layers, calibration, progress=progress)
+    else:
+        profile = profile_until_stable(base, layers, calibration, rule, progress=progress).profile
     check_reached(profile)
     return profile
 
@@ -122,6 +135,35 @@ def profile_batches(
     model: nn.Module, layers: list[MoELayer], calibration: CalibrationData, *, progress: bool = True
 ) -> RoutingProfile:
     """As `profile_routing`, over batches that were made already; none of them need reach a layer."""
+    with _bar(calibration, progress) as bar:
+        return _counted(model, layers, calibration, bar)
+
+
+def profile_until_stable(
+    model: nn.Module,
+    layers: list[MoELayer],
+    calibration: CalibrationData,
+    rule: StabilityRule,
+    *,
+    progress: bool = True,
+    together: bool = False,
+) -> StableProfile:
+    """As `profile_batches`, until the rule is content.
+
+    Args:
+        together: whether all processes do this, each with its share, and stop together when their sum is stable.
+    """
+    with _bar(calibration, progress) as bar:
+        return profile_until(rule, lambda part: _counted(model, layers, part, bar), calibration, together=together)
+
+
+def _bar(calibration: CalibrationData, progress: bool) -> tqdm:
+    # None: no bar unless a terminal is watching.
+    hidden = None if progress else True
+    return tqdm(total=calibration.num_tokens, desc="Profiling routing", unit="tok", unit_scale=True, disable=hidden)
+
+
+def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationData, bar: tqdm) -> RoutingProfile:
     counters = {layer.path: _Counter(layer.num_experts) for layer in layers}
     forward = _backbone(model)
     device = _input_device(model)
@@ -135,10 +177,6 @@ def profile_batches(
             "Profiling runs on the CPU, where the model is, though there is a GPU: move the model there first."
         )
     with ExitStack() as stack:
-        # None: no bar unless a terminal is watching.
-        hidden = None if progress else True
-        bar = tqdm(total=calibration.num_tokens, desc="Profiling routing", unit="tok", unit_scale=True, disable=hidden)
-        stack.callback(bar.close)
         stack.enter_context(_undisturbed(model))
         for layer in layers:
             parent, _, name = layer.path.rpartition(".")
@@ -146,15 +184,16 @@ def profile_batches(
             handles = layer.family.watch(getattr(parent_module, name), parent_module, counters[layer.path].add)
             for handle in handles:
                 stack.callback(handle.remove)
+        in_decoder = decoder_layers(model, layers)
         for batch in calibration.batches:
+            batch, decoder_mask = with_decoder_inputs(model, batch)
             mask = batch.get("attention_mask")
             if mask is not None and mask.dim() != 2:
                 mask = None  # one per query, as for packed samples: it says nothing of padding
-            real = None if mask is None or bool(mask.all()) else mask.reshape(-1).bool()
-            for counter in counters.values():
-                counter.real = real
+            for path, counter in counters.items():
+                counter.real = _real_tokens(decoder_mask if path in in_decoder else mask)
             forward(_to(batch, device))
-            bar.update(int(mask.sum()) if mask is not None else batch["input_ids"].numel())
+            bar.update(tokens_in(batch))
     return RoutingProfile(
         counts={path: counter.totals()[0] for path, counter in counters.items()},
         mass={path: counter.totals()[1] for path, counter in counters.items()},
@@ -168,6 +207,11 @@ def profile_batches(
             "model": getattr(model, "name_or_path", "") or type(model).__name__,
         },
     )
+
+
+def _real_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which of the flattened tokens are no padding; None if all are."""
+    return None if mask is None or bool(mask.all()) else mask.reshape(-1).bool()
 
 
 class _Counter:

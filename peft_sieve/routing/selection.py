@@ -20,6 +20,7 @@ from torch import Tensor
 
 from peft_sieve.errors import SieveError
 from peft_sieve.routing.profile_data import RoutingProfile, check_profile, quoted
+from peft_sieve.table import Table
 
 ScoreFunction = Callable[[RoutingProfile, str], Tensor]
 
@@ -75,8 +76,12 @@ register_score("count", _count)
 register_score("mass", _mass)
 
 
-def _layer_scores(profile: RoutingProfile, score: str) -> dict[str, list[float]]:
-    """The score of every expert, layer by layer, as integers or floats."""
+def layer_scores(profile: RoutingProfile, score: str) -> dict[str, list[float]]:
+    """The score of every expert, layer by layer, as integers or floats.
+
+    Raises:
+        SieveError: if no score has that name, or the profile lacks what it needs.
+    """
     check_profile(profile)
     _check_name("score", score, _SCORES)
     scores = {}
@@ -206,6 +211,15 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
     def __repr__(self) -> str:
         return f"ExpertSelection({len(self)} layers, {sum(map(len, self.values()))} experts)"
 
+    def to_table(self) -> Table:
+        """One row a layer: how many experts are selected, and which."""
+        rows = [(layer, str(len(experts)), " ".join(map(str, experts))) for layer, experts in self.items()]
+        total = ("all layers", str(sum(map(len, self.values()))), "")
+        return Table(("layer", "selected", "expert ids"), rows, total, wrapped=(2,))
+
+    def _repr_html_(self) -> str:
+        return self.to_table().to_html()
+
     def coverage(self, profile: RoutingProfile, score: str = "count") -> dict[str, float]:
         """The share of each layer's score that the selected experts capture (MoE-Sieve §3).
 
@@ -220,7 +234,7 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
         Raises:
             SieveError: if the profile lacks a selected layer or expert, or the score.
         """
-        scores = _layer_scores(profile, score)
+        scores = layer_scores(profile, score)
         missing = [layer for layer in self if layer not in scores]
         if missing:
             raise SieveError(
@@ -251,6 +265,11 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
         Raises:
             SieveError: if the layers differ.
         """
+        overlaps = self.layer_jaccard(other).values()
+        return math.fsum(overlaps) / len(overlaps) if overlaps else 1.0
+
+    def layer_jaccard(self, other: Mapping[str, Iterable[int]]) -> dict[str, float]:
+        """As `jaccard`, layer by layer: layer name -> a number in [0, 1], in the selection's order."""
         theirs = other if isinstance(other, ExpertSelection) else ExpertSelection(other)
         only_one = sorted(set(self) ^ set(theirs))
         if only_one:
@@ -258,11 +277,11 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
                 f"received two selections of which only one has {quoted(only_one)}, "
                 "expected the same layers in both: compare selections for the same model"
             )
-        overlaps = []
+        overlaps = {}
         for layer, experts in self.items():
             either = set(experts) | set(theirs[layer])
-            overlaps.append(len(set(experts) & set(theirs[layer])) / len(either) if either else 1.0)
-        return math.fsum(overlaps) / len(overlaps) if overlaps else 1.0
+            overlaps[layer] = len(set(experts) & set(theirs[layer])) / len(either) if either else 1.0
+        return overlaps
 
     def to_dict(self) -> dict[str, list[int]]:
         """The selection as plain lists, ready for JSON and for `SieveLoraConfig(selected_experts=...)`."""
@@ -307,7 +326,7 @@ def select_experts(
     validate_selection_options(top_k_frac, top_k, strategy, score, coverage)
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise SieveError(f"received seed={reprlib.repr(seed)}, expected a whole number: pass one such as 0")
-    scores = _layer_scores(profile, score)
+    scores = layer_scores(profile, score)
     budgets = {layer: experts_per_layer(len(values), top_k_frac, top_k) for layer, values in scores.items()}
     for layer, values in scores.items():
         if budgets[layer] > len(values):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from peft_sieve.routing.profile_data import RoutingProfile, check_profile
 from peft_sieve.routing.selection import check_share, experts_per_layer
+from peft_sieve.table import UNKNOWN, Table
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,19 @@ class RoutingStatistics:
         """Mean of the layers' `normalized_entropy`, over the layers that tokens reached; NaN if there are none."""
         return self._mean([layer.normalized_entropy for layer in self.layers.values()])
 
+    def to_table(self) -> Table:
+        """One row a layer, and a summary with the means over the layers that tokens reached; "-" for NaN."""
+        rows = [
+            _row(name, (layer.cv, layer.cold_fraction, layer.coverage, layer.normalized_entropy))
+            for name, layer in self.layers.items()
+        ]
+        means = (self.mean_layer_cv, self.mean_cold_fraction, self.mean_coverage, self.mean_normalized_entropy)
+        header = ("layer", "CV", "cold experts", "coverage of the hottest", "entropy")
+        return Table(header, rows, _row("mean of the layers", means))
+
+    def _repr_html_(self) -> str:
+        return self.to_table().to_html()
+
     @staticmethod
     def _mean(values: Sequence[float]) -> float:
         known = [value for value in values if not math.isnan(value)]
@@ -93,6 +107,11 @@ def routing_statistics(profile: RoutingProfile, *, top_k_frac: float = 0.25) -> 
     return RoutingStatistics(
         layers={name: _layer_statistics(layer, top_k_frac) for name, layer in counts.items()}, global_cv=global_cv
     )
+
+
+def _row(name: str, values: Sequence[float]) -> tuple[str, ...]:
+    forms = (".2f", ".1%", ".1%", ".3f")
+    return name, *(UNKNOWN if math.isnan(v) else format(v, form) for v, form in zip(values, forms, strict=True))
 
 
 def _layer_statistics(counts: Sequence[int], top_k_frac: float) -> LayerStatistics:

@@ -9,11 +9,11 @@ from matplotlib import colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.text import Text
 
 from peft_sieve import RoutingProfile, SieveError, select_experts
 from peft_sieve.report import heatmap
 from peft_sieve.report.heatmap import save_heatmap
+from tests.report.layout import check_layout, visible_texts
 
 TELEMETRY = Path(__file__).parent.parent / "data" / "olmoe_1b_7b.npz"
 OUTLINE = np.array(colors.to_rgb("#D55E00"))
@@ -38,31 +38,6 @@ def drawn(monkeypatch) -> list[Figure]:
         Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
     )
     return figures
-
-
-def visible_texts(figure: Figure) -> list[Text]:
-    """Everything written in a figure."""
-    hidden = set()
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            # An axis also makes labels for ticks beyond its ends, and does not draw them.
-            hidden |= {id(tick.label1) for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
-            hidden |= {id(tick.label2) for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
-    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    return [text for text in texts if id(text) not in hidden]
-
-
-def check_layout(figure: Figure) -> None:
-    """No text overlaps another or leaves the figure."""
-    renderer = figure.canvas.get_renderer()
-    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in visible_texts(figure)]
-    for text, box in boxes:
-        assert box.x0 >= 0 and box.y0 >= 0, text
-        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, text
-    for i, (text, box) in enumerate(boxes):
-        for other_text, other in boxes[:i]:
-            assert not box.overlaps(other), f"{text!r} over {other_text!r}"
 
 
 def grid_of(figure: Figure) -> Axes:
@@ -149,7 +124,7 @@ def test_places_without_an_expert_have_no_value(drawn, tmp_path):
 
 
 def test_names_of_layers():
-    short = heatmap._short_names
+    short = heatmap.short_names
     assert short([f"model.layers.{i}.mlp.experts" for i in (3, 11)]) == (["3", "11"], "model.layers.*.mlp.experts")
     assert short(["a.0.mlp", "b.c.1.mlp"]) == (["a.0", "b.c.1"], "*.mlp")
     assert short(["model.layers.0.experts"]) == (["experts"], "model.layers.0.*")

@@ -239,6 +239,23 @@ def test_row_forms(chat_tokenizer):
         assert rows_of(data) == encoded(chat_tokenizer, text), row
 
 
+def test_a_preference_row_gives_both_answers(chat_tokenizer):
+    other = [{"role": "assistant", "content": "Five."}]
+    other_text = "<user>What is two and two?<assistant>Five."
+    assert other_text == CHAT_TEXT.replace("Four", "Five")
+    forms = [
+        ({"prompt": "2+2=", "chosen": " 4", "rejected": " 5"}, ["2+2= 4", "2+2= 5"]),
+        ({"chosen": "2+2=4", "rejected": "2+2=5"}, ["2+2=4", "2+2=5"]),
+        ({"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": other}, [CHAT_TEXT, other_text]),
+        ({"chosen": CHAT, "rejected": [*CHAT[:1], *other], "score": 3}, [CHAT_TEXT, other_text]),
+    ]
+    for row, texts in forms:
+        for data in ([row], datasets.Dataset.from_list([row])):
+            made = calibration_batches(data, tokenizer=chat_tokenizer)
+            assert rows_of(made) == encoded(chat_tokenizer, *texts), row
+            assert made.num_samples == 2
+
+
 def test_rows_of_several_forms_in_one_list(chat_tokenizer):
     rows = ["one", {"messages": CHAT}, {"input_ids": [5, 6]}, {"text": "two words"}]
     data = calibration_batches(rows, tokenizer=chat_tokenizer)
@@ -617,7 +634,7 @@ def test_a_dataloader_passes_through():
     expected = list(loader)
     assert len(data.batches) == 3
     for batch, original in zip(data.batches, expected, strict=True):
-        assert set(batch) == {"input_ids", "attention_mask"}
+        assert set(batch) == {"input_ids", "attention_mask", "labels"}
         assert torch.equal(batch["input_ids"], original["input_ids"])
         assert torch.equal(batch["attention_mask"], original["attention_mask"])
         assert batch["attention_mask"].dtype == torch.int64
@@ -664,7 +681,7 @@ def test_ready_batches_stop_at_max_samples_and_trim_the_last():
     assert last["pixel_values"].tolist() == [[0, 1], [2, 3]]
     assert last["names"] == ["a", "b"] and last["use_cache"] is False and last["scale"] == 1.0
     assert isinstance(last["token_type_ids"], torch.Tensor) and len(last["token_type_ids"]) == 2
-    assert "labels" not in last
+    assert len(last["labels"]) == 2
 
 
 def test_a_ready_batch_whose_inputs_are_not_by_rows_is_not_torn():
@@ -797,7 +814,7 @@ def test_datasets_is_not_needed_for_files_and_lists(tmp_path, tokenizer, monkeyp
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
-FORMS = "`text`, `messages`, `prompt` + `completion`, `input_ids` or `conversations`"
+FORMS = "`text`, `messages`, `prompt` + `completion`, `chosen` + `rejected`, `input_ids` or `conversations`"
 ACCEPTED = "expected a Hub id or a local file (str), a datasets.Dataset, a list of str or dicts, or an iterable of "
 
 
@@ -837,6 +854,7 @@ ACCEPTED = "expected a Hub id or a local file (str), a datasets.Dataset, a list 
             [{"prompt": "a", "completion": []}],
             "has a `prompt` of type str and a `completion` of type list; expected two",
         ),
+        ([{"chosen": 3, "rejected": "b"}], "has a `chosen` of type int; expected a str or a list of messages."),
         ([{"messages": [], "tools": "{"}], "row 0 of the calibration data holds no JSON in `tools` (Expecting"),
         (
             [{"input_ids": [[1]]}],
@@ -848,6 +866,7 @@ ACCEPTED = "expected a Hub id or a local file (str), a datasets.Dataset, a list 
         ([{"input_ids": [1, -100]}], "row 0 of the calibration data has the negative token id -100 in `input_ids`"),
         ([{"input_ids": [1, 2], "attention_mask": [1]}], "has 2 `input_ids` but an `attention_mask` of length 1"),
         ([{"question": "q", "n": 1}], f"has the columns 'question', 'n', which fit none of the forms {FORMS}; pass a"),
+        ([{"prompt": CHAT[:1], "answer": "4"}], "e.g. `calib_formatting_func=lambda row: row['prompt']`."),
         (
             [{"input_ids": torch.ones(1, 2).long()}, "text"],
             "item 1 of the calibration data, a list, is no batch that is ready for the model as those before it are, "

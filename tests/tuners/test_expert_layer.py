@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from peft_sieve import SieveError, SieveLoraConfig
 from peft_sieve.moe.chunks import BACKEND_VARIABLE
 from peft_sieve.moe.families import family_of
 from peft_sieve.moe.topology import MoELayer
+from peft_sieve.tuners.sieve import fused
 from peft_sieve.tuners.sieve.fused import FusedSieveExperts
 from tests.deepseek_like import DeepseekLikeConfig, DeepseekLikeMoE
 from tests.models import tiny_model
@@ -329,6 +330,47 @@ def test_deterministic(backend: str) -> None:
     layer = make_layer("olmoe", dtype=torch.float32)
     runs = [{what: fast for what, fast, _ in both(layer, torch.float32)} for _ in range(2)]
     assert all(torch.equal(runs[0][what], runs[1][what]) for what in runs[0])
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_the_bits_of_a_backward_in_several_threads_are_those_of_one(
+    dropout: float, post_norm: bool, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "CHUNK_ROWS", 8)  # a chunk for each expert
+    runs = []
+    for number in (1, 3):
+        threads(number)
+        layer = make_layer("olmoe", dtype=torch.float32, lora_dropout=dropout).train()
+        if post_norm:
+            experts = layer.get_base_layer()
+            experts.has_post_expert_norm = True
+            experts.post_expert_norm = nn.RMSNorm(32).requires_grad_(False)
+        hidden, ids, weights = dispatch(torch.float32)
+        torch.manual_seed(1)
+        layer(hidden, ids, weights).square().sum().backward()
+        runs.append(gradients(layer, hidden, weights))
+    assert len(runs[0]) == 6
+    for name, gradient in runs[0].items():
+        assert gradient.abs().max() > 0, name
+        assert torch.equal(gradient, runs[1][name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_the_reference_in_several_threads(
+    layout: str, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "CHUNK_ROWS", 8)
+    threads(3)
+    for what, fast, slow in both(make_layer(layout)):
+        assert_same(fast, slow, what)
 
 
 def test_non_contiguous_input(backend: str) -> None:

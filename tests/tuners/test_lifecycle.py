@@ -398,15 +398,6 @@ def test_adapters_on_different_layers() -> None:
     assert torch.equal(one.logits(), outputs["first"])
 
 
-@each_model
-@pytest.mark.parametrize("names", [["default", "second", "default"], ["default", "__base__", "second"]])
-def test_adapters_mixed_in_a_batch_are_refused(name: str, names: list[str]) -> None:
-    one, expected = pair(name)
-    with pytest.raises(SieveError, match=r"adapter_names .* set_adapter"), torch.no_grad():
-        one.model.eval()(**one.batch, adapter_names=names)
-    assert torch.equal(one.logits(), expected["default"])
-
-
 # What PEFT tells about it
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from torch import nn
 
@@ -11,9 +12,9 @@ from ...errors import SieveError
 from ...moe.topology import MoELayer
 from ...routing.calibration import CalibrationData, calibration_batches
 from ...routing.distributed import gathered, on_every_rank, rank_and_world, summed
-from ...routing.profile_data import RoutingProfile
-from ...routing.profiling import check_reached, find_tokenizer, profile_batches
+from ...routing.profiling import check_reached, find_tokenizer, profile_batches, profile_until_stable
 from ...routing.selection import select_experts
+from ...routing.until_stable import StabilityRule
 from .config import RUNTIME_ONLY, SieveLoraConfig
 
 
@@ -26,18 +27,25 @@ def calibrate(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer])
     Raises:
         SieveError: there is no data, it cannot be read, or it reaches no layer; `config` is unchanged then.
     """
-    profile, calibration = on_every_rank(lambda: _profile(config, model, layers))
+    options: dict[str, Any] = {
+        "top_k_frac": config.top_k_frac,
+        "top_k": config.top_k,
+        "strategy": config.strategy,
+        "score": config.score,
+        "coverage": config.coverage,
+        "seed": config.calib_seed,
+    }
+    calibration = on_every_rank(lambda: _read(config, model))
+    stability: dict[str, float] | None = None
+    if config.calib_stability is None:
+        profile = on_every_rank(lambda: profile_batches(model, layers, calibration))
+    else:
+        rule = StabilityRule(config.calib_stability, options, config.calib_seed)
+        stopped = profile_until_stable(model, layers, calibration, rule, together=True)
+        profile, calibration, stability = stopped.profile, stopped.data, stopped.stability
     total = summed(profile)
     check_reached(total)
-    selection = select_experts(
-        total,
-        top_k_frac=config.top_k_frac,
-        top_k=config.top_k,
-        strategy=config.strategy,
-        score=config.score,
-        coverage=config.coverage,
-        seed=config.calib_seed,
-    )
+    selection = select_experts(total, **options)
     config.selected_experts = {path: ids for path, ids in selection.to_dict().items() if ids}
     coverage = selection.coverage(total, score=config.score)
     config.calibration = {
@@ -52,6 +60,9 @@ def calibrate(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer])
         "coverage": {path: round(coverage[path], 4) for path in config.selected_experts},
         "peft_sieve_version": package_version(),
     }
+    if stability is not None:
+        config.calibration["stability"] = {path: round(stability[path], 4) for path in config.selected_experts}
+        config.calibration["stability_threshold"] = config.calib_stability
 
 
 def _common_fingerprint(fingerprints: list[str]) -> str:
@@ -61,9 +72,8 @@ def _common_fingerprint(fingerprints: list[str]) -> str:
     return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()
 
 
-def _profile(
-    config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer]
-) -> tuple[RoutingProfile, CalibrationData]:
+def _read(config: SieveLoraConfig, model: nn.Module) -> CalibrationData:
+    """This process's share of the calibration data."""
     data, tokenizer, formatting_func = (vars(config)[name] for name in RUNTIME_ONLY)
     if data is None:
         raise SieveError(
@@ -71,7 +81,7 @@ def _profile(
             "experts to adapt: pass SieveLoraConfig(calib_dataset=...) or the mask of an earlier calibration"
         )
     _refuse_sharded(model)
-    calibration = calibration_batches(
+    return calibration_batches(
         data,
         tokenizer=find_tokenizer(model, tokenizer),
         formatting_func=formatting_func,
@@ -82,7 +92,6 @@ def _profile(
         seed=config.calib_seed,
         shard=rank_and_world(),
     )
-    return profile_batches(model, layers, calibration), calibration
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from ...errors import SieveError
 from ...files import replaced_when_done
 from ...moe.families import PROJECTIONS
 from ...routing.selection import validate_selection_options
+from ...routing.until_stable import check_stability
 
 # Held by the object, never by a dataclass field: PEFT serialises with `dataclasses.asdict`, which deep-copies fields.
 RUNTIME_ONLY = ("calib_dataset", "calib_tokenizer", "calib_formatting_func")
@@ -64,6 +65,8 @@ class SieveLoraConfig(LoraConfig):
         calib_tokenizer: tokenizer, or a name or path of one; None takes the one saved with the model. Runtime only.
         calib_formatting_func: row -> str, for rows in another form. Runtime only.
         calib_split, calib_samples, calib_max_length (tokens), calib_batch_size, calib_seed: how the data is read.
+        calib_stability: None profiles all samples. A share in (0, 1] stops as soon as two halves of the samples so far
+            select the same experts to at least this Jaccard similarity in every layer, and warns if they never do.
         selected_experts: the mask, experts-module path -> expert ids. Filled by calibration and saved in
             `adapter_config.json`; if given, nothing is calibrated.
         calibration: where the mask came from. Filled by calibration and saved.
@@ -93,6 +96,10 @@ class SieveLoraConfig(LoraConfig):
     calib_max_length: int = field(default=2048, metadata={"help": "Tokens per sample at most."})
     calib_batch_size: int = field(default=8, metadata={"help": "Samples per forward pass."})
     calib_seed: int = field(default=0, metadata={"help": "Seed of the sample of the data and of strategy='random'."})
+    calib_stability: float | None = field(
+        default=None,
+        metadata={"help": "Profile until two halves of the data select the same to this Jaccard similarity."},
+    )
     selected_experts: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "The mask: experts-module path -> expert ids."}
     )
@@ -110,6 +117,8 @@ class SieveLoraConfig(LoraConfig):
         self.peft_type = PeftType("SIEVE_LORA")
         vars(self).update(zip(RUNTIME_ONLY, (calib_dataset, calib_tokenizer, calib_formatting_func), strict=True))
         validate_selection_options(self.top_k_frac, self.top_k, self.strategy, self.score, self.coverage)
+        if self.calib_stability is not None:
+            check_stability("calib_stability", self.calib_stability)
         self.expert_projections = _checked_projections(self.expert_projections)
         self.selected_experts = checked_mask(self.selected_experts)
         self.expert_shapes = _checked_shapes(self.expert_shapes)
@@ -129,18 +138,29 @@ class SieveLoraConfig(LoraConfig):
         # By identity first: 1 == True.
         if not (self.init_lora_weights in _INITS and isinstance(self.init_lora_weights, bool | str)):
             raise SieveError(
-                f"init_lora_weights={_shown(self.init_lora_weights)} needs the decomposition of a base weight per "
-                "adapter, which expert adapters do not offer: use True, False or 'gaussian'"
+                f"init_lora_weights={_shown(self.init_lora_weights)} is no initialisation that packed expert factors "
+                "have, expected one that needs neither base weights nor data: use True, False or 'gaussian'"
             )
         for name in ("r", "calib_samples", "calib_max_length", "calib_batch_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SieveError(f"{name} is {_shown(value)}, expected a positive whole number: pass one")
-        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, int | float):
-            raise SieveError(f"lora_alpha is {_shown(self.lora_alpha)}, expected a number: pass one")
+        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            self._check_pattern(name, patterns)
+        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, int | float) or not self.lora_alpha:
+            raise SieveError(f"lora_alpha is {_shown(self.lora_alpha)}, expected a number other than 0: pass one")
         dropout = self.lora_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
             raise SieveError(f"lora_dropout is {_shown(dropout)}, expected a number in [0, 1): pass one")
+
+    @staticmethod
+    def _check_pattern(name: str, patterns: Any) -> None:
+        for key, value in (patterns or {}).items():
+            whole = name == "rank_pattern"
+            fine = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not fine or (whole and value < 1):
+                expected = "a positive whole number" if whole else "a number"
+                raise SieveError(f"{name}[{key!r}] is {_shown(value)}, expected {expected}: pass one")
 
     # The data set, the tokenizer and the function stay with the object, are shared by its copies, and go no further.
 

@@ -2,7 +2,7 @@
 offloaded.
 
 PEFT subtracts what it added, which leaves rounding behind, and moves adapters to where the base weights are, which for
-offloaded ones is nowhere.
+offloaded ones is nowhere. And its wrapper of a parameter takes no mixed batches; the one here does.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import nn
 
 from ...moe.placement import onloaded, onloaded_for_change
+from .mixed import each_adapter
 
 
 class _ExactUnmerge:
@@ -50,16 +51,39 @@ class ExactLinear(_ExactUnmerge, Linear):
         return self.get_base_layer().get_parameter("weight")
 
 
+class WeightReadLinear(ExactLinear):
+    """An adapted linear layer that its model never calls: it multiplies by the layer's weight itself."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        weight = self._base_parameter()
+        if self.disable_adapters or self.merged:
+            return weight
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                weight = weight + self.get_delta_weight(name)
+        return weight
+
+
 class ExactParamWrapper(_ExactUnmerge, ParamWrapper):
-    """`lora.ParamWrapper` (here: the router's weight) with an exact `unmerge`."""
+    """`lora.ParamWrapper` (here: the router's weight) with an exact `unmerge`, and for mixed batches."""
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """As the router's; with `adapter_names`, one for each entry of the inputs, each entry with its adapter."""
+        # The wrapper reads the weight itself, outside the forward of its module.
+        with onloaded(self.get_base_layer()):
+            if adapter_names is None or self.disable_adapters:
+                return super().forward(*args, **kwargs)
+            return each_adapter(self._forward_with, adapter_names, args, kwargs)
+
+    def _forward_with(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        with self._activate_lora([adapter_name]):
+            return self.base_layer(*args, **kwargs)
 
     def _base_parameter(self) -> torch.Tensor:
         return self.get_param()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # It reads the weight itself, outside the forward of its module.
-        with onloaded(self.get_base_layer()):
-            return super().forward(*args, **kwargs)
 
 
 _EXACT: dict[type[nn.Module], type[nn.Module]] = {Linear: ExactLinear, ParamWrapper: ExactParamWrapper}
@@ -70,3 +94,9 @@ def with_exact_unmerge(layer: nn.Module) -> nn.Module:
     # PEFT's dispatchers make the layer and offer no way to name its class.
     layer.__class__ = _EXACT.get(type(layer), type(layer))
     return layer
+
+
+def read_by_weight(layer: nn.Module) -> None:
+    """Have the adapters of a linear layer show in its weight, for a model that reads it; nothing if it has none."""
+    if type(layer) is ExactLinear:
+        layer.__class__ = WeightReadLinear

@@ -1,9 +1,9 @@
-"""Adapters on fused experts (3-D parameters), the common interface of transformers."""
+"""Adapters on fused experts: stacks of weights that one call takes all tokens through."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,32 +12,48 @@ import torch
 from torch import nn
 
 from ...errors import SieveError
-from ...moe.activation import activation_of
 from ...moe.chunks import CHUNK_ROWS, device_chunks, device_groups_usable, loop_chunks
 from ...moe.dispatch import sort_by_expert
 from ...moe.dropout import Dropout
-from ...moe.families import bind_dispatch
+from ...moe.families import FusedExperts
 from ...moe.placement import onloaded
-from ...moe.quantised import plain_stack
-from .expert_function import ExpertFunction, ExpertPlan, Stacks
+from ...moe.stacks import ExpertStacks
+from .expert_function import ExpertFunction, ExpertPlan
 from .layer import INPUT_PROJECTIONS, SieveExpertLayer
 from .low_rank import LowRank, Part
+from .mixed import each_adapter
 
 
 class FusedSieveExperts(SieveExpertLayer):
-    """LoRA on some experts of a layer with the common interface of transformers."""
+    """LoRA on some experts of a layer whose weights are stacked, for every family of them (`FusedExperts`)."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`experts(hidden_states, top_k_index, top_k_weights)`: (tokens, hidden) -> (tokens, hidden).
+    family: FusedExperts
+
+    supports_mixed_batches = True
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> torch.Tensor:
+        """As the experts module: its arguments, and a result of the shape of its hidden states.
+
+        Args:
+            adapter_names: in a mixed batch, the adapter of each token.
 
         Raises:
             SieveError: a parameter of the experts themselves requires a gradient.
         """
-        adapters = self.applied_adapters()
+        if adapter_names is not None and not self.disable_adapters:
+            mixed: torch.Tensor = each_adapter(self._forward_with, adapter_names, args, kwargs)
+            return mixed
+        return self._forward(self.applied_adapters(), args, kwargs)
+
+    def _forward_with(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._forward(self.verified([adapter_name]), args, kwargs)
+
+    def _forward(self, adapters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         if not adapters:
             return self.base_layer(*args, **kwargs)
-        hidden_states, expert_ids, expert_weights = bind_dispatch(args, kwargs)
-        return self._adapted_forward(hidden_states, expert_ids, expert_weights, adapters)
+        hidden_states, expert_ids, expert_weights = self.family.bind(self.get_base_layer(), args, kwargs)
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])  # dbrx has a batch axis
+        return self._adapted_forward(flat, expert_ids, expert_weights, adapters).view(hidden_states.shape)
 
     @torch.compiler.disable(reason="adapted experts run outside the graph: leave fullgraph at False")
     def _adapted_forward(
@@ -47,61 +63,63 @@ class FusedSieveExperts(SieveExpertLayer):
         expert_weights: torch.Tensor,
         adapters: list[str],
     ) -> torch.Tensor:
-        experts: Any = self.get_base_layer()
+        """(tokens, hidden), (tokens, top_k), (tokens, top_k) -> (tokens, hidden)."""
+        experts = self.get_base_layer()
         self._require_frozen(experts)
-        factors: list[torch.Tensor] = []
-        first_adapters, down_adapters = [], []
-        for name in adapters:
-            first_adapters += self._low_rank(name, "lora_gate_up", INPUT_PROJECTIONS, factors)
-            down_adapters += self._low_rank(name, "lora_down", ("down_proj",), factors)
-        for group in (first_adapters, down_adapters):
-            group[-1:] = [replace(adapter, last=True) for adapter in group[-1:]]
-
-        # The stock forwards differ in how they multiply and in which order they sum. Following the one in use makes an
-        # adapter that adds zero change nothing, to the bit: for experts_implementation="eager", an expert at a time.
-        eager = getattr(getattr(experts, "config", None), "_experts_implementation", None) == "eager"
         stacks_again = partial(self._stacks, _compute_dtype(hidden_states))
         with stacks_again() as stacks:
             # Where the stock forward's hook would bring them, if the layer is on another device.
             hidden_states, expert_ids, expert_weights = (
-                tensor.to(stacks.first.device) for tensor in (hidden_states, expert_ids, expert_weights)
+                tensor.to(stacks.down.device) for tensor in (hidden_states, expert_ids, expert_weights)
             )
-            dispatch = sort_by_expert(expert_ids, self.shape.num_experts, rank_major=eager)
-            if not eager and device_groups_usable([stacks.first, stacks.down]):
-                chunks = device_chunks(dispatch.counts, dispatch.order.numel())
-            else:
-                chunks = loop_chunks(dispatch.counts, chunk_rows=1 if eager else CHUNK_ROWS)
-            activation, replay_activation = activation_of(experts)
-            plan = ExpertPlan(
-                chunks=chunks,
-                stacks_again=stacks_again,
-                activation=activation,
-                replay_activation=replay_activation,
-                post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
-                first_adapters=first_adapters,
-                down_adapters=down_adapters,
-                by_expert=eager,
-                keep=torch.is_grad_enabled(),
-            )
-            result: torch.Tensor = ExpertFunction.apply(plan, stacks, dispatch, hidden_states, expert_weights, *factors)
-        return result
+            return self._product(stacks, stacks_again, hidden_states, expert_ids, expert_weights, adapters)
 
     @contextmanager
-    def _stacks(self, dtype: torch.dtype) -> Iterator[Stacks]:
-        """The frozen weights as they are used, for one pass; those of a quantised layer in `dtype`."""
-        experts: Any = self.get_base_layer()
-        first_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    def _stacks(self, dtype: torch.dtype) -> Iterator[ExpertStacks]:
+        """What the layer computes with, for one pass; what is stored in fewer bits as `dtype`."""
+        experts = self.get_base_layer()
         with onloaded(experts):
-            first, down = (plain_stack(experts, name, dtype) for name in (first_name, "down_proj"))
-            yield Stacks(
-                first=first if experts.is_transposed else first.transpose(1, 2),
-                down=down if experts.is_transposed else down.transpose(1, 2),
-                first_bias=getattr(experts, f"{first_name}_bias").detach() if experts.has_bias else None,
-                down_bias=experts.down_proj_bias.detach() if experts.has_bias else None,
-            )
+            yield self.family.stacks(experts, dtype)
+
+    def _product(
+        self,
+        stacks: ExpertStacks,
+        stacks_again: Callable[[], AbstractContextManager[ExpertStacks]],
+        hidden_states: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        adapters: list[str],
+    ) -> torch.Tensor:
+        factors: list[torch.Tensor] = []
+        first_adapters, down_adapters = [], []
+        for name in adapters:
+            first_adapters += self._low_rank(name, "lora_gate_up", INPUT_PROJECTIONS, stacks.columns, factors)
+            down_adapters += self._low_rank(name, "lora_down", ("down_proj",), stacks.columns, factors)
+        for group in (first_adapters, down_adapters):
+            group[-1:] = [replace(adapter, last=True) for adapter in group[-1:]]
+
+        # The stock forwards differ in how they multiply and in which order they sum. Following the one in use makes an
+        # adapter that adds zero change nothing, to the bit.
+        one_by_one = stacks.one_by_one
+        dispatch = sort_by_expert(expert_ids, self.shape.num_experts, rank_major=one_by_one)
+        if not one_by_one and device_groups_usable([*stacks.first, stacks.down]):
+            chunks = device_chunks(dispatch.counts, dispatch.order.numel())
+        else:
+            chunks = loop_chunks(dispatch.counts, chunk_rows=1 if one_by_one else CHUNK_ROWS)
+        plan = ExpertPlan(chunks, stacks_again, first_adapters, down_adapters, keep=torch.is_grad_enabled())
+        result: torch.Tensor = ExpertFunction.apply(plan, stacks, dispatch, hidden_states, expert_weights, *factors)
+        if not stacks.passes_others:
+            return result
+        others = dispatch.order[dispatch.expert_ids >= self.shape.num_experts]
+        return _add_unchanged(result, hidden_states, expert_weights, others)
 
     def _low_rank(
-        self, adapter_name: str, name: str, group: tuple[str, ...], factors: list[torch.Tensor]
+        self,
+        adapter_name: str,
+        name: str,
+        group: tuple[str, ...],
+        columns: Mapping[str, slice],
+        factors: list[torch.Tensor],
     ) -> list[LowRank]:
         """One adapter's share in one product, its factors added to `factors`; none if it adapts no projection there."""
         if adapter_name not in getattr(self, f"{name}_A"):
@@ -113,7 +131,7 @@ class FusedSieveExperts(SieveExpertLayer):
             if projection in plan.ranks:
                 ranks = slice(start, start + plan.ranks[projection])
                 scaling = self.scaling[adapter_name] * plan.relative_scaling[projection]
-                parts.append(Part(ranks, self._columns(projection), scaling))
+                parts.append(Part(ranks, columns[projection], scaling))
                 start = ranks.stop
         return [
             LowRank(
@@ -126,16 +144,6 @@ class FusedSieveExperts(SieveExpertLayer):
             )
         ]
 
-    def _columns(self, projection: str) -> slice:
-        """Where the output of a projection lies in that of its stack."""
-        experts: Any = self.get_base_layer()
-        if not experts.has_gate or projection == "down_proj":
-            return slice(None)
-        second, width = projection == "up_proj", self.shape.intermediate_size
-        if experts.is_concatenated:
-            return slice(width, None) if second else slice(width)
-        return slice(int(second), None, 2)
-
     def _require_frozen(self, experts: nn.Module) -> None:
         if not torch.is_grad_enabled():
             return
@@ -145,6 +153,15 @@ class FusedSieveExperts(SieveExpertLayer):
                 f"{', '.join(trained)} of {self.path} require gradients, expected the experts' own weights frozen, "
                 "since only adapters are trained: call requires_grad_(False) on them"
             )
+
+
+def _add_unchanged(
+    result: torch.Tensor, hidden_states: torch.Tensor, expert_weights: torch.Tensor, pairs: torch.Tensor
+) -> torch.Tensor:
+    """Add the pairs whose expert returns its input, (n,) positions in (top_k, tokens), times their weights."""
+    tokens = pairs % hidden_states.shape[0]
+    rows = hidden_states[tokens] * expert_weights.T.reshape(-1)[pairs].unsqueeze(-1)
+    return result.index_add(0, tokens, rows.to(result.dtype))
 
 
 def _compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...errors import SieveError
 from ...moe.families import PROJECTIONS
-from ...moe.placement import execution_device, onloaded_for_change
+from ...moe.placement import execution_device, is_offloaded, onloaded_for_change
 from ...moe.quantised import quantisation_of
 from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
 from .factors import AdapterPlan, ExpertFactors, ExpertSlots, initialize, slots_of
+from .targets import adapted_projections, by_pattern
 
 # The projections that read the layer's input share one packed A; down_proj has its own.
 INPUT_PROJECTIONS = PROJECTIONS[:2]
@@ -35,6 +35,8 @@ class SieveExpertLayer(nn.Module, LoraLayer):
     of the adapted projections) and `lora_experts` (`ExpertSlots`).
     """
 
+    # Whether `forward` is what the model calls, and takes `adapter_names`, one for each token.
+    supports_mixed_batches = False
     adapter_layer_names = ("lora_gate_up_A", "lora_gate_up_B", "lora_down_A", "lora_down_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_experts", "plans")
 
@@ -72,10 +74,13 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         Args:
             without_values: leave the factors on the meta device, for `allocate`, since saved ones will follow.
         """
-        wanted = config.expert_projections or PROJECTIONS
-        projections = [name for name in self.shape.projections if name in wanted]
-        ranks = {name: self._pattern(config.rank_pattern, name, config.r) for name in projections}
-        alphas = {name: self._pattern(config.alpha_pattern, name, config.lora_alpha) for name in projections}
+        projections = adapted_projections(config, self.path, self.shape)
+        ranks, alphas = {}, {}
+        for name in projections:
+            parameters = self.family.parameter_names(self.get_base_layer(), [name])
+            keys = [*(f"{self.path}.{n}" for n in (name, *parameters)), self.path]
+            ranks[name] = by_pattern(config.rank_pattern, keys, config.r)
+            alphas[name] = by_pattern(config.alpha_pattern, keys, config.lora_alpha)
         scaling = _scaling(config.lora_alpha, config.r, config.use_rslora)
         relative = {n: _scaling(alphas[n], ranks[n], config.use_rslora) / scaling for n in projections}
         self.plans[adapter_name] = AdapterPlan(tuple(experts), ranks, relative)
@@ -113,15 +118,6 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         getattr(self, f"{name}_A")[adapter_name] = factor_a
         getattr(self, f"{name}_B")[adapter_name] = factor_b
 
-    def _pattern(self, patterns: dict[str, Any] | None, projection: str, default: Any) -> Any:
-        """A rank or alpha from PEFT's patterns, which may name the layer or one projection of it."""
-        patterns = patterns or {}
-        for key in (f"{self.path}.{projection}", self.path):
-            match = get_pattern_key(list(patterns), key)
-            if match in patterns:
-                return patterns[match]
-        return default
-
     def allocate(self, adapter_name: str) -> None:
         """Give memory to the factors of an adapter that was added without values."""
         for factors in self._factors_of(adapter_name):
@@ -150,7 +146,11 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         """The active adapters to add in a forward: none while they are disabled or merged."""
         if self.disable_adapters or self.merged:
             return []
-        names = [name for name in self.active_adapters if name in self.plans]
+        return self.verified(self.active_adapters)
+
+    def verified(self, adapter_names: Sequence[str]) -> list[str]:
+        """Those of the adapters that this layer has, their slots compared with the mask."""
+        names = [name for name in adapter_names if name in self.plans]
         for name in self._unverified.intersection(names):
             self.verify_slots(name)
         return names
@@ -185,7 +185,33 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         a, b = (getattr(self, f"{name}_{side}")[adapter_name].weight[:, rows] for side in "AB")
         return a, b, scaling
 
+    def with_deltas(self, projection: str, expert: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What one projection of one expert gives with the active adapters.
+
+        Args:
+            x: its input, (rows, in).
+            output: what its own weight gives, (rows, out).
+
+        Returns:
+            (rows, out); `output` itself where nothing is added.
+        """
+        for name in self.applied_adapters():
+            slots = self.plans[name].experts
+            factors = self.factors(name, projection)
+            if factors is None or expert not in slots:
+                continue
+            a, b, scaling = factors
+            slot = slots.index(expert)
+            # In the type of the output, under autocast the lower one, and where that is.
+            inner = self.lora_dropout[name](x).to(output) @ a[slot].to(output).T  # (rows, rank)
+            output = output + scaling * (inner @ b[slot].to(output))
+        return output
+
     # Merging
+
+    def expert_weight(self, projection: str, expert: int) -> torch.Tensor:
+        """The base weight of one projection of one expert: a view, (out, in)."""
+        return self.family.expert_weight(self.get_base_layer(), projection, expert)
 
     def get_delta_weight(self, adapter_name: str, projection: str, expert: int) -> torch.Tensor:
         """What the adapter adds to one projection of one adapted expert: (out, in), in float32 or wider."""
@@ -201,8 +227,8 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         """Add the adapters to the weights of their experts; the weights before it are kept for `unmerge`.
 
         Raises:
-            SieveError: the experts are quantised, or `safe_merge` and a merged weight is not finite; nothing was
-                changed then.
+            SieveError: the weights take no sum (`check_mergeable`), or `safe_merge` and a merged weight is not finite;
+                nothing was changed then.
         """
         self.check_mergeable()
         for adapter_name in check_adapters_to_merge(self, adapter_names):
@@ -211,16 +237,24 @@ class SieveExpertLayer(nn.Module, LoraLayer):
                     self._merge_one(adapter_name, safe_merge)
 
     def check_mergeable(self) -> None:
-        """Refuse to merge into quantised weights, where the sum would be rounded to what little they can say.
+        """Refuse to merge into quantised weights, where the sum would be rounded to what little they can say, and into
+        offloaded ones of several modules, which nobody would write back.
 
         Raises:
-            SieveError: the experts are quantised.
+            SieveError: the experts are either.
         """
-        method = quantisation_of(self.get_base_layer())
+        experts = self.get_base_layer()
+        method = quantisation_of(experts)
         if method is not None:
             raise SieveError(
                 f"merging was asked for, and the experts of {self.path} are quantised ({method}), expected weights in "
                 "a floating-point type: load the adapter on the model without quantisation and merge there"
+            )
+        names = self.family.parameter_names(experts, list(self.shape.projections))
+        if is_offloaded(experts) and any("." in name for name in names):
+            raise SieveError(
+                f"merging was asked for, and the experts of {self.path} are in separate modules that are offloaded, "
+                "expected them in memory: load the model without offload and merge there"
             )
 
     def _merge_one(self, adapter_name: str, safe_merge: bool) -> None:
@@ -230,7 +264,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             for key in slices:
                 self._check_finite(key, adapter_name)
         for key in slices:
-            weight = self.family.expert_weight(self.get_base_layer(), *key)
+            weight = self.expert_weight(*key)
             # In main memory: a quarter of the experts would not fit on the device a second time.
             self._before_merge.setdefault(key, weight.detach().to("cpu", copy=True))
             weight.copy_(self._merged(weight, adapter_name, key))
@@ -241,7 +275,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         return (weight.to(delta.dtype) + delta).to(weight.dtype)
 
     def _check_finite(self, key: tuple[str, int], adapter_name: str) -> None:
-        weight = self.family.expert_weight(self.get_base_layer(), *key)
+        weight = self.expert_weight(*key)
         if not torch.isfinite(self._merged(weight, adapter_name, key)).all():
             raise SieveError(
                 f"merging adapter '{adapter_name}' gives values that are not finite in {key[0]} of expert {key[1]} of "
@@ -253,7 +287,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         """Put the weights back, bit for bit."""
         with onloaded_for_change(self):
             for key, weight in self._before_merge.items():
-                self.family.expert_weight(self.get_base_layer(), *key).copy_(weight)
+                self.expert_weight(*key).copy_(weight)
         self._before_merge.clear()
         self.merged_adapters.clear()
 

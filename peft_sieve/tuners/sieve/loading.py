@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,7 @@ from torch import nn
 
 from ...errors import SieveError
 from ...files import finish_interrupted_save
+from .config import SieveLoraConfig
 from .layer import SieveExpertLayer
 
 SLOTS_KEY = ".lora_experts.slots"
@@ -97,6 +100,11 @@ def _has_slots(folder: Path) -> bool:
 def _check_weights_file(content: dict[str, Any], folder: Path) -> None:
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.exists():
+        if (folder / WEIGHTS_NAME).exists():
+            raise SieveError(
+                f"{folder} holds {WEIGHTS_NAME}, a pickled file, expected {SAFETENSORS_WEIGHTS_NAME}: save the adapter "
+                "with save_pretrained of this package, or download it again"
+            )
         # The Hub's client brings one file at a time.
         return
     try:
@@ -167,6 +175,34 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
         )
 
 
+def check_hotswap(
+    model: nn.Module, adapter_name: str, config: SieveLoraConfig, state_dict: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse to put weights in the place of an adapter's when they have other experts, sizes or modules.
+
+    Args:
+        config: of the weights.
+        state_dict: the weights, keys with adapter names.
+
+    Raises:
+        SieveError: and nothing was swapped.
+    """
+    if config.rank_pattern or config.alpha_pattern:
+        raise SieveError(
+            "the adapter to swap in has a rank_pattern or an alpha_pattern, expected one rank and one alpha, since "
+            "hot-swapping sets one scaling everywhere: use load_adapter and set_adapter instead"
+        )
+    inserted = re.compile(rf"(\.lora_\w+)\.{re.escape(adapter_name)}(?=\.|$)")
+    given = {inserted.sub(r"\1", key): value for key, value in state_dict.items()}
+    try:
+        check_state_dict(model, adapter_name, given)
+    except SieveError as error:
+        raise SieveError(
+            f"the weights to swap in have other experts, ranks or modules than adapter '{adapter_name}', expected the "
+            "same: use load_adapter and set_adapter instead"
+        ) from error
+
+
 def _check_slots(slots: torch.Tensor | None, path: str, layer: SieveExpertLayer, adapter_name: str) -> None:
     if slots is None:
         raise SieveError(
@@ -183,9 +219,10 @@ def _check_slots(slots: torch.Tensor | None, path: str, layer: SieveExpertLayer,
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...] | None]]:
-    """(checkpoint key, shape) of an adapter's parameters; no shape where a layer's are spread over processes."""
+    """(checkpoint key, shape) of an adapter's factors; no shape where a layer's are spread over processes."""
     for path, layer in model.named_modules():
-        if not isinstance(layer, BaseTunerLayer):
+        # Trained tokens and saved modules have keys of their own, which PEFT compares.
+        if not isinstance(layer, LoraLayer):
             continue
         spread = getattr(layer.get_base_layer(), "_hf_tp_plan", None) is not None
         for name in layer.adapter_layer_names:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pkgutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.lora.model import LoraModel
+from peft.tuners.lora.model import LoraModel, _get_encoder
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import _get_submodules
 from peft.utils.integrations import init_empty_weights
@@ -17,26 +18,23 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from ...errors import SieveError
-from ...moe.families import FusedExperts, ModuleListExperts
 from ...moe.placement import onloaded
 from ...moe.quantised import linear_quantisation, refuse_storage
 from ...moe.topology import MoELayer, find_moe_layers
 from ...routing.distributed import check_agreement, on_every_rank
 from .agreement import check_at_next_training_forward, stop_checking
 from .calibrate import calibrate
+from .combination import COMBINATION_TYPES
 from .config import SieveLoraConfig
-from .exact import ExactLinear, with_exact_unmerge
-from .fused import FusedSieveExperts
+from .exact import ExactLinear, read_by_weight, with_exact_unmerge
 from .layer import SieveExpertLayer
 from .loading import check_state_dict, sieve_layers, weights_follow
 from .mask import check_mask, shape_of
-from .module_list import ModuleListSieveExperts
-from .targets import resolve_targets, router_parameters, wanted_layers
-
-_LAYER_CLASSES: dict[type, type[SieveExpertLayer]] = {
-    FusedExperts: FusedSieveExperts,
-    ModuleListExperts: ModuleListSieveExperts,
-}
+from .mixed import mixed_batch
+from .targets import by_pattern, resolve_targets, router_parameters, wanted_layers
+from .tied import refuse_tied_experts
+from .undo import as_before_on_error
+from .weighted import fill_weighted, weighted_config
 
 
 class SieveLoraModel(LoraModel):
@@ -67,32 +65,31 @@ class SieveLoraModel(LoraModel):
         # Loading for inference may well happen in one process of several.
         together = not peft_config.inference_mode
         run = on_every_rank if together else lambda function: function()
-        layers = run(lambda: self._checked_layers(peft_config))
+        layers, wanted = run(lambda: self._checked_layers(peft_config))
         if together:
             check_agreement(
                 "sources of the mask (selected_experts or calib_dataset)", peft_config.selected_experts is None
             )
         if peft_config.selected_experts is None:
-            calibrate(peft_config, self.model, layers)
-        mask = peft_config.selected_experts or {}
+            calibrate(peft_config, self.model, wanted)
+        given = peft_config.selected_experts or {}
+        mask = peft_config.selected_experts = {path: given[path] for path in given if path in {w.path for w in wanted}}
         if together:
             check_agreement("selected_experts", {path: list(ids) for path, ids in mask.items()})
         peft_config.expert_shapes = {layer.path: shape_of(layer) for layer in layers if layer.path in mask}
         resolve_targets(peft_config, self.model, layers)
         return peft_config
 
-    def _checked_layers(self, config: SieveLoraConfig) -> list[MoELayer]:
+    def _checked_layers(self, config: SieveLoraConfig) -> tuple[list[MoELayer], list[MoELayer]]:
+        """The MoE layers of the model, and those of them whose experts may be adapted."""
         layers = find_moe_layers(self.model)
         for layer in layers:
             _layer_class(layer)
             _refuse_parallel(layer)
-            if isinstance(layer.family, FusedExperts):
-                # Linear layers in a list multiply by themselves, however they are stored.
-                refuse_storage(layer.experts, layer.path)
+            refuse_storage(layer.experts, layer.path, layer.family.dequantises)
         if config.selected_experts is not None:
             check_mask(config, layers)
-            return layers
-        return wanted_layers(config, layers)
+        return layers, wanted_layers(config, layers)
 
     # Injection
 
@@ -123,14 +120,11 @@ class SieveLoraModel(LoraModel):
                 if mask[layer.path]:
                     self._inject_experts(peft_config, model, adapter_name, layer)
                     injected.append(layer.path)
-            # A router's weight is wrapped whole, so dropout on its input has no place there.
-            without_dropout = copy.copy(peft_config)
-            without_dropout.lora_dropout = 0.0
             for router in router_parameters(peft_config, layers):
                 key = f"{router.path}.{router.parameter}"
                 parent, target, name = _get_submodules(model, router.path)
                 self._create_and_replace(
-                    without_dropout,
+                    _router_config(peft_config, [key, router.path]),
                     adapter_name,
                     target,
                     name,
@@ -139,6 +133,10 @@ class SieveLoraModel(LoraModel):
                     parameter_name=router.parameter,
                 )
                 injected.append(key)
+            for layer in layers:
+                if layer.family.reads_router_weight:
+                    for router in layer.routers:
+                        read_by_weight(model.get_submodule(router.path))
         check_at_next_training_forward(model)
         return injected
 
@@ -181,22 +179,58 @@ class SieveLoraModel(LoraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise SieveError(
-                "adapter_names was passed, expected one set of adapters for the whole batch, since those of experts "
-                "and routers cannot differ in it: group the samples by adapter, and call set_adapter before each group"
-            )
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
+        num_beams = kwargs.get("num_beams") or 1
+        with mixed_batch(self.model, _get_encoder(self.model), names, list(self.peft_config), num_beams):
             yield
 
-    def _check_add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> Any:
-        raise SieveError(
-            f"add_weighted_adapter was called for {adapters}, expected adapters without expert factors, since those "
-            "belong to different experts: activate several at once with set_adapter instead"
-        )
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that is a weighted sum of others, on the union of their experts and modules.
+
+        Args:
+            adapters: names; their experts, ranks and projections may differ ("linear" wants one rank).
+            weights: one for each, of either sign.
+            adapter_name: of the sum. As in PEFT, nothing happens if there is one of that name.
+            combination_type: "cat" is the exact sum and has the sum of the ranks; "svd" is the closest to it with
+                `svd_rank`, the highest of the ranks by default; "linear" adds up the factors, which is the exact sum
+                on experts that only one of the adapters has.
+            svd_full_matrices, svd_driver: change nothing here, since no matrix of a weight's size is decomposed.
+            svd_clamp, density, majority_sign_method: of combination types that are refused.
+
+        Raises:
+            SieveError: these adapters have no such sum; the model was not changed.
+        """
+        if adapter_name in self.peft_config:
+            return
+        if svd_clamp is not None:
+            raise SieveError(f"svd_clamp is {svd_clamp!r}, expected None, since it would change the sum: leave it out")
+        if len(adapters) == 1:
+            combination_type = "linear" if combination_type in COMBINATION_TYPES else combination_type
+        config = weighted_config(self.model, self.peft_config, adapters, weights, combination_type, svd_rank)
+        with as_before_on_error(self.model):
+            self.peft_config[adapter_name] = config
+            self.inject_adapter(self.model, adapter_name)
+            fill_weighted(self.model, adapters, weights, adapter_name, combination_type)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        refuse_tied_experts(self.model)
         for _, layer in sieve_layers(self.model):
             layer.check_mergeable()
         for path, module in self.model.named_modules():
@@ -245,14 +279,26 @@ class SieveLoraModel(LoraModel):
         return super().unload()
 
 
+def _router_config(config: SieveLoraConfig, names: list[str]) -> SieveLoraConfig:
+    """The settings for a router's weight, which goes by its own name or by its module's."""
+    own = copy.copy(config)
+    own.r = by_pattern(config.rank_pattern, names, config.r)
+    own.lora_alpha = by_pattern(config.alpha_pattern, names, config.lora_alpha)
+    own.rank_pattern, own.alpha_pattern = {}, {}
+    # The weight is wrapped whole, so dropout on its input has no place there.
+    own.lora_dropout = 0.0
+    return own
+
+
 def _layer_class(layer: MoELayer) -> type[SieveExpertLayer]:
-    for family, layer_class in _LAYER_CLASSES.items():
-        if isinstance(layer.family, family):
-            return layer_class
-    names = " or ".join(family.__name__ for family in _LAYER_CLASSES)
+    named = getattr(layer.family, "layer_class", None)
+    layer_class = pkgutil.resolve_name(named) if isinstance(named, str) else named
+    if isinstance(layer_class, type) and issubclass(layer_class, SieveExpertLayer):
+        return layer_class
     raise SieveError(
-        f"the experts of {layer.path} belong to the family {layer.family.name!r}, which has no adapter layer, expected "
-        f"one derived from {names}: derive it from the one whose forward it shares"
+        f"the experts of {layer.path} belong to the family {layer.family.name!r}, whose layer_class is {named!r}, "
+        "expected an adapter layer: derive the family from the one whose forward it shares (FusedExperts or "
+        "ModuleExperts), or set layer_class"
     )
 
 

@@ -1,4 +1,4 @@
-"""Adapters on experts that are separate modules in a `ModuleList`.
+"""Adapters on experts that are separate modules in a `ModuleList` or `ModuleDict`.
 
 The block keeps calling its experts as it always did. The layer stands in for the list, keeps the factors packed, and
 adds each adapted expert's share in a hook on its linear layers. (Factors inside the experts would have keys such as
@@ -12,20 +12,19 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ...errors import SieveError
-from ...moe.placement import is_offloaded
+from ...moe.module_experts import ModuleExperts
 from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
 from .layer import SieveExpertLayer
 
 
 class ModuleListSieveExperts(SieveExpertLayer):
-    """LoRA on some experts of a `ModuleList`; indexing, length and iteration are those of the list."""
+    """LoRA on some experts of a `ModuleList` or `ModuleDict`; called, indexed and iterated over like it."""
 
-    base_layer: nn.ModuleList
+    base_layer: Any
+    family: ModuleExperts
 
     def __init__(self, base_layer: nn.Module, layer: MoELayer) -> None:
         super().__init__(base_layer, layer)
@@ -38,7 +37,7 @@ class ModuleListSieveExperts(SieveExpertLayer):
         for projection in self.plans[adapter_name].ranks:
             for expert in experts:
                 if (projection, expert) not in self._hooks:
-                    linear = getattr(self.base_layer[expert], projection)
+                    linear = self.family.linear(self.base_layer, projection, expert)
                     # A partial of a bound method follows its layer through copy.deepcopy; a closure would not.
                     hook = partial(self._add_delta, projection, expert)
                     self._hooks[projection, expert] = linear.register_forward_hook(hook)
@@ -46,31 +45,7 @@ class ModuleListSieveExperts(SieveExpertLayer):
     def _add_delta(
         self, projection: str, expert: int, linear: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor:
-        for name in self.applied_adapters():
-            plan = self.plans[name]
-            factors = self.factors(name, projection)
-            if factors is None or expert not in plan.experts:
-                continue
-            a, b, scaling = factors
-            slot = plan.experts.index(expert)
-            # In the type of the layer's output, under autocast the lower one, and where that is.
-            x = self.lora_dropout[name](args[0]).to(output)
-            inner = F.linear(x, a[slot].to(output.dtype))  # (tokens, rank)
-            output = output + scaling * (inner @ b[slot].to(output.dtype))
-        return output
-
-    def check_mergeable(self) -> None:
-        """Refuse to merge into quantised weights, and into offloaded ones, which nobody would write back.
-
-        Raises:
-            SieveError: the experts are either.
-        """
-        super().check_mergeable()
-        if is_offloaded(self.base_layer):
-            raise SieveError(
-                f"merging was asked for, and the experts of {self.path} are separate modules that are offloaded, "
-                "expected them in memory: load the model without offload and merge there"
-            )
+        return self.with_deltas(projection, expert, args[0], output)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -81,11 +56,18 @@ class ModuleListSieveExperts(SieveExpertLayer):
         self._hooks.clear()
         return base_layer
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The container's own forward, if it has one."""
+        return self.base_layer(*args, **kwargs)
+
     def __getitem__(self, index: Any) -> Any:
         return self.base_layer[index]
 
     def __len__(self) -> int:
         return len(self.base_layer)
 
-    def __iter__(self) -> Iterator[nn.Module]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.base_layer)
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.base_layer

@@ -34,7 +34,7 @@ def as_before_on_error(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except Exception:
-        new = [path for path, m in model.named_modules() if isinstance(m, _WRAPPERS) and id(m) not in wrappers]
+        new = [path for path, m in _outer_wrappers(model) if id(m) not in wrappers]
         names = _adapters(model) - adapters
         if any(isinstance(m, _OURS) and (id(m) not in wrappers or names & _held(m)) for m in model.modules()):
             _take_out(model, new, names)
@@ -43,6 +43,13 @@ def as_before_on_error(model: nn.Module) -> Iterator[None]:
                 for module in model.modules():
                     stop_checking(module)
         raise
+
+
+def _outer_wrappers(model: nn.Module) -> list[tuple[str, Any]]:
+    """Wrappers and their paths; what is inside one of PEFT's auxiliary ones goes with it."""
+    modules = list(model.named_modules())
+    auxiliary = tuple(f"{path}." for path, m in modules if isinstance(m, AuxiliaryTrainingWrapper))
+    return [(path, m) for path, m in modules if isinstance(m, _WRAPPERS) and not path.startswith(auxiliary)]
 
 
 # What PEFT and transformers set on a model that takes adapters.

@@ -1,0 +1,224 @@
+"""What a saved adapter holds, from its configuration and the header of its weights; no model is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from ..errors import SieveError
+from ..moe.families import PROJECTIONS
+from ..tuners.sieve.config import SieveLoraConfig
+from ..tuners.sieve.loading import SLOTS_KEY, broken_weights
+from .opened import sieve_config
+
+_PREFIX = "base_model.model."
+_PACKED = re.compile(r"^(?P<path>.+)\.lora_(?P<group>gate_up|down)_(?P<side>[AB])\.weight$")
+_PLAIN = re.compile(r"^(?P<path>.+)\.lora_(embedding_)?(?P<side>[AB])(\.weight)?$")
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """The adapted experts of one layer.
+
+    Attributes:
+        path: the experts module.
+        experts: adapted ids, ascending.
+        num_experts: how many there are, None if not recorded.
+        coverage: share of the layer's score that they received at calibration, None if not recorded.
+        ranks: "gate_up" (both together) and "down" -> rank, those that are adapted.
+        num_parameters: numbers in the factors.
+    """
+
+    path: str
+    experts: tuple[int, ...]
+    num_experts: int | None
+    coverage: float | None
+    ranks: dict[str, int]
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class ModuleSummary:
+    """Plain LoRA on modules of one name (attention, router, shared experts).
+
+    Attributes:
+        name: what follows the index of the block.
+        count: blocks that have it.
+        ranks: the ranks that occur.
+        num_parameters: numbers in all of them.
+    """
+
+    name: str
+    count: int
+    ranks: tuple[int, ...]
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What a saved sieve adapter holds.
+
+    Attributes:
+        adapter: its path or Hub id.
+        base_model, revision, task_type: of the model that it was trained on.
+        r, lora_alpha, use_rslora, lora_dropout, rank_pattern, alpha_pattern, expert_projections: LoRA's settings.
+        layers: the adapted experts, a layer each.
+        modules: the rest, by name.
+        other_tensors: numbers in tensors that are no factors (`modules_to_save` and the like).
+        num_parameters: numbers in all tensors.
+        num_bytes: size of the weights file.
+        dtypes: the types of the tensors.
+        all_experts_parameters: numbers in the experts' factors if all experts of these layers had one; None if the
+            number of experts is not recorded.
+        calibration: where the mask came from, {} if not recorded.
+    """
+
+    adapter: str
+    base_model: str | None
+    revision: str | None
+    task_type: str | None
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    lora_dropout: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    expert_projections: tuple[str, ...]
+    layers: tuple[LayerSummary, ...]
+    modules: tuple[ModuleSummary, ...]
+    other_tensors: int
+    num_parameters: int
+    num_bytes: int
+    dtypes: tuple[str, ...]
+    all_experts_parameters: int | None
+    calibration: dict[str, Any]
+
+    @property
+    def expert_parameters(self) -> int:
+        """Numbers in the experts' factors."""
+        return sum(layer.num_parameters for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return {**asdict(self), "expert_parameters": self.expert_parameters}
+
+
+def inspect_adapter(adapter: str | os.PathLike[str]) -> AdapterSummary:
+    """Read what a saved sieve adapter holds: mask, coverage, ranks, sizes, provenance.
+
+    Args:
+        adapter: path or Hub id. Of the weights only the header is read.
+
+    Raises:
+        SieveError: there is no sieve adapter, or its weights cannot be read or do not belong to its mask.
+    """
+    adapter = os.fspath(adapter)
+    config = sieve_config(adapter)
+    weights = _weights_file(adapter)
+    try:
+        with safe_open(weights, "pt") as file:
+            tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            shapes = {key.removeprefix(_PREFIX): tuple(t.get_shape()) for key, t in tensors.items()}
+            dtypes = tuple(sorted({t.get_dtype() for key, t in tensors.items() if not key.endswith(SLOTS_KEY)}))
+    except SafetensorError as error:
+        raise broken_weights(weights, error) from error
+    shapes = {key: shape for key, shape in shapes.items() if not key.endswith(SLOTS_KEY)}
+    layers = _layers(config, shapes)
+    modules = _modules(shapes)
+    total = sum(map(_numel, shapes.values()))
+    known = all(layer.num_experts is not None for layer in layers)
+    return AdapterSummary(
+        adapter=adapter,
+        base_model=config.base_model_name_or_path,
+        revision=config.revision,
+        task_type=config.task_type and str(getattr(config.task_type, "value", config.task_type)),
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
+        lora_dropout=config.lora_dropout,
+        rank_pattern=dict(config.rank_pattern or {}),
+        alpha_pattern=dict(config.alpha_pattern or {}),
+        expert_projections=tuple(config.expert_projections or PROJECTIONS),
+        layers=layers,
+        modules=modules,
+        other_tensors=total - sum(x.num_parameters for x in layers) - sum(x.num_parameters for x in modules),
+        num_parameters=total,
+        num_bytes=weights.stat().st_size,
+        dtypes=dtypes,
+        all_experts_parameters=sum(x.num_parameters // len(x.experts) * (x.num_experts or 0) for x in layers)
+        if known
+        else None,
+        calibration=config.calibration or {},
+    )
+
+
+def _weights_file(adapter: str) -> Path:
+    if os.path.isdir(adapter):
+        path = Path(adapter, SAFETENSORS_WEIGHTS_NAME)
+        if path.is_file():
+            return path
+        raise SieveError(
+            f"{adapter} holds no {SAFETENSORS_WEIGHTS_NAME}, expected it beside adapter_config.json: save or download "
+            "the adapter again"
+        )
+    try:
+        return Path(hf_hub_download(adapter, SAFETENSORS_WEIGHTS_NAME))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise SieveError(
+            f"the repository {adapter!r} holds no {SAFETENSORS_WEIGHTS_NAME} that can be read, expected it beside "
+            "adapter_config.json: push the adapter again"
+        ) from error
+
+
+def _layers(config: SieveLoraConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[LayerSummary, ...]:
+    coverage = (config.calibration or {}).get("coverage") or {}
+    found: dict[str, tuple[dict[str, int], int]] = {}
+    for key, shape in shapes.items():
+        if match := _PACKED.match(key):
+            ranks, count = found.get(match["path"], ({}, 0))
+            found[match["path"]] = {**ranks, match["group"]: shape[1]}, count + _numel(shape)
+    return tuple(
+        LayerSummary(
+            path=path,
+            experts=tuple(ids),
+            num_experts=(config.expert_shapes or {}).get(path, [None])[0],
+            coverage=coverage.get(path),
+            ranks=found.get(path, ({}, 0))[0],
+            num_parameters=found.get(path, ({}, 0))[1],
+        )
+        for path, ids in (config.selected_experts or {}).items()
+        if ids
+    )
+
+
+def _modules(shapes: dict[str, tuple[int, ...]]) -> tuple[ModuleSummary, ...]:
+    paths: dict[str, set[str]] = {}
+    ranks: dict[str, set[int]] = {}
+    counts: dict[str, int] = {}
+    for key, shape in shapes.items():
+        match = _PLAIN.match(key)
+        if match is None or _PACKED.match(key):
+            continue
+        name = re.sub(r"^.*\.\d+\.", "", match["path"])
+        paths.setdefault(name, set()).add(match["path"])
+        counts[name] = counts.get(name, 0) + _numel(shape)
+        if match["side"] == "A":
+            ranks.setdefault(name, set()).add(shape[0])
+    return tuple(
+        ModuleSummary(name, len(paths[name]), tuple(sorted(ranks.get(name, ()))), counts[name]) for name in paths
+    )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,63 @@
+"""What the decoder of an encoder-decoder reads while it is profiled, and which layers are its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import SieveError
+from ..moe.topology import MoELayer
+
+_IGNORED = -100  # a label that has no loss
+
+
+def decoder_layers(model: nn.Module, layers: list[MoELayer]) -> set[str]:
+    """Paths of the layers that read what the decoder reads; none if the model has no encoder."""
+    if not _is_encoder_decoder(model):
+        return set()
+    return {layer.path for layer in layers if "decoder" in layer.path.split(".")}
+
+
+def with_decoder_inputs(model: nn.Module, batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """A batch for the model without `labels`, and which of the decoder's tokens are real.
+
+    The decoder reads what it would in training: the labels, moved by one. Text without labels is read on both sides.
+
+    Returns:
+        The batch, and a mask like `attention_mask`, (batch, length); None without an encoder, or if all are real.
+
+    Raises:
+        SieveError: the model's config does not say with which token its decoder starts.
+    """
+    batch = dict(batch)
+    labels = batch.pop("labels", None)
+    if not _is_encoder_decoder(model):
+        return batch, None
+    mask = batch.get("decoder_attention_mask")
+    if mask is None and labels is not None:
+        mask = (labels != _IGNORED).long()
+    if any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds")):
+        return batch, mask
+    if labels is None:
+        labels, mask = batch["input_ids"], batch.get("attention_mask") if mask is None else mask
+    batch["decoder_input_ids"] = _moved_by_one(labels, model.config)
+    return batch, mask
+
+
+def _moved_by_one(labels: torch.Tensor, config: Any) -> torch.Tensor:
+    padding = getattr(config, "pad_token_id", None)
+    start = getattr(config, "decoder_start_token_id", None)
+    start = padding if start is None else start
+    if start is None:
+        raise SieveError(
+            "the model's config has neither decoder_start_token_id nor pad_token_id, expected one of them to know how "
+            "its decoder starts: set it, or profile on batches with decoder_input_ids"
+        )
+    moved = torch.cat((torch.full_like(labels[:, :1], start), labels[:, :-1]), dim=1)
+    return moved.masked_fill(moved == _IGNORED, start if padding is None else padding)
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -1,0 +1,27 @@
+"""Weights that experts in several places share cannot have an adapter merged into them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...errors import SieveError
+from .loading import sieve_layers
+
+
+def refuse_tied_experts(model: nn.Module) -> None:
+    """Refuse merging where the weights of adapted experts also belong to another module.
+
+    Raises:
+        SieveError: they do; what is added in one place would change the other.
+    """
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    for path, layer in sieve_layers(model):
+        for parameter in layer.get_base_layer().parameters():
+            names = users[id(parameter)]
+            if len(names) > 1:
+                raise SieveError(
+                    f"the experts of {path} share their weights with other modules ({', '.join(sorted(names)[:2])}), "
+                    "expected weights of their own to merge into: keep the adapter unmerged"
+                )

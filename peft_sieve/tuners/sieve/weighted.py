@@ -1,0 +1,209 @@
+"""`add_weighted_adapter`: a new adapter that is a weighted sum of others, on the union of their experts and modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from ...errors import SieveError
+from ...moe.families import PROJECTIONS
+from .combination import COMBINATION_TYPES, Share, combine, combined_rank
+from .config import SieveLoraConfig
+from .exact import ExactParamWrapper
+from .layer import SieveExpertLayer
+
+
+def weighted_config(
+    model: nn.Module,
+    configs: dict[str, Any],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    combination_type: str,
+    svd_rank: int | None,
+) -> SieveLoraConfig:
+    """The configuration of the sum: one rank and one scaling everywhere, so that it needs no patterns.
+
+    Args:
+        configs: the `SieveLoraConfig` of every adapter, by name.
+
+    Raises:
+        SieveError: these adapters have no such sum; nothing was changed.
+    """
+    _check(configs, adapters, weights, combination_type, svd_rank)
+    ranks = [_checked_ranks(path, found, combination_type) for path, found in _ranks(model, adapters)]
+    rank = max(combined_rank(combination_type, found) for found in ranks)
+    if combination_type == "svd" and svd_rank is not None:
+        rank = svd_rank
+    mask: dict[str, set[int]] = {}
+    for name in adapters:
+        for path, ids in (configs[name].selected_experts or {}).items():
+            mask.setdefault(path, set()).update(ids)
+    chosen = [configs[name] for name in adapters]
+    plain = [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer) and _holds(m, adapters)]
+    return replace(
+        chosen[0],
+        r=rank,
+        lora_alpha=rank,
+        use_rslora=False,
+        rank_pattern={},
+        alpha_pattern={},
+        init_lora_weights=True,
+        selected_experts={path: sorted(ids) for path, ids in mask.items()},
+        expert_projections=[p for p in PROJECTIONS if any(p in (c.expert_projections or PROJECTIONS) for c in chosen)],
+        train_router=any(isinstance(module, ExactParamWrapper) for _, module in plain),
+        # By their full names, to which no other rule is left to apply.
+        target_modules=[path for path, module in plain if not isinstance(module, ExactParamWrapper)],
+        target_parameters=None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        # The experts come from several calibrations.
+        calibration=None,
+        expert_shapes=None,
+        calib_dataset=None,
+        calib_tokenizer=None,
+        calib_formatting_func=None,
+    )
+
+
+@torch.no_grad()
+def fill_weighted(
+    model: nn.Module, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+) -> None:
+    """Give the factors of `adapter_name`, which is in `model` already, their values."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_dropout:
+            # New modules are in training mode, whatever the model is in.
+            layer.lora_dropout[adapter_name].train(model.training)
+        if isinstance(layer, SieveExpertLayer):
+            if adapter_name not in layer.plans:
+                continue
+            for projection in layer.plans[adapter_name].ranks:
+                factors = layer.factors(adapter_name, projection)
+                assert factors is not None
+                shares = _expert_shares(layer, projection, adapters, weights, layer.plans[adapter_name].experts)
+                _fill(factors[0], factors[1], shares, combination_type)
+        elif isinstance(layer, LoraLayer) and _holds(layer, [adapter_name]):
+            a, b = _plain_factors(layer, adapter_name)
+            found = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if _holds(layer, [name])]
+            scaling: dict[str, float] = layer.scaling
+            shares = [Share(*_plain_factors(layer, name), weight * scaling[name]) for name, weight in found]
+            _fill(a, b, shares, combination_type)
+
+
+def _fill(a: torch.Tensor, b: torch.Tensor, shares: list[Share], combination_type: str) -> None:
+    if not shares:
+        a.zero_()
+        b.zero_()
+        return
+    new_a, new_b = combine(combination_type, shares, a.shape[-2])
+    a.copy_(new_a)
+    b.copy_(new_b)
+
+
+def _expert_shares(
+    layer: SieveExpertLayer,
+    projection: str,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    experts: Sequence[int],
+) -> list[Share]:
+    """Each adapter's factors in the slots of `experts`, zeros for those that it has not."""
+    shares = []
+    for name, weight in zip(adapters, weights, strict=True):
+        factors = layer.factors(name, projection) if name in layer.plans else None
+        if factors is None:
+            continue
+        a, b, scaling = factors
+        slots = [experts.index(expert) for expert in layer.plans[name].experts]
+        wide_a, wide_b = (factor.new_zeros(len(experts), *factor.shape[1:]) for factor in (a, b))
+        wide_a[slots], wide_b[slots] = a, b
+        shares.append(Share(wide_a, wide_b, weight * scaling))
+    return shares
+
+
+def _plain_factors(layer: Any, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (rank, in) and B (rank, out) of a linear layer, an embedding or a router: views of its parameters."""
+    if adapter_name in layer.lora_A:
+        a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    else:
+        a, b = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    return a.detach(), b.detach().transpose(0, 1)  # a view, so that it can be written to
+
+
+def _holds(layer: LoraLayer, adapters: Sequence[str]) -> bool:
+    return any(name in layer.lora_A or name in layer.lora_embedding_A for name in adapters)
+
+
+def _ranks(model: nn.Module, adapters: Sequence[str]) -> list[tuple[str, list[int]]]:
+    """For each module or projection of experts that an adapter has: its path and the adapters' ranks."""
+    found = []
+    for path, layer in model.named_modules():
+        if isinstance(layer, SieveExpertLayer):
+            plans = [layer.plans[name] for name in adapters if name in layer.plans]
+            for projection in layer.shape.projections:
+                found.append((f"{path}.{projection}", [p.ranks[projection] for p in plans if projection in p.ranks]))
+        elif isinstance(layer, LoraLayer):
+            names = [name for name in adapters if _holds(layer, [name])]
+            if any(_plain_factors(layer, name)[0].dim() != 2 for name in names):
+                raise SieveError(
+                    f"add_weighted_adapter met the adapted convolution {path}, expected linear layers, embeddings and "
+                    "experts: activate the adapters at once with set_adapter instead"
+                )
+            found.append((path, [layer.r[name] for name in names]))
+    return [(path, ranks) for path, ranks in found if ranks]
+
+
+def _checked_ranks(path: str, ranks: list[int], combination_type: str) -> list[int]:
+    if combination_type == "linear" and len(set(ranks)) > 1:
+        raise SieveError(
+            f"combination_type='linear' adds up factors and the adapters have the ranks {ranks} in {path}, expected "
+            "one rank: use combination_type='cat' or 'svd'"
+        )
+    return ranks
+
+
+def _check(
+    configs: dict[str, Any],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    combination_type: str,
+    svd_rank: int | None,
+) -> None:
+    if combination_type not in COMBINATION_TYPES:
+        raise SieveError(
+            f"combination_type is {combination_type!r}, expected one of {', '.join(COMBINATION_TYPES)}, since the "
+            "others prune a whole weight and experts that only some adapters have would be pruned as if they were "
+            "zeros: use one of these"
+        )
+    unknown = sorted(set(adapters) - set(configs))
+    if unknown or not adapters:
+        raise SieveError(
+            f"add_weighted_adapter was called for {list(adapters)}, expected one or more of {sorted(configs)}: pass "
+            "the names of adapters that are loaded"
+        )
+    if len(weights) != len(adapters):
+        raise SieveError(
+            f"add_weighted_adapter got {len(weights)} weights for {len(adapters)} adapters, expected one each: pass "
+            "as many weights as adapters"
+        )
+    if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int) or svd_rank < 1):
+        raise SieveError(f"svd_rank is {svd_rank!r}, expected a positive whole number or None: pass one")
+    for name in adapters:
+        _check_low_rank(name, configs[name])
+
+
+def _check_low_rank(name: str, config: SieveLoraConfig) -> None:
+    neutral: dict[str, Any] = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
+    for field, value in neutral.items():
+        given = getattr(config, field)
+        if given and given != value:
+            raise SieveError(
+                f"adapter '{name}' has {field}={given!r}, expected only low-rank factors for a weighted sum: activate "
+                "the adapters at once with set_adapter, or train without it"
+            )

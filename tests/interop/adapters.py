@@ -1,0 +1,69 @@
+"""Sparse adapters with random factors, on models saved to disk, for the tests of what leaves the package."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_sieve import SieveLoraConfig
+from peft_sieve.moe.topology import find_moe_layers
+from tests.models import randomize_adapters, tiny_model, token_batch
+
+# Another rank and another scaling in one place each: nothing may depend on them being the same everywhere.
+UNEVEN: dict[str, Any] = {
+    "r": 4,
+    "rank_pattern": {"o_proj": 3, "experts.up_proj": 2},
+    "alpha_pattern": {"experts.down_proj": 7},
+}
+
+
+@dataclass
+class Adapter:
+    """A saved adapter, and what it computes."""
+
+    base_path: Path
+    base: nn.Module
+    model: PeftModel
+    path: Path
+    batch: dict[str, torch.Tensor]
+
+    def fresh(self) -> Any:
+        return copy.deepcopy(self.base)
+
+    def logits(self, model: nn.Module | None = None) -> torch.Tensor:
+        with torch.no_grad():
+            return (model or self.model).eval()(**self.batch).logits
+
+
+def saved_adapter(
+    folder: Path,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    base: nn.Module | None = None,
+    save: dict[str, Any] | None = None,
+    **options: Any,
+) -> Adapter:
+    """An `name` model in `folder / "base"`, an adapter of two experts a layer in `folder / "adapter"`."""
+    base = tiny_model(name, dtype=dtype) if base is None else base
+    base.save_pretrained(folder / "base", **(save or {}))
+    base.name_or_path = str(folder / "base")
+    mask = {layer.path: [i, i + 3] for i, layer in enumerate(find_moe_layers(base))}
+    model = get_peft_model(
+        copy.deepcopy(base),
+        SieveLoraConfig(**{**UNEVEN, "selected_experts": mask, "task_type": "CAUSAL_LM", **options}),
+    )
+    randomize_adapters(model)
+    model.save_pretrained(folder / "adapter")
+    return Adapter(folder / "base", base, model.eval(), folder / "adapter", token_batch(base))
+
+
+def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, over the largest expected value."""
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())

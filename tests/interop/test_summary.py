@@ -1,0 +1,106 @@
+"""What an adapter holds, read without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from peft_sieve import SieveError, inspect_adapter
+from peft_sieve.cli import main
+from tests.interop.adapters import Adapter, saved_adapter
+from tests.models import tiny_model, token_batch
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    batch = token_batch(tiny_model("qwen2_moe"))
+    return saved_adapter(
+        tmp_path_factory.mktemp("qwen"), "qwen2_moe", selected_experts=None, calib_dataset=[batch], top_k=3
+    )
+
+
+def test_it_tells_what_the_model_holds(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model is made")
+
+    monkeypatch.setattr(PreTrainedModel, "__init__", refuse)
+    monkeypatch.setattr(PeftModel, "__init__", refuse)
+    summary = inspect_adapter(adapter.path)
+    config = adapter.model.peft_config["default"]
+    parameters = {name: p for name, p in adapter.model.named_parameters() if "lora_" in name}
+    assert summary.num_parameters == sum(p.numel() for p in parameters.values())
+    experts = sum(p.numel() for name, p in parameters.items() if ".mlp.experts." in name)
+    assert summary.expert_parameters == experts
+    # 3 of 8 experts a layer.
+    assert summary.all_experts_parameters == experts // 3 * 8
+    assert {layer.path: list(layer.experts) for layer in summary.layers} == config.selected_experts
+    assert {layer.path: layer.coverage for layer in summary.layers} == config.calibration["coverage"]
+    assert all(layer.num_experts == 8 for layer in summary.layers)
+    assert all(layer.ranks == {"gate_up": 6, "down": 4} for layer in summary.layers)
+    modules = {module.name: module for module in summary.modules}
+    assert set(modules) == {
+        *(f"self_attn.{p}_proj" for p in "qkvo"),
+        *(f"mlp.shared_expert.{p}_proj" for p in ("gate", "up", "down")),
+        "mlp.gate",
+    }
+    assert modules["self_attn.o_proj"].ranks == (3,)
+    assert modules["self_attn.q_proj"].ranks == (4,)
+    assert all(module.count == 2 for module in summary.modules)
+    assert summary.expert_parameters + sum(m.num_parameters for m in summary.modules) == summary.num_parameters
+    assert summary.base_model == str(adapter.base_path)
+    assert summary.num_bytes == (adapter.path / "adapter_model.safetensors").stat().st_size
+    assert summary.dtypes == ("F32",)
+    assert summary.calibration == config.calibration
+
+
+def test_what_is_no_factor_is_counted_apart(tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, "olmoe", modules_to_save=["lm_head"])
+    summary = inspect_adapter(adapter.path)
+    assert summary.other_tensors == 128 * 32
+    assert summary.calibration == {}
+
+
+def test_command(adapter: Adapter, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["inspect", str(adapter.path), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["num_parameters"] == inspect_adapter(adapter.path).num_parameters
+    assert content["layers"][1]["experts"] == list(inspect_adapter(adapter.path).layers[1].experts)
+    assert main(["inspect", str(adapter.path)]) == 0
+    text = capsys.readouterr().out
+    summary = inspect_adapter(adapter.path)
+    for part in (
+        "model.layers.1.mlp.experts",
+        "3 of 8",
+        f"{summary.layers[0].coverage:.1%}",
+        f"{summary.num_parameters:,}",
+        "37.5% of the",
+        "self_attn.q_proj",
+        str(summary.calibration["fingerprint"]),
+        "strategy",
+    ):
+        assert part in text, part
+
+
+def test_bad_adapters(adapter: Adapter, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SieveError, match="no adapter can be read from"):
+        inspect_adapter(tmp_path / "nothing")
+    plain = get_peft_model(tiny_model("olmoe"), LoraConfig(target_modules=["q_proj"]))
+    plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(SieveError, match="an adapter of type LORA, expected SIEVE_LORA"):
+        inspect_adapter(tmp_path / "plain")
+    folder = tmp_path / "config only"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes((adapter.path / "adapter_config.json").read_bytes())
+    with pytest.raises(SieveError, match="holds no adapter_model.safetensors, expected it beside"):
+        inspect_adapter(folder)
+    (folder / "adapter_model.safetensors").write_bytes(b"12345")
+    with pytest.raises(SieveError, match="cannot be read as safetensors"):
+        inspect_adapter(folder)
+    assert main(["inspect", str(folder)]) == 1
+    assert "peft-sieve inspect: " in capsys.readouterr().err
