@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import peft.mapping
 import peft.utils.hotswap
-from peft import PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.config import PeftConfigMixin
 from transformers.integrations.peft import PeftAdapterMixin
 
@@ -129,8 +130,34 @@ def _from_pretrained(original: Callable[..., Any], cls: type, model: Any, *args:
     from .tuners.sieve.loading import with_weights_to_follow
     from .tuners.sieve.undo import as_before_on_error
 
-    with as_before_on_error(model), with_weights_to_follow():
+    given = inspect.signature(original).bind(cls, model, *args, **kwargs).arguments
+    placed = _placed_as_it_is(model, lambda: _is_ours(given["model_id"], given.get("config"), given.get("kwargs", {})))
+    with as_before_on_error(model), with_weights_to_follow(), placed:
         return original(cls, model, *args, **kwargs)
+
+
+def _placed_as_it_is(model: Any, is_ours: Callable[[], bool], told: bool = False) -> AbstractContextManager[None]:
+    """Within it, loading one of our adapters leaves an offloaded model's weights where they are.
+
+    Args:
+        is_ours: asked only if the model is offloaded.
+        told: whether the loader wants to know where the model computes.
+    """
+    from .moe.placement import computes_on, is_offloaded, left_offloaded
+
+    if not is_offloaded(model) or not is_ours():
+        return nullcontext()
+    return left_offloaded(model, computes_on(model) if told else None)
+
+
+def _is_ours(model_id: Any, config: Any, download: Mapping[str, Any]) -> bool:
+    if config is not None:
+        return (config if isinstance(config, Mapping) else vars(config)).get("peft_type") == PEFT_TYPE
+    hub = {name: download[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in download}
+    try:
+        return PeftConfig._get_peft_type(model_id, **hub) == PEFT_TYPE
+    except (ValueError, KeyError):
+        return False  # which the loader says better
 
 
 def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, *args: Any, **kwargs: Any) -> Any:
@@ -138,7 +165,8 @@ def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, 
     from .tuners.sieve.undo import as_before_on_error
 
     folder = os.path.join(model_id, kwargs.get("subfolder") or "")
-    with as_before_on_error(self), with_weights_to_follow():
+    placed = _placed_as_it_is(self.get_base_model(), lambda: _has_sieve(self))
+    with as_before_on_error(self), with_weights_to_follow(), placed:
         try:
             # An adapter that is there already gets weights without its configuration being read.
             finish_interrupted_saves(folder)
@@ -164,7 +192,9 @@ def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args
         configs = getattr(self, "peft_config", {})
         return [name for name, c in configs.items() if name not in before and c.peft_type == PEFT_TYPE]
 
-    with as_before_on_error(self):
+    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    source = (given.get("peft_model_id"), given.get("peft_config"), given.get("adapter_kwargs") or {})
+    with as_before_on_error(self), _placed_as_it_is(self, lambda: _is_ours(*source), told=True):
         try:
             loaded = original(self, *args, **kwargs)
         except Exception as error:

@@ -18,7 +18,6 @@ from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer
 from .stacks import is_stack, is_transposed, parameters_of, projections_in
 
-
 # (projection, expert) -> the name of that matrix, as a module of its own.
 ExpertNames = dict[tuple[str, int], str]
 

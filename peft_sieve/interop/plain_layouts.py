@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from ..errors import SieveError
 from ..moe.families import FusedExperts
+from ..moe.linear import is_linear
 from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer
 from .checkpoint_names import expert_names, module_names
@@ -229,7 +230,7 @@ def _target_matrices(
     left_alone = {
         path
         for path, module in skeleton.named_modules()
-        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in words and path not in others
+        if is_linear(module) and path.rpartition(".")[2] in words and path not in others
     }
     if left_alone:
         modules = {path for path, _ in skeleton.named_modules() if path}

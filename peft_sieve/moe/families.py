@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import SieveError
 from .activation import activation_of
+from .quantised import plain_stack
 from .stacks import ExpertsCall, ExpertStacks
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -59,6 +60,7 @@ class MoEFamily(ABC):
             in one module (the layer's path is then the child's); None: in the place of the experts module.
         layer_class: the adapter layer that serves it, a subclass of `SieveExpertLayer`, or where to import that from
             ("package.module:Class").
+        dequantises: its stacks may be stored in fewer bits: it reads them with `plain_stack`.
     """
 
     name: str
@@ -66,6 +68,7 @@ class MoEFamily(ABC):
     reads_router_weight: bool = False
     shared_experts: str = r"shared_(experts?|mlp)"
     adapted_child: str | None = None
+    dequantises: bool = False
     layer_class: str | type
 
     @abstractmethod
@@ -101,6 +104,7 @@ class FusedExperts(MoEFamily):
     `experts(hidden_states, top_k_index, top_k_weights)`."""
 
     name = "fused"
+    dequantises = True
     layer_class = "peft_sieve.tuners.sieve.fused:FusedSieveExperts"
 
     def matches(self, module: nn.Module) -> bool:
@@ -113,11 +117,17 @@ class FusedExperts(MoEFamily):
         )
 
     def shape(self, experts: nn.Module) -> ExpertsShape:
-        projections = {}
-        for name in self._names(experts):
-            num_experts, out_features, in_features = self._stack(experts, name).shape
-            projections[name] = (in_features, out_features)
-        return ExpertsShape(num_experts, projections)
+        # From the shapes alone: a quantised stack may have no transpose.
+        num_experts, hidden_size, width = self._matrix_shape(experts, _first_name(experts))
+        first = (hidden_size, width // 2 if experts.has_gate else width)
+        down = self._matrix_shape(experts, "down_proj")[1:]
+        names = self._names(experts)
+        return ExpertsShape(num_experts, {name: down if name == "down_proj" else first for name in names})
+
+    def _matrix_shape(self, experts: nn.Module, name: str) -> tuple[int, int, int]:
+        """(num_experts, in_features, out_features) of a stack."""
+        num_experts, rows, columns = getattr(experts, name).shape
+        return (num_experts, rows, columns) if experts.is_transposed else (num_experts, columns, rows)
 
     def expert_weight(self, experts: nn.Module, projection: str, expert: int) -> torch.Tensor:
         return self._stack(experts, projection)[expert]
@@ -126,18 +136,25 @@ class FusedExperts(MoEFamily):
         fused = experts.has_gate
         return sorted({"gate_up_proj" if fused and p != "down_proj" else p for p in projections})
 
-    def stacks(self, experts: Any) -> ExpertStacks:
-        """What its forward computes with, as views."""
-        first = "gate_up_proj" if experts.has_gate else "up_proj"
+    def stacks(self, experts: Any, dtype: torch.dtype) -> ExpertStacks:
+        """What its forward computes with: views, or copies of what is stored in fewer bits.
+
+        Args:
+            dtype: of copies whose stored form does not say what they were made from.
+        """
+        name = _first_name(experts)
+        first, down = (plain_stack(experts, stack, dtype) for stack in (name, "down_proj"))
+        if not experts.is_transposed:
+            first, down = first.transpose(1, 2), down.transpose(1, 2)
         activation, replay_activation = activation_of(experts)
         return ExpertStacks(
-            first=[_matrices(experts, first)],
-            down=_matrices(experts, "down_proj"),
-            columns={name: self._columns(experts, name) for name in self._names(experts)},
+            first=[first],
+            down=down,
+            columns={name: self._columns(experts, name, first.shape[2]) for name in self._names(experts)},
             activation=activation,
             replay_activation=replay_activation,
-            first_bias=getattr(experts, f"{first}_bias") if experts.has_bias else None,
-            down_bias=experts.down_proj_bias if experts.has_bias else None,
+            first_bias=getattr(experts, f"{name}_bias").detach() if experts.has_bias else None,
+            down_bias=experts.down_proj_bias.detach() if experts.has_bias else None,
             post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
             one_by_one=getattr(getattr(experts, "config", None), "_experts_implementation", None) == "eager",
         )
@@ -156,26 +173,25 @@ class FusedExperts(MoEFamily):
     def _names(self, experts: Any) -> tuple[str, ...]:
         return PROJECTIONS if experts.has_gate else PROJECTIONS[1:]
 
-    def _columns(self, experts: Any, projection: str) -> slice:
-        """Where the output of a projection lies in that of its stack."""
+    def _columns(self, experts: Any, projection: str, width: int) -> slice:
+        """Where the output of a projection lies in that of its stack, which is `width` wide."""
         if not experts.has_gate or projection == "down_proj":
             return slice(None)
         second = projection == "up_proj"
         if not experts.is_concatenated:
             return slice(int(second), None, 2)
-        width = experts.gate_up_proj.shape[2 if experts.is_transposed else 1] // 2
-        return slice(width, None) if second else slice(width)
+        return slice(width // 2, None) if second else slice(width // 2)
 
     def _stack(self, experts: Any, projection: str) -> torch.Tensor:
         """All experts' weights of a projection: a view of shape (num_experts, out_features, in_features)."""
-        name = "gate_up_proj" if experts.has_gate and projection != "down_proj" else projection
-        return _matrices(experts, name).transpose(1, 2)[:, self._columns(experts, projection)]
+        stack = getattr(experts, projection if projection == "down_proj" else _first_name(experts)).detach()
+        by_output = stack.transpose(1, 2) if experts.is_transposed else stack
+        return by_output[:, self._columns(experts, projection, by_output.shape[1])]
 
 
-def _matrices(experts: Any, name: str) -> torch.Tensor:
-    """A frozen stack as (num_experts, in, out)."""
-    weight: torch.Tensor = getattr(experts, name).detach()
-    return weight if experts.is_transposed else weight.transpose(1, 2)
+def _first_name(experts: Any) -> str:
+    """The stack that reads the layer's input."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
 
 
 def bind_dispatch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertsCall:

@@ -23,6 +23,7 @@ class StackedExperts(FusedExperts):
 
     # Name of the experts class.
     class_name: str
+    dequantises = False
 
     def matches(self, module: nn.Module) -> bool:
         return type(module).__name__ == self.class_name and bool(list(module.parameters()))
@@ -47,7 +48,7 @@ class StackedExperts(FusedExperts):
     def parameter_names(self, experts: nn.Module, projections: list[str]) -> list[str]:
         return sorted({"down_proj" if p == "down_proj" else "gate_up_proj" for p in projections})
 
-    def stacks(self, experts: Any) -> ExpertStacks:
+    def stacks(self, experts: Any, dtype: torch.dtype) -> ExpertStacks:
         first = self.first(experts)
         width = sum(stack.shape[2] for stack in first) // 2
         activation, replay_activation = self.activation(experts)
@@ -103,8 +104,8 @@ class LongcatFlash(StackedExperts):
     def down(self, experts: Any) -> torch.Tensor:
         return experts.down_proj.detach().transpose(1, 2)
 
-    def stacks(self, experts: Any) -> ExpertStacks:
-        return replace(super().stacks(experts), passes_others=True)
+    def stacks(self, experts: Any, dtype: torch.dtype) -> ExpertStacks:
+        return replace(super().stacks(experts, dtype), passes_others=True)
 
 
 class Llama4(StackedExperts):

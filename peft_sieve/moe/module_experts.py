@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import SieveError
 from .families import PROJECTIONS, ExpertsShape, MoEFamily, OnDispatch, bind_dispatch
+from .linear import is_linear
 from .received_rows import dispatch_of, row_keys
 
 
@@ -71,15 +72,15 @@ class ModuleExperts(MoEFamily):
         if not {"up_proj", "down_proj"} <= set(linears):
             return False
         # A whole transformer block, too, may hold its MLP's layers directly.
-        return sum(isinstance(inner, nn.Linear) for inner in module.modules()) == len(linears)
+        return sum(is_linear(inner) for inner in module.modules()) == len(linears)
 
-    def _linears(self, expert: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    def _linears(self, expert: nn.Module) -> Iterator[tuple[str, Any]]:
         for projection, name in self.linear_names.items():
             linear = getattr(expert, str(name), None)
-            if isinstance(linear, nn.Linear):
+            if is_linear(linear):
                 yield projection, linear
 
-    def linear(self, container: nn.Module, projection: str, expert: int) -> nn.Linear:
+    def linear(self, container: nn.Module, projection: str, expert: int) -> Any:
         """The linear layer of one projection of one expert."""
         return getattr(self.experts(container)[expert], str(self.linear_names[projection]))
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from ..errors import SieveError
 from .families import ExpertsShape, MoEFamily, family_of
+from .linear import is_linear
+from .quantised import refuse_packed
 from .unadaptable import why_not
 
 # The second kind is T5's: SelfAttention, EncDecAttention.
@@ -68,9 +70,10 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     Adapters may already be around them: paths and modules are those of the base model.
 
     Raises:
-        SieveError: the model has none.
+        SieveError: the model has none, or some that are kept packed.
     """
     modules = base_modules(model)
+    refuse_packed(modules.items())
     layers = []
     for path, module in modules.items():
         family = family_of(module)
@@ -114,8 +117,8 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     """Paths of the linear layers inside attention modules, in the stacks of blocks that have MoE layers.
 
     Linear-attention and state-space mixers count as attention; a vision tower, which is another stack, does not. Where
-    attention has experts of its own, they and their router do not, either. What comes out of a state-space mixer is left
-    out: its kernels read that weight, so that PEFT has no LoRA on it, and could not load one.
+    attention has experts of its own, they and their router do not, either. What comes out of a state-space mixer is
+    left out: its kernels read that weight, so that PEFT has no LoRA on it, and could not load one.
     """
     modules = base_modules(model)
     routed = {router.path for layer in layers for router in layer.routers}
@@ -123,7 +126,7 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     stacks = {match.group(1) or "" for layer in layers if (match := _BLOCK_INDEX.match(layer.path))}
     found = []
     for path, module in modules.items():
-        if not _is_linear(module) or path in routed or path.startswith(inside_experts):
+        if not is_linear(module) or path in routed or path.startswith(inside_experts):
             continue
         match = _BLOCK_INDEX.match(path)
         if match is None or (match.group(1) or "") not in stacks:
@@ -139,11 +142,11 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
 
 
 def read_weights(model: nn.Module, layers: list[MoELayer]) -> list[str]:
-    """Paths of the linear layers whose weights a model reads, always or in some kernel, where it might call the layer."""
+    """Paths of the linear layers whose weights a model reads, always or in some kernel, instead of calling them."""
     found = [router.path for layer in layers if layer.family.reads_router_weight for router in layer.routers]
     for path, module in base_modules(model).items():
         if _is_state_space(module):
-            found += [f"{path}.{name}" for name, child in module.named_children() if _is_linear(_unadapted(child))]
+            found += [f"{path}.{name}" for name, child in module.named_children() if is_linear(_unadapted(child))]
     return found
 
 
@@ -156,31 +159,24 @@ def _unadapted(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether LoRA's forward fits: a linear layer, quantised or not, but none with a forward from the model's own file
-    (phimoe's router, deepseek_v4's grouped projection)."""
-    own_forward = type(module).forward is not nn.Linear.forward and ".modeling_" in type(module).__module__
-    return isinstance(module, nn.Linear) and not own_forward
-
-
 def _routers(modules: dict[str, nn.Module], block: str, family: MoEFamily) -> tuple[Router, ...]:
     for name in family.router_names:
         path = f"{block}.{name}"
         router = modules.get(path)
         if router is None:
             continue
-        if _is_linear(router):
+        if is_linear(router):
             return (Router(path, None),)
         weight = getattr(router, "weight", None)
         if isinstance(weight, nn.Parameter) and weight.dim() == 2:
             return (Router(path, "weight"),)
-        inner = [p for p, m in modules.items() if p.startswith(path + ".") and _is_linear(m)]
+        inner = [p for p, m in modules.items() if p.startswith(path + ".") and is_linear(m)]
         return tuple(Router(p, None) for p in inner)
     return ()
 
 
 def _shared(modules: dict[str, nn.Module], block: str, family: MoEFamily) -> tuple[str, ...]:
     prefix = block + "."
-    linears = (p for p, m in modules.items() if p.startswith(prefix) and _is_linear(m))
+    linears = (p for p, m in modules.items() if p.startswith(prefix) and is_linear(m))
     # shared_expert_gate is not an expert: it has one output, and the paper leaves it alone.
     return tuple(p for p in linears if re.fullmatch(family.shared_experts, p[len(prefix) :].split(".")[0]))

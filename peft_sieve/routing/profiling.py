@@ -289,6 +289,12 @@ def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
+def _keeping_their_layout(model: nn.Module) -> list[nn.Module]:
+    """bitsandbytes' 4-bit layers: in evaluation mode on a CPU, some versions rearrange their weights for good, and from
+    then on no gradient passes through."""
+    return [m for m in model.modules() if type(getattr(m, "weight", None)).__name__ == "Params4bit"]
+
+
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and adapters; modes, adapters and random states come back."""
@@ -303,6 +309,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             model.eval()
+            for module in _keeping_their_layout(model):
+                module.training = True
             for adapter, _ in adapters:
                 # Not enable_adapters(False): that also changes which weights require gradients.
                 adapter._disable_adapters = True

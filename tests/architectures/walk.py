@@ -300,8 +300,8 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Every model class of transformers with routed experts that has a head, and models with a list of experts as code "
-        "that comes with",
+        "Every model class of transformers with routed experts that has a head, and models with a list of experts as "
+        "code that comes with",
         "checkpoints has it. `make architectures` finds them and wrote this page "
         f"(transformers {transformers.__version__}, peft {peft.__version__}).",
         "Each is built tiny and random and goes the whole way:",
@@ -315,8 +315,8 @@ def table(rows: list[Row]) -> str:
         "- checkpoint: `merge_checkpoint`'s files, loaded by transformers, give the same output;",
         "- export: plain PEFT computes the same from `export_lora`'s files.",
         "",
-        f"{sum(row.passed for row in rows)} of {len(rows)} pass all of it. A number leads to the sentence with which the "
-        "package refuses the step.",
+        f"{sum(row.passed for row in rows)} of {len(rows)} pass all of it. A number leads to the sentence with which "
+        "the package refuses the step.",
         "",
         "| model | layout | MoE layers | " + " | ".join(steps) + " |",
         "| --- | --- | --- | " + " | ".join("---" for _ in steps) + " |",
@@ -369,9 +369,8 @@ def main() -> int:
     if arguments.output:
         arguments.output.write_text(table(rows))
     unexplained = [row.model for row in rows if not row.passed and not row.refused]
-    print(
-        f"{sum(row.passed for row in rows)} of {len(rows)} pass, {len(unexplained)} fail without a refusal: {unexplained}"
-    )
+    passed = sum(row.passed for row in rows)
+    print(f"{passed} of {len(rows)} pass, {len(unexplained)} fail without a refusal: {unexplained}")
     return bool(unexplained)
 
 

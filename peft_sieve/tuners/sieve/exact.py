@@ -1,7 +1,8 @@
-"""PEFT's own LoRA layers, with an `unmerge` that gives the base weights back bit for bit.
+"""PEFT's own LoRA layers, with an `unmerge` that gives the base weights back bit for bit, also where those are
+offloaded.
 
-PEFT subtracts what it added, which leaves rounding behind. And its wrapper of a parameter takes no mixed batches; the
-one here does.
+PEFT subtracts what it added, which leaves rounding behind, and moves adapters to where the base weights are, which for
+offloaded ones is nowhere. And its wrapper of a parameter takes no mixed batches; the one here does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import nn
 
+from ...moe.placement import onloaded, onloaded_for_change
 from .mixed import each_adapter
 
 
@@ -22,18 +24,24 @@ class _ExactUnmerge:
         raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        if not self.merged:  # type: ignore[attr-defined]
-            self._before_merge = self._base_parameter().detach().clone()
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
+        with onloaded_for_change(self):  # type: ignore[arg-type]
+            if not self.merged:  # type: ignore[attr-defined]
+                self._before_merge = self._base_parameter().detach().clone()
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)  # type: ignore[misc]
 
     def unmerge(self) -> None:
         if not self.merged:  # type: ignore[attr-defined]
             # The experts of the same model may be merged while this layer had nothing to merge: no reason to warn.
             return
-        super().unmerge()  # type: ignore[misc]
-        if self._before_merge is not None:
-            self._base_parameter().data.copy_(self._before_merge)
+        with onloaded_for_change(self):  # type: ignore[arg-type]
+            super().unmerge()  # type: ignore[misc]
+            if self._before_merge is not None:
+                self._base_parameter().data.copy_(self._before_merge)
         self._before_merge = None
+
+    def _move_adapter_to_device_of_base_layer(self, *args: Any, **kwargs: Any) -> None:
+        with onloaded(self.get_base_layer()):  # type: ignore[attr-defined]
+            super()._move_adapter_to_device_of_base_layer(*args, **kwargs)  # type: ignore[misc]
 
 
 class ExactLinear(_ExactUnmerge, Linear):
@@ -64,9 +72,11 @@ class ExactParamWrapper(_ExactUnmerge, ParamWrapper):
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """As the router's; with `adapter_names`, one for each entry of the inputs, each entry with its adapter."""
-        if adapter_names is None or self.disable_adapters:
-            return super().forward(*args, **kwargs)
-        return each_adapter(self._forward_with, adapter_names, args, kwargs)
+        # The wrapper reads the weight itself, outside the forward of its module.
+        with onloaded(self.get_base_layer()):
+            if adapter_names is None or self.disable_adapters:
+                return super().forward(*args, **kwargs)
+            return each_adapter(self._forward_with, adapter_names, args, kwargs)
 
     def _forward_with(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         with self._activate_lora([adapter_name]):

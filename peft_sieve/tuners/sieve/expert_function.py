@@ -9,7 +9,8 @@ In the notation below, a pair is a token sent to one of its experts, and pairs a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +33,14 @@ class ExpertPlan:
 
     Attributes:
         chunks: in which pieces the pairs are handled.
-        stacks: the frozen part. If it goes one by one, the pairs of a token are summed in the order of their experts,
-            not in that of the dispatch.
+        stacks_again: the frozen part once more, for the backward: what is stored in fewer bits, or offloaded, is made
+            for each pass.
         first_adapters, down_adapters: what is added to each product.
         keep: whether a backward may follow.
     """
 
     chunks: Sequence[Chunk]
-    stacks: ExpertStacks
+    stacks_again: Callable[[], AbstractContextManager[ExpertStacks]]
     first_adapters: Sequence[LowRank] = field(default_factory=list)
     down_adapters: Sequence[LowRank] = field(default_factory=list)
     keep: bool = True
@@ -48,10 +49,9 @@ class ExpertPlan:
         self.first_groups = self._groups(self.first_adapters)
         self.down_groups = self._groups(self.down_adapters)
 
-    @property
-    def kept_per_chunk(self) -> int:
+    def kept_per_chunk(self, stacks: ExpertStacks) -> int:
         """How many tensors the forward of a chunk leaves for its backward."""
-        return 1 + len(self.first_adapters) + len(self.down_adapters) + (self.stacks.post_norm is not None)
+        return 1 + len(self.first_adapters) + len(self.down_adapters) + (stacks.post_norm is not None)
 
     def _groups(self, adapters: Sequence[LowRank]) -> list[list[tuple[LowRank, Groups]]]:
         """For each chunk, the adapters and their ranges in it; made once, since ranges remember what they dropped."""
@@ -62,24 +62,28 @@ class ExpertPlan:
 
 
 class ExpertFunction(torch.autograd.Function):
-    """`apply(plan, dispatch, hidden_states, expert_weights, *factors)`: (tokens, hidden) -> (tokens, hidden)."""
+    """`apply(plan, stacks, dispatch, hidden_states, expert_weights, *factors)`: (tokens, hidden) -> (tokens, hidden).
+
+    `stacks` are the frozen part, for the forward only. If it goes one by one, the pairs of a token are summed in the
+    order of their experts, not in that of the dispatch.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         plan: ExpertPlan,
+        stacks: ExpertStacks,
         dispatch: Dispatch,
         hidden_states: torch.Tensor,
         expert_weights: torch.Tensor,
         *factors: torch.Tensor,
     ) -> torch.Tensor:
-        stacks = plan.stacks
         dtype = stacks.down.dtype
         with torch.autocast(hidden_states.device.type, enabled=False):
             factors_used = [factor.to(dtype) for factor in factors]
             weights = _sorted_weights(expert_weights, dispatch, stacks.one_by_one)
             sum_dtype = hidden_states.dtype if stacks.one_by_one else torch.promote_types(dtype, weights.dtype)
-            total = _Total(plan, dispatch, hidden_states, sum_dtype)
+            total = _Total(dispatch, hidden_states, sum_dtype, stacks.one_by_one, len(plan.chunks))
             kept: list[torch.Tensor] = []
             for chunk, first, down in zip(plan.chunks, plan.first_groups, plan.down_groups, strict=True):
                 rows = chunk.rows
@@ -108,19 +112,21 @@ class ExpertFunction(torch.autograd.Function):
         order, tokens, expert_ids, counts, hidden_states, expert_weights, *saved = ctx.saved_tensors
         dispatch = Dispatch(order, tokens, expert_ids, counts, expert_weights.shape[1])
         factors, kept = saved[: ctx.num_factors], saved[ctx.num_factors :]
-        stacks = plan.stacks
-        dtype = stacks.down.dtype
-        _, _, needs_hidden, needs_weights, *needs_factors = ctx.needs_input_grad
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        _, _, _, needs_hidden, needs_weights, *needs_factors = ctx.needs_input_grad
+        # Made before any chunk, since those may come from several threads.
+        with torch.autocast(hidden_states.device.type, enabled=False), plan.stacks_again() as stacks:
+            dtype = stacks.down.dtype
             weights = _sorted_weights(expert_weights, dispatch, stacks.one_by_one)
             # Added one after the other, half precision would round each time.
             sum_dtype = torch.promote_types(dtype, torch.float32) if stacks.one_by_one else dtype
+            step = plan.kept_per_chunk(stacks)
             run = _Backward(
                 plan=plan,
+                stacks=stacks,
                 dispatch=dispatch,
                 hidden_states=hidden_states,
                 weights=weights,
-                kept=[kept[i : i + plan.kept_per_chunk] for i in range(0, len(kept), plan.kept_per_chunk)],
+                kept=[kept[i : i + step] for i in range(0, len(kept), step)],
                 factors=[factor.to(dtype) for factor in factors],
                 grad=grads[0],
                 grad_factors=[
@@ -128,7 +134,9 @@ class ExpertFunction(torch.autograd.Function):
                     for factor, needed in zip(factors, needs_factors, strict=True)
                 ],
                 grad_weights=torch.zeros_like(weights, dtype=torch.promote_types(weights.dtype, torch.float32)),
-                grad_hidden=_Total(plan, dispatch, hidden_states, sum_dtype) if needs_hidden else None,
+                grad_hidden=_Total(dispatch, hidden_states, sum_dtype, stacks.one_by_one, len(plan.chunks))
+                if needs_hidden
+                else None,
             )
             sizes = [chunk.rows.stop - chunk.rows.start for chunk in plan.chunks]
             if stacks.one_by_one or hidden_states.device.type != "cpu":
@@ -137,6 +145,7 @@ class ExpertFunction(torch.autograd.Function):
             else:
                 for_each(run, sizes)
         return (
+            None,
             None,
             None,
             run.grad_hidden.result(stock_bits=False).to(hidden_states.dtype) if run.grad_hidden is not None else None,
@@ -158,6 +167,7 @@ class _Backward:
     """
 
     plan: ExpertPlan
+    stacks: ExpertStacks
     dispatch: Dispatch
     hidden_states: torch.Tensor
     weights: torch.Tensor
@@ -169,7 +179,7 @@ class _Backward:
     grad_hidden: _Total | None
 
     def __call__(self, index: int) -> None:
-        plan, dispatch, stacks = self.plan, self.dispatch, self.plan.stacks
+        plan, dispatch, stacks = self.plan, self.dispatch, self.stacks
         dtype = stacks.down.dtype
         chunk, first, down = plan.chunks[index], plan.first_groups[index], plan.down_groups[index]
         rows, groups, tokens = chunk.rows, chunk.groups, dispatch.tokens[chunk.rows]
@@ -211,10 +221,12 @@ class _Backward:
 class _Total:
     """Sums the pairs of each token, chunk after chunk: (rows, hidden) ... -> (tokens, hidden)."""
 
-    def __init__(self, plan: ExpertPlan, dispatch: Dispatch, hidden_states: torch.Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, dispatch: Dispatch, hidden_states: torch.Tensor, dtype: torch.dtype, added: bool, num_chunks: int
+    ) -> None:
         self.dispatch = dispatch
-        self.added = plan.stacks.one_by_one
-        self.at_once = len(plan.chunks) == 1
+        self.added = added
+        self.at_once = num_chunks == 1
         num_tokens, width = hidden_states.shape
         if self.added:
             self.rows = hidden_states.new_zeros((num_tokens, width), dtype=dtype)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from ...moe.chunks import CHUNK_ROWS, device_chunks, device_groups_usable, loop_
 from ...moe.dispatch import sort_by_expert
 from ...moe.dropout import Dropout
 from ...moe.families import FusedExperts
+from ...moe.placement import onloaded
+from ...moe.stacks import ExpertStacks
 from .expert_function import ExpertFunction, ExpertPlan
 from .layer import INPUT_PROJECTIONS, SieveExpertLayer
 from .low_rank import LowRank, Part
@@ -62,7 +66,30 @@ class FusedSieveExperts(SieveExpertLayer):
         """(tokens, hidden), (tokens, top_k), (tokens, top_k) -> (tokens, hidden)."""
         experts = self.get_base_layer()
         self._require_frozen(experts)
-        stacks = self.family.stacks(experts)
+        stacks_again = partial(self._stacks, _compute_dtype(hidden_states))
+        with stacks_again() as stacks:
+            # Where the stock forward's hook would bring them, if the layer is on another device.
+            hidden_states, expert_ids, expert_weights = (
+                tensor.to(stacks.down.device) for tensor in (hidden_states, expert_ids, expert_weights)
+            )
+            return self._product(stacks, stacks_again, hidden_states, expert_ids, expert_weights, adapters)
+
+    @contextmanager
+    def _stacks(self, dtype: torch.dtype) -> Iterator[ExpertStacks]:
+        """What the layer computes with, for one pass; what is stored in fewer bits as `dtype`."""
+        experts = self.get_base_layer()
+        with onloaded(experts):
+            yield self.family.stacks(experts, dtype)
+
+    def _product(
+        self,
+        stacks: ExpertStacks,
+        stacks_again: Callable[[], AbstractContextManager[ExpertStacks]],
+        hidden_states: torch.Tensor,
+        expert_ids: torch.Tensor,
+        expert_weights: torch.Tensor,
+        adapters: list[str],
+    ) -> torch.Tensor:
         factors: list[torch.Tensor] = []
         first_adapters, down_adapters = [], []
         for name in adapters:
@@ -79,8 +106,8 @@ class FusedSieveExperts(SieveExpertLayer):
             chunks = device_chunks(dispatch.counts, dispatch.order.numel())
         else:
             chunks = loop_chunks(dispatch.counts, chunk_rows=1 if one_by_one else CHUNK_ROWS)
-        plan = ExpertPlan(chunks, stacks, first_adapters, down_adapters, keep=torch.is_grad_enabled())
-        result: torch.Tensor = ExpertFunction.apply(plan, dispatch, hidden_states, expert_weights, *factors)
+        plan = ExpertPlan(chunks, stacks_again, first_adapters, down_adapters, keep=torch.is_grad_enabled())
+        result: torch.Tensor = ExpertFunction.apply(plan, stacks, dispatch, hidden_states, expert_weights, *factors)
         if not stacks.passes_others:
             return result
         others = dispatch.order[dispatch.expert_ids >= self.shape.num_experts]
@@ -135,6 +162,11 @@ def _add_unchanged(
     tokens = pairs % hidden_states.shape[0]
     rows = hidden_states[tokens] * expert_weights.T.reshape(-1)[pairs].unsqueeze(-1)
     return result.index_add(0, tokens, rows.to(result.dtype))
+
+
+def _compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:
+    device = hidden_states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
 
 
 def _drawn(dropout: nn.Module) -> Dropout | None:

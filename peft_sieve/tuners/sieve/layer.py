@@ -13,6 +13,8 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.families import PROJECTIONS
+from ...moe.placement import execution_device, is_offloaded, onloaded_for_change
+from ...moe.quantised import quantisation_of
 from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
 from .factors import AdapterPlan, ExpertFactors, ExpertSlots, initialize, slots_of
@@ -88,16 +90,16 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         self.use_rslora[adapter_name] = config.use_rslora
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_experts[adapter_name] = ExpertSlots(self.shape.num_experts, experts)
-        weight = next(self.get_base_layer().parameters())
         # Filled where they are used: those of a large model take a while on the CPU.
-        device = torch.device("meta") if without_values else weight.device
+        device = torch.device("meta") if without_values else execution_device(self.get_base_layer())
         for name, group in (("lora_gate_up", INPUT_PROJECTIONS), ("lora_down", ("down_proj",))):
             self._add_factors(adapter_name, name, group, config.init_lora_weights, device)
         self._unverified.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        if weight.is_floating_point():
+        dtype = next(self.get_base_layer().parameters()).dtype
+        if dtype.is_floating_point and dtype.itemsize > 1:
             for factors in self._factors_of(adapter_name):
-                factors.to(weight.dtype)
+                factors.to(dtype)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _add_factors(
@@ -119,7 +121,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
     def allocate(self, adapter_name: str) -> None:
         """Give memory to the factors of an adapter that was added without values."""
         for factors in self._factors_of(adapter_name):
-            factors.allocate(next(self.get_base_layer().parameters()).device)
+            factors.allocate(execution_device(self.get_base_layer()))
 
     def _factors_of(self, adapter_name: str) -> list[ExpertFactors]:
         held = (getattr(self, name) for name in self.adapter_layer_names)
@@ -127,7 +129,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The type stays: PEFT calls this after loading, too, where a half-precision base would round loaded values.
-        device = device or next(self.get_base_layer().parameters()).device
+        device = device or execution_device(self.get_base_layer())
         for module in (*self._factors_of(adapter_name), self.slots_module(adapter_name)):
             if not any(parameter.is_meta for parameter in module.parameters()):
                 module.to(device)
@@ -225,22 +227,48 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         """Add the adapters to the weights of their experts; the weights before it are kept for `unmerge`.
 
         Raises:
-            SieveError: `safe_merge` and a merged weight is not finite; nothing was changed then.
+            SieveError: the weights take no sum (`check_mergeable`), or `safe_merge` and a merged weight is not finite;
+                nothing was changed then.
         """
+        self.check_mergeable()
         for adapter_name in check_adapters_to_merge(self, adapter_names):
-            plan = self.plans.get(adapter_name)
-            if plan is None:
-                continue
-            slices = [(projection, expert) for projection in plan.ranks for expert in plan.experts]
-            if safe_merge:
-                for key in slices:
-                    self._check_finite(key, adapter_name)
+            if adapter_name in self.plans:
+                with onloaded_for_change(self):
+                    self._merge_one(adapter_name, safe_merge)
+
+    def check_mergeable(self) -> None:
+        """Refuse to merge into quantised weights, where the sum would be rounded to what little they can say, and into
+        offloaded ones of several modules, which nobody would write back.
+
+        Raises:
+            SieveError: the experts are either.
+        """
+        experts = self.get_base_layer()
+        method = quantisation_of(experts)
+        if method is not None:
+            raise SieveError(
+                f"merging was asked for, and the experts of {self.path} are quantised ({method}), expected weights in "
+                "a floating-point type: load the adapter on the model without quantisation and merge there"
+            )
+        names = self.family.parameter_names(experts, list(self.shape.projections))
+        if is_offloaded(experts) and any("." in name for name in names):
+            raise SieveError(
+                f"merging was asked for, and the experts of {self.path} are in separate modules that are offloaded, "
+                "expected them in memory: load the model without offload and merge there"
+            )
+
+    def _merge_one(self, adapter_name: str, safe_merge: bool) -> None:
+        plan = self.plans[adapter_name]
+        slices = [(projection, expert) for projection in plan.ranks for expert in plan.experts]
+        if safe_merge:
             for key in slices:
-                weight = self.expert_weight(*key)
-                # In main memory: a quarter of the experts would not fit on the device a second time.
-                self._before_merge.setdefault(key, weight.detach().to("cpu", copy=True))
-                weight.copy_(self._merged(weight, adapter_name, key))
-            self.merged_adapters.append(adapter_name)
+                self._check_finite(key, adapter_name)
+        for key in slices:
+            weight = self.expert_weight(*key)
+            # In main memory: a quarter of the experts would not fit on the device a second time.
+            self._before_merge.setdefault(key, weight.detach().to("cpu", copy=True))
+            weight.copy_(self._merged(weight, adapter_name, key))
+        self.merged_adapters.append(adapter_name)
 
     def _merged(self, weight: torch.Tensor, adapter_name: str, key: tuple[str, int]) -> torch.Tensor:
         delta = self.get_delta_weight(adapter_name, *key)
@@ -257,8 +285,9 @@ class SieveExpertLayer(nn.Module, LoraLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the weights back, bit for bit."""
-        for key, weight in self._before_merge.items():
-            self.expert_weight(*key).copy_(weight)
+        with onloaded_for_change(self):
+            for key, weight in self._before_merge.items():
+                self.expert_weight(*key).copy_(weight)
         self._before_merge.clear()
         self.merged_adapters.clear()
 

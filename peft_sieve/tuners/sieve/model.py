@@ -18,13 +18,15 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from ...errors import SieveError
+from ...moe.placement import onloaded
+from ...moe.quantised import linear_quantisation, refuse_storage
 from ...moe.topology import MoELayer, find_moe_layers, read_weights
 from ...routing.distributed import check_agreement, on_every_rank
 from .agreement import check_at_next_training_forward, stop_checking
 from .calibrate import calibrate
 from .combination import COMBINATION_TYPES
 from .config import SieveLoraConfig
-from .exact import read_by_weight, with_exact_unmerge
+from .exact import ExactLinear, read_by_weight, with_exact_unmerge
 from .layer import SieveExpertLayer
 from .loading import check_state_dict, sieve_layers, weights_follow
 from .mask import check_mask, shape_of
@@ -83,7 +85,8 @@ class SieveLoraModel(LoraModel):
         layers = find_moe_layers(self.model)
         for layer in layers:
             _layer_class(layer)
-            _refuse_storage(layer)
+            _refuse_parallel(layer)
+            refuse_storage(layer.experts, layer.path, layer.family.dequantises)
         if config.selected_experts is not None:
             check_mask(config, layers)
         return layers, wanted_layers(config, layers)
@@ -148,7 +151,14 @@ class SieveLoraModel(LoraModel):
         if adapter_name not in self.active_adapters:
             # As PEFT: an additional adapter does not become trainable by being added.
             wrapper.requires_grad_(False)
-        self._replace_module(parent, name, wrapper, target)
+        setattr(parent, name, wrapper)
+
+    def _create_and_replace(
+        self, lora_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        # PEFT puts an adapter where the base weights are, which for offloaded ones is nowhere.
+        with onloaded(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target):
+            super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
@@ -219,6 +229,16 @@ class SieveLoraModel(LoraModel):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         refuse_tied_experts(self.model)
+        for _, layer in sieve_layers(self.model):
+            layer.check_mergeable()
+        for path, module in self.model.named_modules():
+            # PEFT merges into those that it has a layer of its own for; to others it would add as if they were plain.
+            method = linear_quantisation(module.get_base_layer()) if isinstance(module, ExactLinear) else None
+            if method is not None:
+                raise SieveError(
+                    f"merging was asked for, and {path} is quantised ({method}), expected weights in a floating-point "
+                    "type: load the adapter on the model without quantisation and merge there"
+                )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's, in all layers or in none: when one refuses, the others are as before."""
@@ -280,16 +300,10 @@ def _layer_class(layer: MoELayer) -> type[SieveExpertLayer]:
     )
 
 
-def _refuse_storage(layer: MoELayer) -> None:
-    """Experts whose weights cannot take an adapter as they are stored."""
+def _refuse_parallel(layer: MoELayer) -> None:
+    """Experts of which a process has only some."""
     if getattr(layer.experts, "_is_expert_parallel", False):
         raise SieveError(
             f"the experts of {layer.path} are spread over processes (expert parallelism), expected all in each: "
             "load the model without a distributed_config that enables it"
         )
-    for parameter in layer.experts.parameters():
-        if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
-            raise SieveError(
-                f"the experts of {layer.path} are stored as {parameter.dtype}, expected float64, float32, bfloat16 or "
-                "float16: load the model without quantisation of its experts"
-            )

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.families import PROJECTIONS, ExpertsShape
+from ...moe.linear import is_linear
 from ...moe.topology import MoELayer, Router, attention_linears, base_modules
 from .config import SieveLoraConfig
 
@@ -126,7 +127,7 @@ def _keep_out_of_experts(config: SieveLoraConfig, model: nn.Module, layers: list
     there."""
     inside = tuple(layer.path + "." for layer in layers)
     modules = base_modules(model)
-    if not any(isinstance(m, nn.Linear) for path, m in modules.items() if path.startswith(inside)):
+    if not any(is_linear(m) for path, m in modules.items() if path.startswith(inside)):
         return
     _maybe_include_all_linear_layers(config, model)
     matched = {path for path in modules if path and check_target_module_exists(config, path)}
