@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from peft_sieve.errors import SieveError
-from peft_sieve.routing.profile_data import RoutingProfile, check_profile
-from peft_sieve.routing.selection import select_experts
+from ..errors import SieveError
+from .profile_data import RoutingProfile, check_profile
+from .selection import select_experts
 
 
 def selection_stability(first: RoutingProfile, second: RoutingProfile, **selection: Any) -> dict[str, float]:

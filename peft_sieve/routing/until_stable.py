@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from peft_sieve.routing.calibration import CalibrationData
-from peft_sieve.routing.distributed import gathered, on_every_rank, summed
-from peft_sieve.routing.profile_data import RoutingProfile
-from peft_sieve.routing.selection import check_share
-from peft_sieve.routing.stability import selection_stability
+from .calibration import CalibrationData
+from .distributed import gathered, on_every_rank, summed
+from .profile_data import RoutingProfile
+from .selection import check_share
+from .stability import selection_stability
 
 
 @dataclass(frozen=True)
