@@ -105,5 +105,4 @@ def test_a_process_of_its_own(rows: str, tmp_path: Path) -> None:
     done = run("profile", str(TINY_OLMOE), "--data", rows, "-o", output, "--json", *template)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["samples"] == 6
-    assert done.stderr == ""
     assert RoutingProfile.load(output).num_tokens == json.loads(done.stdout)["tokens"]
