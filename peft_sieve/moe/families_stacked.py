@@ -12,10 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .activation import Function, Replayer, gate_by, replay
 from .families import PROJECTIONS, ExpertsCall, ExpertsShape, FusedExperts, OnDispatch
 from .stacks import ExpertStacks
+
+
+def _class_name(module: nn.Module) -> str:
+    """bitsandbytes' 4-bit stacks are parametrised, which puts a class of its own in front of the module's."""
+    return type_before_parametrizations(module).__name__
 
 
 class StackedExperts(FusedExperts):
@@ -26,7 +32,7 @@ class StackedExperts(FusedExperts):
     dequantises = False
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module).__name__ == self.class_name and bool(list(module.parameters()))
+        return _class_name(module) == self.class_name and bool(list(module.parameters()))
 
     @abstractmethod
     def first(self, experts: Any) -> list[torch.Tensor]:
@@ -170,7 +176,7 @@ class Zaya(FusedExperts):
     name = "zaya"
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module).__name__ == "ZayaExperts" and super().matches(module)
+        return _class_name(module) == "ZayaExperts" and super().matches(module)
 
     def watch(self, experts: Any, parent: nn.Module, on_dispatch: OnDispatch) -> list[Any]:
         num_experts = self.shape(experts).num_experts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +25,12 @@ def execution_device(module: nn.Module) -> torch.device:
         if has_offloaded_params(child):
             hook: Any = child._hf_hook
             return torch.device(hook.execution_device)
-    return next(module.parameters()).device
+    return first_tensor(module).device
+
+
+def first_tensor(module: nn.Module) -> torch.Tensor:
+    """Some weight of `module`: its first parameter, or for layers that keep packed weights in buffers, one of those."""
+    return next(chain(module.parameters(), module.buffers()))
 
 
 def computes_on(model: nn.Module) -> dict[str, torch.device]:

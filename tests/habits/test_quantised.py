@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +25,20 @@ from transformers.integrations.finegrained_fp8 import (
 )
 from transformers.integrations.gguf.utils import GgufExperts
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+from transformers.models.dbrx.modeling_dbrx import DbrxForCausalLM
+from transformers.models.step3p7.modeling_step3p7 import Step3p7ForConditionalGeneration
 
 from peft_sieve import SieveError, SieveLoraConfig
+from peft_sieve.moe.families import FusedExperts
 from peft_sieve.moe.linear import is_linear
 from peft_sieve.moe.quantised import plain_stack
 from peft_sieve.moe.topology import find_moe_layers
+from peft_sieve.moe.workers import for_each
+from peft_sieve.tuners.sieve import expert_function
+from tests.architectures.tiny import tiny_model as architecture
 from tests.deepseek_like import deepseek_like
 from tests.models import randomize_adapters, tiny_model, token_batch
+from tests.module_models import MODELS, jetmoe
 from tests.reference import assert_same
 
 SKIPPED = ["lm_head", "shared_expert_gate"]
@@ -246,6 +255,41 @@ def test_linear_layers_in_a_list_of_experts(bits: int, tmp_path: Path) -> None:
     check_against_reference(model, reference, batch, tmp_path, quantised, tolerance=1e-5 if bits == 4 else 0.05)
 
 
+class Int8Linear(nn.Module):
+    """As those of HQQ, GPTQ and the like: no `nn.Linear`, and no weight that one could add to."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("packed", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.packed * self.scale).T
+
+
+@pytest.mark.parametrize("name", ["deepseek_like", "mixtral_v4"])
+def test_quantised_layers_of_experts_that_derive_from_no_linear_layer(name: str, tmp_path: Path) -> None:
+    def with_linears(change: Callable[[nn.Linear], nn.Module]) -> Any:
+        model = MODELS[name]()
+        for layer in find_moe_layers(model):
+            family: Any = layer.family
+            for expert in family.experts(layer.experts):
+                for linear in family.linear_names.values():
+                    setattr(expert, linear, change(getattr(expert, linear)))
+        return model
+
+    def dequantised(linear: nn.Linear) -> nn.Linear:
+        quantised = Int8Linear(linear)
+        linear.weight = nn.Parameter(quantised.packed * quantised.scale, requires_grad=False)
+        return linear
+
+    model = with_linears(Int8Linear)
+    batch = token_batch(model)
+    check_against_reference(model, with_linears(dequantised), batch, tmp_path, lambda: with_linears(Int8Linear))
+
+
 # torchao
 
 
@@ -347,6 +391,46 @@ def test_experts_in_fp8_compute_in_the_type_of_their_input() -> None:
     assert set(seen) == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_backward_in_several_threads_makes_the_stacks_once(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = token_batch(fp8_model(), length=200)
+    made: list[threading.Thread] = []
+    pieces: list[int] = []
+
+    def stacks(*args: Any) -> Any:
+        made.append(threading.current_thread())
+        return FusedExperts.stacks(*args)
+
+    def divided(work: Callable[[int], None], sizes: Sequence[int]) -> None:
+        pieces.append(len(sizes))
+        for_each(work, sizes)
+
+    models = [fp8_model(), fp8_model()]
+    references = with_stacks(tiny_model("olmoe"), lambda e, name: plain_stack(e, name, torch.float32), models[0])
+    mask = {layer.path: [0, 3, 5] for layer in find_moe_layers(references)}
+    adapted, plain = (
+        get_peft_model(m, config(m, batch, calib_dataset=None, selected_experts=mask)) for m in (models[0], references)
+    )
+    for peft_model in (adapted, plain):
+        randomize_adapters(peft_model)
+    expected = gradients(plain, batch)
+    monkeypatch.setattr(
+        find_moe_layers(adapted)[0].family, "stacks", partial(stacks, find_moe_layers(adapted)[0].family)
+    )
+    monkeypatch.setattr(expert_function, "for_each", divided)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = gradients(adapted, batch)
+    finally:
+        torch.set_num_threads(before)
+    layers = len(mask)
+    assert len(pieces) == layers and min(pieces) > 1
+    assert len(made) == 2 * layers and set(made) == {threading.current_thread()}
+    for name, gradient in found.items():
+        assert_same(gradient, expected[name], name, rtol=0, atol=1e-4)
+
+
 def test_blocks_that_end_before_the_matrix_does() -> None:
     experts = nn.Module()
     experts.block_size = (10, 12)
@@ -406,6 +490,42 @@ def test_packed_experts_are_refused_by_name(advice: str) -> None:
         get_peft_model(model, config(model, token_batch(model)))
     assert advice in str(error.value)
     assert dict(model.named_modules()) == modules
+
+
+def test_stacks_in_layouts_of_their_own_are_refused_quantised() -> None:
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    step3p7, jet, dbrx = architecture(Step3p7ForConditionalGeneration), jetmoe(), architecture(DbrxForCausalLM)
+    batch = token_batch(jet)
+    for name in ("gate_up_proj", "down_proj"):
+        parametrize.replace_parameter_4bit(find_moe_layers(step3p7)[-1].experts, name, quant_type="nf4")
+    for owner, name in ((find_moe_layers(jet)[-1].experts.output_linear, "weight"), (dbrx_mlp(dbrx), "v1")):
+        stored = getattr(owner, name).detach().to(torch.float8_e4m3fn)
+        setattr(owner, name, nn.Parameter(stored, requires_grad=False))
+    for model, stored in ((step3p7, "uint8"), (jet, "float8"), (dbrx, "float8")):
+        names = [name for name, _ in model.named_modules()]
+        with pytest.raises(SieveError, match=f"are stored as torch.{stored}.*without quantisation of its experts"):
+            get_peft_model(model, config(model, batch))
+        assert [name for name, _ in model.named_modules()] == names
+
+
+def dbrx_mlp(model: nn.Module) -> Any:
+    return find_moe_layers(model)[-1].experts.mlp
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_router_beside_its_experts_may_be_quantised(bits: int) -> None:
+    """In jetmoe, one module holds both."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = jetmoe()
+    batch = token_batch(model)
+    for layer in find_moe_layers(model):
+        router = layer.experts.router
+        kind = bnb.nn.Linear4bit if bits == 4 else partial(bnb.nn.Linear8bitLt, has_fp16_weights=False)
+        quantised = kind(router.layer.in_features, router.layer.out_features, bias=False)
+        quantised.load_state_dict(router.layer.state_dict())
+        router.layer = quantised.to("cpu")
+    peft_model = get_peft_model(model.train(), config(model, batch))
+    assert any(".router.layer.lora_B" in name and g.any() for name, g in gradients(peft_model, batch).items())
 
 
 def test_quantised_linears_that_derive_from_no_linear_layer_count() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.families import PROJECTIONS
-from ...moe.placement import execution_device, is_offloaded, onloaded_for_change
+from ...moe.placement import execution_device, first_tensor, is_offloaded, onloaded_for_change
 from ...moe.quantised import quantisation_of
 from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
@@ -96,7 +96,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             self._add_factors(adapter_name, name, group, config.init_lora_weights, device)
         self._unverified.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        dtype = next(self.get_base_layer().parameters()).dtype
+        dtype = first_tensor(self.get_base_layer()).dtype
         if dtype.is_floating_point and dtype.itemsize > 1:
             for factors in self._factors_of(adapter_name):
                 factors.to(dtype)
