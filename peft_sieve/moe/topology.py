@@ -114,8 +114,8 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     """Paths of the linear layers inside attention modules, in the stacks of blocks that have MoE layers.
 
     Linear-attention and state-space mixers count as attention; a vision tower, which is another stack, does not. Where
-    attention has experts of its own, they and their router do not, either. What comes out of a state-space mixer is left
-    out: its kernels read that weight, so that PEFT has no LoRA on it, and could not load one.
+    attention has experts of its own, they and their router do not, either. The last layer of a state-space mixer is
+    left out: kernels read its weight, so that PEFT has no LoRA on it, and could not load one.
     """
     modules = base_modules(model)
     routed = {router.path for layer in layers for router in layer.routers}
@@ -139,7 +139,7 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
 
 
 def read_weights(model: nn.Module, layers: list[MoELayer]) -> list[str]:
-    """Paths of the linear layers whose weights a model reads, always or in some kernel, where it might call the layer."""
+    """Paths of the linear layers whose weights a model reads, always or in some kernel, instead of calling them."""
     found = [router.path for layer in layers if layer.family.reads_router_weight for router in layer.routers]
     for path, module in base_modules(model).items():
         if _is_state_space(module):

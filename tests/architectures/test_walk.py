@@ -36,7 +36,8 @@ MODELS = {
     "DbrxForCausalLM": "dbrx",
     "ZayaForCausalLM": "zaya",
     "Gemma4ForConditionalGeneration": "fused",  # experts on the decoder layer, inside a multimodal model
-    "Ernie4_5_VLMoeForConditionalGeneration": "fused",  # two sets in a block, one list in checkpoints; routers transposed
+    "Ernie4_5_VLMoeForConditionalGeneration": "fused",  # two sets of experts in a block, one list in checkpoints
+    "Inkling2ForCausalLM": "fused",  # checkpoints that interleave gate and up
     "DeepseekV4ForCausalLM": "fused",  # a gate of its own, routing by a table
     "Dots3NoteForConditionalGeneration": "fused",  # a vision tower with experts
     "Qwen3OmniMoeTalkerForConditionalGeneration": "fused",  # a dense model of equal names inside
@@ -159,10 +160,14 @@ def test_a_tiny_model_is_random_and_the_same_each_time() -> None:
 def test_the_page() -> None:
     passed = Row("AForCausalLM", ["fused"], 2, dict.fromkeys(STEPS, YES) | {"inject": ROUNDED})
     refused = [
-        Row(f"{name}ForCausalLM", results={"recognise": f"the model {name}ForCausalLM has no layer"}, refusals=["recognise"])
+        Row(
+            f"{name}ForCausalLM",
+            results={"recognise": f"the model {name}ForCausalLM has no layer"},
+            refusals=["recognise"],
+        )
         for name in "BC"
     ]
-    tied = dict.fromkeys(STEPS, YES) | {"merge": "tied " * 40, "unmerge": ""}
+    tied = {step: YES for step in STEPS if step != "unmerge"} | {"merge": "tied " * 40}
     late = Row("DForCausalLM", ["fused"], 1, tied, refusals=["merge"])
     failed = Row("EForCausalLM", ["fused"], 1, dict.fromkeys(STEPS, YES) | {"export": "KeyError"}, refusals=["merge"])
     assert passed.passed and not any(row.passed for row in (*refused, late, failed))
