@@ -182,7 +182,8 @@ def _edits(opened: OpenedAdapter, keys: set[str]) -> dict[str, list[_Edit]]:
 
     for matrix in added:
         places = maps[matrix.weight].where(matrix.rows)
-        if not places or find(matrix.weight) is not None:
+        missing = any(find(part.key) is None for part, _, _ in places)
+        if not places or (missing and find(matrix.weight) is not None):
             # No conversion is known, or the checkpoint is in the model's own layout.
             places = own_rows(matrix.weight, *weights[matrix.weight]).where(matrix.rows)
         for part, inside, chosen in places:
