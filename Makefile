@@ -2,6 +2,7 @@
 # make test         the tests
 # make test-tools   the tests with other people's tools, in an environment of their own
 # make test-servers vLLM's, SGLang's and llama.cpp's own code on an exported adapter (downloads 400 MB, installs nothing)
+# make architectures every model class with routed experts goes the whole way; writes docs/architectures.md
 # make lint types   what CI runs before them
 # make bench        what training costs, in time and memory
 PYTHON ?= python3
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut
 # Bytecode is compiled at first import: compiling all of it at once takes longer than the rest.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
-.PHONY: quickstart test test-tools test-in-tools-environment test-servers lint types bench clean
+.PHONY: quickstart test test-tools test-in-tools-environment test-servers lint types bench architectures architectures-check clean
 
 # What running it needs, and what testing it needs on top.
 $(STAMP)-run:
@@ -61,6 +62,14 @@ lint: $(STAMP)-test
 
 types: $(STAMP)-test
 	$(BIN)/mypy peft_sieve
+
+# Fails where a step fails and no sentence says why; about three minutes.
+architectures: $(STAMP)-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.walk --output docs/architectures.md $(ARGS)
+
+# The same without writing the page.
+architectures-check: $(STAMP)-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.walk $(ARGS)
 
 # Side by side on this machine, and the figures from the rows; about a quarter of an hour on two cores.
 bench: $(STAMP)-run

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,17 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft.tuners.lora.layer import Conv2d, Embedding, LoraLayer, ParamWrapper, _ConvNd
 from safetensors import safe_open
-from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..errors import SieveError
 from ..files import replaced_when_done
+from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer
 from ..tuners.sieve.config import SieveLoraConfig
-from ..tuners.sieve.layer import SieveExpertLayer
 from ..tuners.sieve.tied import refuse_tied_experts
-from .checkpoint_names import ExpertNames, expert_names, stack_names, weight_keys
+from .checkpoint_rows import Index, Part, own_rows, row_maps, row_numbers
 from .opened import OpenedAdapter, open_adapter
-from .stacks import matrix_in, parameter_of
+from .stacks import is_stack, is_transposed, matrix_in, parameter_of, parameters_of
 
 # By the names in a safetensors header; what a weight may be stored as to have something added.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -168,98 +169,123 @@ def _edits(opened: OpenedAdapter, keys: set[str]) -> dict[str, list[_Edit]]:
         SieveError: the checkpoint has no weight that the adapter changes.
     """
     skeleton = opened.new_skeleton()
+    added = [*_added_by_others(opened), *_added_by_experts(opened)]
+    weights = {matrix.weight: (matrix.shape, matrix.columns) for matrix in added}
+    # Where the experts of one layer are adapted, those of another in the same block may still be needed.
+    maps = row_maps(skeleton, {**_stacks(opened.moe_layers()), **weights})
     edits: dict[str, list[_Edit]] = {}
+    prefix = f"{skeleton.base_model_prefix}."
 
-    def find(candidates: list[str]) -> str | None:
+    def find(key: str) -> str | None:
         # A checkpoint of the model without its head, or with it, has the same weights under shorter or longer names.
-        prefix = f"{skeleton.base_model_prefix}."
-        wider = [c.removeprefix(prefix) for c in candidates] + [prefix + c for c in candidates]
-        return next((c for c in (*candidates, *wider) if c in keys), None)
+        return next((k for k in (key, key.removeprefix(prefix), prefix + key) if k in keys), None)
 
-    def add(candidates: list[str], edit: _Edit) -> None:
-        key = find(candidates)
-        if key is None:
-            raise SieveError(
-                f"the base model's checkpoint has no weight {candidates[0]!r}, which the adapter changes, expected the "
-                "checkpoint of the model that it was trained on: pass that as base_model"
-            )
-        edits.setdefault(key, []).append(edit)
-
-    others = dict(opened.other_layers())
-    keys_of = weight_keys(skeleton, others)
-    for path, layer in others.items():
-        _refuse_tied(opened, path, layer)
-        parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
-        key, transposed = keys_of[path] if parameter == "weight" else (f"{path}.{parameter}", False)
-        add([key, f"{path}.{parameter}"], _matrix_edit(layer, opened.name, transposed))
-    moe = {layer.path: layer for layer in opened.moe_layers()}
-    matrices = expert_names(skeleton, list(moe.values()))
-    for path, adapted in opened.expert_layers().items():
-        separate = matrices.get(path, {})
-        if not any(find([f"{matrix}.weight"]) for matrix in separate.values()):
-            separate = {}
-        for candidates, edit in _expert_edits(skeleton, moe[path], adapted, opened.name, separate):
-            add(candidates, edit)
+    for matrix in added:
+        places = maps[matrix.weight].where(matrix.rows)
+        missing = any(find(part.key) is None for part, _, _ in places)
+        if not places or (missing and find(matrix.weight) is not None):
+            # No conversion is known, or the checkpoint is in the model's own layout.
+            places = own_rows(matrix.weight, *weights[matrix.weight]).where(matrix.rows)
+        for part, inside, chosen in places:
+            key = find(part.key)
+            if key is None:
+                raise SieveError(
+                    f"the base model's checkpoint has no weight {part.key!r}, which the adapter changes, expected the "
+                    "checkpoint of the model that it was trained on: pass that as base_model"
+                )
+            edits.setdefault(key, []).append(partial(_add, matrix, part, inside, chosen))
     return edits
 
 
-def _expert_edits(
-    skeleton: PreTrainedModel,
-    layer: MoELayer,
-    adapted: SieveExpertLayer,
-    name: str,
-    separate: ExpertNames,
-) -> Iterator[tuple[list[str], _Edit]]:
-    """Names that a weight may have in the checkpoint, and what is added to it.
+@dataclass(frozen=True)
+class _Added:
+    """A matrix that an adapter adds to some rows of a weight.
 
-    Args:
-        separate: names of the experts' matrices, if the checkpoint has each by itself.
+    Attributes:
+        weight: name of it in the model.
+        shape, columns: of the weight, and its axis of columns.
+        rows: numbers of the rows, in the order of the matrix.
+        delta: makes the matrix, (rows, columns).
     """
-    plan = adapted.plans[name]
-    if separate:
-        for projection in plan.ranks:
-            for expert in plan.experts:
 
-                def add(weight: torch.Tensor, projection: str = projection, expert: int = expert) -> None:
-                    _add(weight, adapted.get_delta_weight(name, projection, expert))
-
-                yield [f"{separate[projection, expert]}.weight"], add
-        return
-    stacks = stack_names(skeleton, layer)
-    for projection in plan.ranks:
-        parameter = parameter_of(layer, projection)
-
-        def add_to_stack(stack: torch.Tensor, projection: str = projection) -> None:
-            for expert in plan.experts:
-                weight = matrix_in(layer, stack, projection, expert)
-                _add(weight, adapted.get_delta_weight(name, projection, expert))
-
-        own = f"{layer.experts_path}.{parameter}"
-        yield [stacks.get(parameter, own), own], add_to_stack
+    weight: str
+    shape: tuple[int, ...]
+    columns: int
+    rows: torch.Tensor
+    delta: Callable[[], torch.Tensor]
 
 
-def _matrix_edit(layer: LoraLayer, name: str, transposed: bool) -> _Edit:
-    def add(weight: torch.Tensor) -> None:
-        if isinstance(layer, Embedding):
-            a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-        else:
-            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        wide = torch.promote_types(a.dtype, torch.float32)
-        delta = layer.scaling[name] * (b.detach().cpu().to(wide) @ a.detach().cpu().to(wide))
-        turned = isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False)
-        _add(weight.T if transposed else weight, delta.T if turned else delta)
-
-    return add
+def _added_by_others(opened: OpenedAdapter) -> Iterator[_Added]:
+    for path, layer in opened.other_layers():
+        _refuse_tied(opened, path, layer)
+        parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+        shape = tuple(layer.get_base_layer().get_parameter(parameter).shape)
+        delta = partial(_delta, layer, opened.name)
+        yield _Added(f"{path}.{parameter}", shape, 1, torch.arange(shape[0]), delta)
 
 
-def _add(weight: torch.Tensor, delta: torch.Tensor) -> None:
-    if weight.shape != delta.shape:
+def _added_by_experts(opened: OpenedAdapter) -> Iterator[_Added]:
+    moe = {layer.path: layer for layer in opened.moe_layers()}
+    for path, adapted in opened.expert_layers().items():
+        layer, plan = moe[path], adapted.plans[opened.name]
+        if isinstance(layer.family, ModuleExperts):
+            names = layer.family.names(layer.experts)
+            for projection, expert in itertools.product(plan.ranks, plan.experts):
+                size_in, size_out = layer.shape.projections[projection]
+                weight = f"{path}.{names[projection, expert]}.weight"
+                delta = partial(adapted.get_delta_weight, opened.name, projection, expert)
+                yield _Added(weight, (size_out, size_in), 1, torch.arange(size_out), delta)
+            continue
+        stacks = _stacks([layer])
+        numbers = {name: row_numbers(shape, columns) for name, (shape, columns) in stacks.items()}
+        for projection, expert in itertools.product(plan.ranks, plan.experts):
+            weight = f"{layer.experts_path}.{parameter_of(layer, projection)}"
+            rows = matrix_in(layer, numbers[weight], projection, expert)
+            delta = partial(adapted.get_delta_weight, opened.name, projection, expert)
+            if not torch.equal(rows[:, 0], rows[:, -1]):
+                # Rows of the weight are columns of the matrix.
+                rows, delta = rows.T, partial(_transposed, delta)
+            yield _Added(weight, *stacks[weight], rows[:, 0].long(), delta)
+
+
+def _stacks(layers: list[MoELayer]) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Weight with experts in it -> its shape, and its axis of columns."""
+    stacks = {}
+    for layer in layers:
+        for parameter in [] if isinstance(layer.family, ModuleExperts) else parameters_of(layer):
+            shape = tuple(layer.experts.get_parameter(parameter).shape)
+            columns = 1 if is_stack(layer, parameter) and is_transposed(layer, parameter) else len(shape) - 1
+            stacks[f"{layer.experts_path}.{parameter}"] = shape, columns
+    return stacks
+
+
+def _transposed(delta: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return delta().T
+
+
+def _delta(layer: LoraLayer, name: str) -> torch.Tensor:
+    """What a layer of PEFT's own adds to its weight."""
+    if isinstance(layer, Embedding):
+        a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    else:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    wide = torch.promote_types(a.dtype, torch.float32)
+    delta = layer.scaling[name] * (b.detach().cpu().to(wide) @ a.detach().cpu().to(wide))
+    return delta.T if isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False) else delta
+
+
+def _add(matrix: _Added, part: Part, inside: Index, chosen: Index, weight: torch.Tensor) -> None:
+    expected = list(part.shape)
+    expected.insert(part.columns, matrix.shape[matrix.columns])
+    if list(weight.shape) != expected:
         raise SieveError(
             f"the base model's checkpoint has a weight of shape {tuple(weight.shape)} where the adapter adds "
-            f"{tuple(delta.shape)}, expected the checkpoint of its own base model: pass that as base_model"
+            f"{tuple(expected)}, expected the checkpoint of its own base model: pass that as base_model"
         )
+    rows = weight.movedim(part.columns, -1)
+    delta = matrix.delta()[chosen]
     wide = torch.promote_types(weight.dtype, delta.dtype)
-    weight.copy_((weight.to(wide) + delta.to(weight.device, wide)).to(weight.dtype))
+    rows[inside] = (rows[inside].to(wide) + delta.to(weight.device, wide)).to(weight.dtype)
 
 
 def _refuse_tied(opened: OpenedAdapter, path: str, layer: LoraLayer) -> None:

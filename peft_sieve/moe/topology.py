@@ -117,8 +117,8 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     """Paths of the linear layers inside attention modules, in the stacks of blocks that have MoE layers.
 
     Linear-attention and state-space mixers count as attention; a vision tower, which is another stack, does not. Where
-    attention has experts of its own, they and their router do not, either. What comes out of a state-space mixer is
-    left out: its kernels read that weight, so that PEFT has no LoRA on it, and could not load one.
+    attention has experts of its own, they and their router do not, either. The last layer of a state-space mixer is
+    left out: kernels read its weight, so that PEFT has no LoRA on it, and could not load one.
     """
     modules = base_modules(model)
     routed = {router.path for layer in layers for router in layer.routers}

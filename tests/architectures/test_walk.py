@@ -36,7 +36,8 @@ MODELS = {
     "DbrxForCausalLM": "dbrx",
     "ZayaForCausalLM": "zaya",
     "Gemma4ForConditionalGeneration": "fused",  # experts on the decoder layer, inside a multimodal model
-    "Ernie4_5_VLMoeForConditionalGeneration": "fused",  # two sets a block, one list in checkpoints
+    "Ernie4_5_VLMoeForConditionalGeneration": "fused",  # two sets of experts in a block, one list in checkpoints
+    "Inkling2ForCausalLM": "fused",  # checkpoints that interleave gate and up
     "DeepseekV4ForCausalLM": "fused",  # a gate of its own, routing by a table
     "Dots3NoteForConditionalGeneration": "fused",  # a vision tower with experts
     "Qwen3OmniMoeTalkerForConditionalGeneration": "fused",  # a dense model of equal names inside
@@ -166,7 +167,7 @@ def test_the_page() -> None:
         )
         for name in "BC"
     ]
-    tied = dict.fromkeys(STEPS, YES) | {"merge": "tied " * 40, "unmerge": ""}
+    tied = {step: YES for step in STEPS if step != "unmerge"} | {"merge": "tied " * 40}
     late = Row("DForCausalLM", ["fused"], 1, tied, refusals=["merge"])
     failed = Row("EForCausalLM", ["fused"], 1, dict.fromkeys(STEPS, YES) | {"export": "KeyError"}, refusals=["merge"])
     assert passed.passed and not any(row.passed for row in (*refused, late, failed))

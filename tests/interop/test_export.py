@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -14,13 +15,19 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import DbrxForCausalLM, JetMoeForCausalLM, Llama4ForCausalLM, NemotronHForCausalLM
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashForCausalLM
+from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeTalkerForConditionalGeneration
 
 import peft_sieve.interop.export
 from peft_sieve import SieveError, SieveLoraConfig, export_lora
 from peft_sieve.cli import main
+from peft_sieve.moe.topology import find_moe_layers
+from tests.architectures.tiny import inputs_for
+from tests.architectures.tiny import tiny_model as tiny_model_of
 from tests.deepseek_like import deepseek_like
 from tests.interop.adapters import Adapter, relative_difference, saved_adapter
-from tests.models import tiny_model
+from tests.models import randomize_adapters, tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
 BOTH = ("olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")
@@ -284,6 +291,49 @@ def test_bad_base_models(adapters: dict[str, Adapter], tmp_path: Path) -> None:
     (nameless / "adapter_model.safetensors").unlink()
     with pytest.raises(SieveError, match=r"the weights of '.*nameless' cannot be read"):
         export_lora(nameless, tmp_path / "lora", base_model=adapter.base)
+
+
+def adapted(model: Any, **options: Any) -> tuple[PeftModel, PeftModel]:
+    """A model with a random adapter, and the same model without."""
+    base = copy.deepcopy(model)
+    mask = {layer.path: [i % 3, i % 3 + 3] for i, layer in enumerate(find_moe_layers(model))}
+    adapter = get_peft_model(model, SieveLoraConfig(**{"r": 4, "selected_experts": mask, **options})).eval()
+    randomize_adapters(adapter)
+    return adapter, base
+
+
+@pytest.mark.parametrize(
+    "model_class",
+    [
+        LongcatFlashForCausalLM,  # a stack with more matrices than experts
+        Llama4ForCausalLM,  # stacks that PEFT takes to be the other way round
+        JetMoeForCausalLM,  # stacks in modules of their own
+        Qwen3OmniMoeTalkerForConditionalGeneration,  # a model inside whose paths end the same
+    ],
+)
+def test_odd_stacks(model_class: Any, tmp_path: Path) -> None:
+    adapter, base = adapted(tiny_model_of(model_class), train_router=False)
+    assert export_lora(adapter, tmp_path).layout == "stacked"
+    plain = PeftModel.from_pretrained(base, tmp_path).eval()
+    batch = inputs_for(base)
+    with torch.no_grad():
+        expected = adapter(**batch).logits
+        assert relative_difference(plain(**batch).logits, expected) < 1e-5
+        with plain.disable_adapter():
+            assert relative_difference(plain(**batch).logits, expected) > 0.1
+
+
+def test_what_plain_peft_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    adapter, _ = adapted(tiny_model_of(LongcatFlashForCausalLM))
+    with pytest.raises(SieveError, match="reads the weight of model.layers.0.mlp.router.classifier.*include_router=F"):
+        export_lora(adapter, tmp_path)
+    adapter, _ = adapted(tiny_model_of(DbrxForCausalLM))
+    with pytest.raises(SieveError, match="have their weights one below the other in mlp.w1, a single matrix"):
+        export_lora(adapter, tmp_path)
+    adapter, _ = adapted(tiny_model_of(NemotronHForCausalLM), target_modules=["out_proj"])
+    with pytest.raises(SieveError, match="plain PEFT takes no such LoRA on NemotronH.*'out_proj'.*exclude_modules"):
+        export_lora(adapter, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_adapters_are_told_apart_by_name(adapters: dict[str, Adapter], tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaForBlockDiffusion
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashForCausalLM
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM
 from transformers.models.zaya.modeling_zaya import ZayaForCausalLM
 
 from peft_sieve import SieveError, SieveLoraConfig, profile_routing
+from peft_sieve.moe.topology import find_moe_layers
 from peft_sieve.tuners.sieve.exact import WeightReadLinear
 from tests.architectures.tiny import inputs_for, tiny_model
 from tests.models import randomize_adapters, token_batch
@@ -42,6 +44,26 @@ def test_the_adapter_of_a_router_that_is_read_by_its_weight_acts() -> None:
         assert torch.allclose(router(x)[0], x @ before.T, atol=1e-5)
     peft_model.unmerge_adapter()
     assert torch.equal(base, before)
+
+
+def test_the_adapter_of_a_weight_that_a_state_space_kernel_reads_acts() -> None:
+    model = tiny_model(NemotronHForCausalLM)
+    mask = {layer.path: [1] for layer in find_moe_layers(model)}
+    mixers = [path for path, module in model.named_modules() if hasattr(module, "A_log")]
+    assert mixers
+    peft_model = get_peft_model(copy.deepcopy(model), SieveLoraConfig(selected_experts=mask))
+    names = peft_model.base_model.targeted_module_names
+    assert f"{mixers[0]}.in_proj" in names and not any(name.endswith("out_proj") for name in names)
+
+    # PEFT's own LoRA refuses it; the kernels take what the layer calls its weight.
+    config = SieveLoraConfig(r=4, selected_experts=mask, target_modules=["out_proj"])
+    peft_model = get_peft_model(model, config).eval()
+    randomize_adapters(peft_model)
+    layer = model.get_submodule(f"{mixers[0]}.out_proj")
+    base, factors = layer.get_base_layer().weight, (layer.lora_B["default"].weight, layer.lora_A["default"].weight)
+    assert torch.allclose(layer.weight, base + 64 / 4 * factors[0] @ factors[1])
+    x = torch.randn(3, base.shape[1], generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(layer(x), x @ layer.weight.T, atol=1e-4)
 
 
 def test_a_model_inside_whose_paths_end_the_same_gets_no_adapter() -> None:
