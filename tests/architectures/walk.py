@@ -258,19 +258,20 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Every model class of transformers with routed experts that has a head, found by `make architectures`, which wrote "
-        f"this page (transformers {transformers.__version__}, peft {peft.__version__}). Each is built tiny and random and "
-        "goes the whole way:",
+        "Every model class of transformers with routed experts that has a head, found by `make architectures`, which "
+        f"wrote this page (transformers {transformers.__version__}, peft {peft.__version__}). Each is built tiny and "
+        "random and goes the whole way:",
         "",
         "- profile: the counts are those that a recount at the experts gives;",
-        f"- inject: {SHARE:.0%} of each layer's experts, and a new adapter changes no bit of the output (~: no more than "
-        "rounding does);",
+        f"- inject: {SHARE:.0%} of each layer's experts, and a new adapter changes no bit of the output (~: no more "
+        "than rounding does);",
         "- train: one step; adapters have gradients where their expert received tokens, and nothing else has any;",
         "- save and load: the same output to the bit, and without the adapter that of the base model;",
         "- merge: the same output, and unmerged the same weights as before, to the bit;",
         "- export: plain PEFT computes the same from `export_lora`'s files.",
         "",
-        f"{sum(row.passed for row in rows)} of {len(rows)} pass all of it; the numbers lead to what holds for the others.",
+        f"{sum(row.passed for row in rows)} of {len(rows)} pass all of it; the numbers lead to what holds for the "
+        "others.",
         "",
         "| model | layout | MoE layers | " + " | ".join(steps) + " |",
         "| --- | --- | --- | " + " | ".join("---" for _ in steps) + " |",
@@ -319,7 +320,8 @@ def main() -> int:
         arguments.output.write_text(table(rows))
     unexplained = [row.model for row in rows if not row.passed and not row.refused]
     print(
-        f"{sum(row.passed for row in rows)} of {len(rows)} pass, {len(unexplained)} fail without a refusal: {unexplained}"
+        f"{sum(row.passed for row in rows)} of {len(rows)} pass, {len(unexplained)} fail without a refusal: "
+        f"{unexplained}"
     )
     return bool(unexplained)
 
