@@ -74,6 +74,12 @@ def row_numbers(shape: tuple[int, ...], columns: int) -> torch.Tensor:
     return numbers.repeat_interleave(_COLUMNS, columns)
 
 
+def block_of(weight: str) -> str:
+    """The block of a model that a weight is in: all before the number and the number, or nothing."""
+    match = _BLOCK.match(weight)
+    return match.group() if match else ""
+
+
 def own_rows(name: str, shape: tuple[int, ...], columns: int) -> RowMap:
     """For a checkpoint that has the weight as the model does."""
     numbers = row_numbers(shape, columns).select(columns, 0).long()
@@ -86,22 +92,12 @@ def row_maps(skeleton: PreTrainedModel, weights: dict[str, tuple[tuple[int, ...]
     """Weight -> where its rows lie in the checkpoints of a model.
 
     Args:
-        weights: name -> shape, and the axis of columns. Some conversions need several of a block at once.
+        weights: of one block (`block_of`), since the maps are as long as the weights: name -> shape, and the axis of
+            columns. Some conversions need several of them at once.
 
     Raises:
         SieveError: transformers converts weights of this model in a way that takes none with two columns.
     """
-    blocks: dict[str, list[str]] = {}
-    for name in weights:
-        match = _BLOCK.match(name)
-        blocks.setdefault(match.group() if match else "", []).append(name)
-    maps: dict[str, RowMap] = {}
-    for names in blocks.values():
-        maps |= _of_block(skeleton, {name: weights[name] for name in names})
-    return maps
-
-
-def _of_block(skeleton: PreTrainedModel, weights: dict[str, tuple[tuple[int, ...], int]]) -> dict[str, RowMap]:
     probes, starts, maps = {}, [], {}
     total = 0
     for name, (shape, columns) in weights.items():

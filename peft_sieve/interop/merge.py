@@ -26,7 +26,7 @@ from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer
 from ..tuners.sieve.config import SieveLoraConfig
 from ..tuners.sieve.tied import refuse_tied_experts
-from .checkpoint_rows import Index, Part, own_rows, row_maps, row_numbers
+from .checkpoint_rows import Index, Part, block_of, own_rows, row_maps, row_numbers
 from .opened import OpenedAdapter, open_adapter
 from .stacks import is_stack, is_transposed, matrix_in, parameter_of, parameters_of
 
@@ -169,10 +169,10 @@ def _edits(opened: OpenedAdapter, keys: set[str]) -> dict[str, list[_Edit]]:
         SieveError: the checkpoint has no weight that the adapter changes.
     """
     skeleton = opened.new_skeleton()
-    added = [*_added_by_others(opened), *_added_by_experts(opened)]
-    weights = {matrix.weight: (matrix.shape, matrix.columns) for matrix in added}
-    # Where the experts of one layer are adapted, those of another in the same block may still be needed.
-    maps = row_maps(skeleton, {**_stacks(opened.moe_layers()), **weights})
+    added: dict[str, list[_Added]] = {}
+    for matrix in itertools.chain(_added_by_others(opened), _added_by_experts(opened)):
+        added.setdefault(block_of(matrix.weight), []).append(matrix)
+    layers = opened.moe_layers()
     edits: dict[str, list[_Edit]] = {}
     prefix = f"{skeleton.base_model_prefix}."
 
@@ -180,20 +180,26 @@ def _edits(opened: OpenedAdapter, keys: set[str]) -> dict[str, list[_Edit]]:
         # A checkpoint of the model without its head, or with it, has the same weights under shorter or longer names.
         return next((k for k in (key, key.removeprefix(prefix), prefix + key) if k in keys), None)
 
-    for matrix in added:
-        places = maps[matrix.weight].where(matrix.rows)
-        missing = any(find(part.key) is None for part, _, _ in places)
-        if not places or (missing and find(matrix.weight) is not None):
-            # No conversion is known, or the checkpoint is in the model's own layout.
-            places = own_rows(matrix.weight, *weights[matrix.weight]).where(matrix.rows)
-        for part, inside, chosen in places:
-            key = find(part.key)
-            if key is None:
-                raise SieveError(
-                    f"the base model's checkpoint has no weight {part.key!r}, which the adapter changes, expected the "
-                    "checkpoint of the model that it was trained on: pass that as base_model"
-                )
-            edits.setdefault(key, []).append(partial(_add, matrix, part, inside, chosen))
+    for block, matrices in added.items():
+        weights = {matrix.weight: (matrix.shape, matrix.columns) for matrix in matrices}
+        # Where one set of experts in a block is adapted, others may be needed to know its place.
+        inside_block = [layer for layer in layers if layer.path.startswith(block)] if block else []
+        maps = row_maps(skeleton, {**_stacks(inside_block), **weights})
+        for matrix in matrices:
+            places = maps[matrix.weight].where(matrix.rows)
+            missing = any(find(part.key) is None for part, _, _ in places)
+            if not places or (missing and find(matrix.weight) is not None):
+                # No conversion is known, or the checkpoint is in the model's own layout.
+                places = own_rows(matrix.weight, *weights[matrix.weight]).where(matrix.rows)
+            for part, inside, chosen in places:
+                key = find(part.key)
+                if key is None:
+                    raise SieveError(
+                        f"the base model's checkpoint has no weight {part.key!r}, which the adapter changes, expected "
+                        "the checkpoint of the model that it was trained on: pass that as base_model"
+                    )
+                width = matrix.shape[matrix.columns]
+                edits.setdefault(key, []).append(partial(_add, matrix.delta, width, part, inside, chosen))
     return edits
 
 
@@ -274,16 +280,19 @@ def _delta(layer: LoraLayer, name: str) -> torch.Tensor:
     return delta.T if isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False) else delta
 
 
-def _add(matrix: _Added, part: Part, inside: Index, chosen: Index, weight: torch.Tensor) -> None:
+def _add(
+    make_delta: Callable[[], torch.Tensor], width: int, part: Part, inside: Index, chosen: Index, weight: torch.Tensor
+) -> None:
+    """Add the chosen rows of a matrix of some width to the rows inside a weight."""
     expected = list(part.shape)
-    expected.insert(part.columns, matrix.shape[matrix.columns])
+    expected.insert(part.columns, width)
     if list(weight.shape) != expected:
         raise SieveError(
             f"the base model's checkpoint has a weight of shape {tuple(weight.shape)} where the adapter adds "
             f"{tuple(expected)}, expected the checkpoint of its own base model: pass that as base_model"
         )
     rows = weight.movedim(part.columns, -1)
-    delta = matrix.delta()[chosen]
+    delta = make_delta()[chosen]
     wide = torch.promote_types(weight.dtype, delta.dtype)
     rows[inside] = (rows[inside].to(wide) + delta.to(weight.device, wide)).to(weight.dtype)
 
