@@ -304,8 +304,8 @@ def table(rows: list[Row]) -> str:
         *textwrap.wrap(
             "Every model class of transformers with routed experts that has a head, and models with a list of experts "
             "as code that comes with checkpoints has it. `make architectures` finds them and wrote this page "
-            f"(transformers {transformers.__version__}, peft {peft.__version__}). Each is built tiny and random and goes "
-            "the whole way:",
+            f"(transformers {transformers.__version__}, peft {peft.__version__}). Each is built tiny and random and "
+            "goes the whole way:",
             WIDTH,
         ),
         "",
