@@ -56,6 +56,7 @@ def step_of(bench: Bench, folder: str, watched: bool) -> Callable[[], None]:
     trainer = Trainer(bench.build("sieve_25"), args, train_dataset=Samples(bench.batch["input_ids"]))
     trainer.callback_handler.callbacks.clear()  # none that prints
     trainer.create_optimizer_and_scheduler(num_training_steps=1)
+    trainer.current_gradient_accumulation_steps = 1  # the training loop, which does not run here, sets it
     (batch,) = trainer.get_train_dataloader()
     if watched:
         # The trainer's count of steps stays at 0, so that every one of them is counted.
