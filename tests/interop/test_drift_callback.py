@@ -15,8 +15,12 @@ from torch import nn
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from peft_sieve import RoutingDriftCallback, SieveError, SieveLoraConfig
+from peft_sieve import ExpertSelection, RoutingDriftCallback, SieveError, SieveLoraConfig, profile_routing
+from peft_sieve.moe.topology import find_moe_layers
+from peft_sieve.routing.drift import routing_drift
+from tests.deepseek_like import deepseek_like
 from tests.models import randomize_adapters, small_olmoe, small_tokenizer
+from tests.module_models import jetmoe, switch_transformers
 from tests.test_training import one_thread  # noqa: F401
 
 STEPS, EVERY = 6, 2
@@ -335,6 +339,42 @@ def test_a_reference_model_does_not_count(texts: Dataset, tmp_path: Path) -> Non
     trainer.train()
     logged = [entry["routing_tokens"] for entry in tracked(trainer) if "loss" in entry]
     assert logged == [sum(seen[i : i + 2]) for i in range(0, STEPS, 2)]
+
+
+@pytest.mark.parametrize("make", [switch_transformers, jetmoe, deepseek_like])
+def test_other_layouts_count_as_profiling_does(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    """Encoder and decoder with padding of their own, stacks in the block that routes, a list of modules."""
+    model = make()
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"input_ids": torch.randint(3, 128, (length,), generator=generator).tolist(), "length": length}
+        for length in (12, 5, 9, 11, 7, 12)
+    ]
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        ids, mask, labels = torch.zeros(3, 12).long(), torch.zeros(3, 12).long(), torch.full((3, 12), -100)
+        for i, row in enumerate(rows):
+            length = row["length"]
+            ids[i, :length], mask[i, :length] = torch.tensor(row["input_ids"]), 1
+            labels[i, : length - 3] = ids[i, : length - 3]
+        seen.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        return dict(seen[-1])
+
+    mask = {layer.path: [0, 2, 5] for layer in find_moe_layers(model)}
+    peft_model = get_peft_model(model, SieveLoraConfig(r=4, selected_experts=mask, score="mass", lora_dropout=0.0))
+    arguments = TrainingArguments(**settings(tmp_path, learning_rate=0.0, max_steps=2, remove_unused_columns=False))
+    trainer = Trainer(peft_model, arguments, collate, Dataset.from_list(rows))
+    trainer.add_callback(RoutingDriftCallback(trainer, every=1))
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    # The factors are as initialised, so that the model routes as its base.
+    profile = profile_routing(peft_model, seen[:2])
+    drift = routing_drift(profile, ExpertSelection(mask), score="mass")
+    assert logged["routing_jaccard"] == pytest.approx(drift.jaccard)
+    assert logged["routing_coverage"] == pytest.approx(drift.coverage, rel=1e-5)
+    routed = max(int(counts.sum()) for counts in profile.counts.values())
+    assert logged["routing_tokens"] == routed // profile.num_experts_per_tok
 
 
 def test_what_is_refused(tokens: Dataset, tmp_path: Path) -> None:
