@@ -181,7 +181,8 @@ class _TrainingCounts:
         masks = token_mask(kwargs.get("attention_mask")), token_mask(decoder_mask(kwargs))
         for path, counter in self.counters.items():
             mask = masks[path in self.in_decoder]
-            if mask is not None:
+            # What the model is given counts; what it hands on inside may have been turned into one mask per query.
+            if mask is not None or module is self.model:
                 counter.real = mask
 
 
