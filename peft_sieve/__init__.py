@@ -3,6 +3,8 @@
 Importing it registers the PEFT method SIEVE_LORA.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import registration
 
 registration.add_peft_type()
@@ -23,6 +25,9 @@ from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E
 from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
 from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
 
+if TYPE_CHECKING:
+    from .interop.drift_callback import RoutingDriftCallback
+
 registration.register(SieveLoraConfig, SieveLoraModel)
 
 __version__ = "0.1.0"
@@ -37,6 +42,7 @@ __all__ = [
     "ModuleExperts",
     "NarrowedLora",
     "PairedEquivalence",
+    "RoutingDriftCallback",
     "RoutingProfile",
     "RoutingStatistics",
     "SieveError",
@@ -57,3 +63,11 @@ __all__ = [
     "selection_stability",
     "subsample_stability",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RoutingDriftCallback":  # needs transformers' Trainer, which takes a while to import
+        from .interop.drift_callback import RoutingDriftCallback
+
+        return RoutingDriftCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
