@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import registration
 
-registration.add_peft_type()
+registration.add_peft_types()
 
 from .errors import SieveError  # noqa: E402  (the configuration needs the enumeration member)
 from .interop.export import ExportedLora, export_lora  # noqa: E402
@@ -28,7 +28,8 @@ from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
 if TYPE_CHECKING:
     from .interop.drift_callback import RoutingDriftCallback
 
-registration.register(SieveLoraConfig, SieveLoraModel)
+registration.register("SIEVE_LORA", SieveLoraConfig, SieveLoraModel)
+registration.wrap_peft()
 
 __version__ = "0.1.0"
 
