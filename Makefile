@@ -9,7 +9,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
-# Bytecode is compiled at first import: compiling all of it at once takes longer than the rest.
+# Bytecode is compiled at first import: compiling all of it at once takes longer than the rest. It has to be kept then,
+# or each process that a test starts compiles anew for seconds.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .PHONY: quickstart test test-tools test-in-tools-environment test-servers lint types bench architectures architectures-check clean

@@ -99,6 +99,19 @@ def test_different_data_give_the_mask_of_the_summed_counts(outcome: Outcome) -> 
     assert first["fingerprint"] == second["fingerprint"]
 
 
+def test_calibration_stops_at_the_same_time_on_every_process(outcome: Outcome) -> None:
+    """Also where one has no batch left; what is compared are the halves of all data."""
+    (expected,) = outcome("alone_summed")
+    first, second = outcome("never_stable")
+    assert first == second
+    assert {name: first[name] for name in ("mask", "tokens")} == expected["uneven"]
+    assert first["samples"] == 16 and min(first["stability"].values()) < 1
+    early, other = outcome("stable_at_once")
+    assert early == other
+    assert early["samples"] == 12 and early["tokens"] < first["tokens"]
+    assert min(early["stability"].values()) >= 0.01
+
+
 def test_same_data_give_what_one_process_gets(outcome: Outcome) -> None:
     """The mask, and its provenance: samples, tokens, coverage, fingerprint and all the rest."""
     (alone,) = outcome("alone_on_texts")

@@ -1,4 +1,7 @@
-"""The README's code runs as it stands, one block after the other, in a folder with the examples."""
+"""The README's code runs as it stands, and after it that of pages that go on from there, in a folder with the examples.
+
+The other pages with code have tests of their own.
+"""
 
 import json
 import os
@@ -11,8 +14,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_python_block_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 3
+    pages = (ROOT / "README.md", ROOT / "docs" / "serving.md", ROOT / "docs" / "statistics.md")
+    blocks = [
+        block for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    ]
+    assert len(blocks) >= 5
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(
@@ -27,6 +33,7 @@ def test_every_python_block_runs(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "SIEVE_LORA"
     assert all(len(ids) == 8 for ids in config["selected_experts"].values())
+    assert json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
 def test_every_linked_file_exists() -> None:

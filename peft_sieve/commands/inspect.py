@@ -86,6 +86,9 @@ def _facts(summary: AdapterSummary) -> dict[str, Any]:
     known = summary.calibration
     # The layers' coverage is in the table.
     facts |= {name.replace("_", " "): value for name, value in known.items() if name != "coverage"}
+    if stability := known.get("stability"):
+        lowest = min(stability, key=stability.get)
+        facts["stability"] = f"{stability[lowest]:.2f} or more in each layer, least in {lowest}"
     if not known:
         facts["mask"] = "given by hand: no calibration recorded"
     return {name: value for name, value in facts.items() if value not in (None, {}, "")}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..moe.families import FusedExperts
 from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer
-from .checkpoint_rows import reverted, row_maps
+from .checkpoint_rows import RowMap, block_of, reverted, row_maps
 from .stacks import is_stack, is_transposed, parameters_of, projections_in
 
 # (projection, expert) -> the name of that matrix, as a module of its own.
@@ -31,7 +31,12 @@ def module_names(skeleton: PreTrainedModel, paths: Iterable[str]) -> dict[str, s
     """
     weights = {f"{path}.weight": path for path in paths}
     shapes = {weight: tuple(skeleton.get_parameter(weight).shape) for weight in weights}
-    maps = row_maps(skeleton, {weight: (shape, 1) for weight, shape in shapes.items()})
+    blocks: dict[str, list[str]] = {}
+    for weight in weights:
+        blocks.setdefault(block_of(weight), []).append(weight)
+    maps: dict[str, RowMap] = {}
+    for block in blocks.values():
+        maps |= row_maps(skeleton, {weight: (shapes[weight], 1) for weight in block})
     names = {}
     for weight, path in weights.items():
         found = maps[weight].where(torch.arange(shapes[weight][0]))

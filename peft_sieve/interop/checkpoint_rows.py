@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -35,6 +37,9 @@ class Part:
     key: str
     columns: int
     shape: tuple[int, ...]
+
+    def whole_shape(self, num_columns: int) -> tuple[int, ...]:
+        return (*self.shape[: self.columns], num_columns, *self.shape[self.columns :])
 
 
 class RowMap:
@@ -74,6 +79,12 @@ def row_numbers(shape: tuple[int, ...], columns: int) -> torch.Tensor:
     return numbers.repeat_interleave(_COLUMNS, columns)
 
 
+def block_of(weight: str) -> str:
+    """The block of a model that a weight is in: all before the number and the number, or nothing."""
+    match = _BLOCK.match(weight)
+    return match.group() if match else ""
+
+
 def own_rows(name: str, shape: tuple[int, ...], columns: int) -> RowMap:
     """For a checkpoint that has the weight as the model does."""
     numbers = row_numbers(shape, columns).select(columns, 0).long()
@@ -82,26 +93,21 @@ def own_rows(name: str, shape: tuple[int, ...], columns: int) -> RowMap:
     return rows
 
 
-def row_maps(skeleton: PreTrainedModel, weights: dict[str, tuple[tuple[int, ...], int]]) -> dict[str, RowMap]:
+def row_maps(
+    skeleton: PreTrainedModel, weights: dict[str, tuple[tuple[int, ...], int]], *, as_saved: bool = True
+) -> dict[str, RowMap]:
     """Weight -> where its rows lie in the checkpoints of a model.
 
     Args:
-        weights: name -> shape, and the axis of columns. Some conversions need several of a block at once.
+        skeleton: the model on the meta device.
+        weights: of one block (`block_of`), since the maps are as long as the weights: name -> shape, and the axis of
+            columns. Some conversions need several of them at once.
+        as_saved: a few conversions look at the shape first: they change what was published, and leave alone what
+            transformers saved, which has the model's own. True: in the latter; False: in the former.
 
     Raises:
         SieveError: transformers converts weights of this model in a way that takes none with two columns.
     """
-    blocks: dict[str, list[str]] = {}
-    for name in weights:
-        match = _BLOCK.match(name)
-        blocks.setdefault(match.group() if match else "", []).append(name)
-    maps: dict[str, RowMap] = {}
-    for names in blocks.values():
-        maps |= _of_block(skeleton, {name: weights[name] for name in names})
-    return maps
-
-
-def _of_block(skeleton: PreTrainedModel, weights: dict[str, tuple[tuple[int, ...], int]]) -> dict[str, RowMap]:
     probes, starts, maps = {}, [], {}
     total = 0
     for name, (shape, columns) in weights.items():
@@ -109,13 +115,28 @@ def _of_block(skeleton: PreTrainedModel, weights: dict[str, tuple[tuple[int, ...
         starts.append(total)
         maps[name] = RowMap(probes[name].numel() // _COLUMNS)
         total += probes[name].numel() // _COLUMNS
-    for key, value in reverted(skeleton, probes).items():
+    with _weights_replaced(skeleton, probes if as_saved else {}):
+        written = reverted(skeleton, probes)
+    for key, value in written.items():
         for columns, rows in _rows_of(value):
             first = torch.bucketize(rows, torch.tensor(starts), right=True) - 1
             if (first == first.flatten()[0]).all():  # else it joins rows of several weights
                 number = int(first.flatten()[0])
                 maps[list(weights)[number]].add(key, columns, rows - starts[number])
     return maps
+
+
+@contextmanager
+def _weights_replaced(model: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    holders = {name: model.get_submodule(name.rpartition(".")[0]) for name in weights}
+    before = {name: holder._parameters[name.rpartition(".")[2]] for name, holder in holders.items()}
+    try:
+        for name, holder in holders.items():
+            holder._parameters[name.rpartition(".")[2]] = nn.Parameter(weights[name], requires_grad=False)
+        yield
+    finally:
+        for name, holder in holders.items():
+            holder._parameters[name.rpartition(".")[2]] = before[name]
 
 
 def _rows_of(value: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

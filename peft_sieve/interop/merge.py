@@ -26,7 +26,7 @@ from ..moe.module_experts import ModuleExperts
 from ..moe.topology import MoELayer
 from ..tuners.sieve.config import SieveLoraConfig
 from ..tuners.sieve.tied import refuse_tied_experts
-from .checkpoint_rows import Index, Part, own_rows, row_maps, row_numbers
+from .checkpoint_rows import Index, Part, block_of, own_rows, row_maps, row_numbers
 from .opened import OpenedAdapter, open_adapter
 from .stacks import is_stack, is_transposed, matrix_in, parameter_of, parameters_of
 
@@ -77,9 +77,9 @@ def merge_checkpoint(
     _refuse_quantised(source)
     refuse_tied_experts(opened.base)
     files = _weight_files(source)
-    edits = _edits(opened, {key for keys in files.values() for key in keys})
-    for name in files:
-        _check_types(_places(source / name), edits)
+    places = {key: place for name in files for key, place in _places(source / name).items()}
+    edits = _edits(opened, {key: tuple(place.shape) for key, place in places.items()})
+    _check_types(places, edits)
     with replaced_when_done(output) as staging:
         for name, keys in files.items():
             shutil.copyfile(source / name, Path(staging, name))
@@ -162,39 +162,71 @@ def _refuse_quantised(source: Path) -> None:
 # --- what changes ---------------------------------------------------------------------------------------------------
 
 
-def _edits(opened: OpenedAdapter, keys: set[str]) -> dict[str, list[_Edit]]:
+def _edits(opened: OpenedAdapter, shapes: dict[str, tuple[int, ...]]) -> dict[str, list[_Edit]]:
     """Key of the checkpoint -> what is added to it.
 
+    Args:
+        shapes: of the weights in the checkpoint.
+
     Raises:
-        SieveError: the checkpoint has no weight that the adapter changes.
+        SieveError: the checkpoint has no weight that the adapter changes, or one of another shape.
     """
     skeleton = opened.new_skeleton()
-    added = [*_added_by_others(opened), *_added_by_experts(opened)]
-    weights = {matrix.weight: (matrix.shape, matrix.columns) for matrix in added}
-    # Where the experts of one layer are adapted, those of another in the same block may still be needed.
-    maps = row_maps(skeleton, {**_stacks(opened.moe_layers()), **weights})
+    added: dict[str, list[_Added]] = {}
+    for matrix in itertools.chain(_added_by_others(opened), _added_by_experts(opened)):
+        added.setdefault(block_of(matrix.weight), []).append(matrix)
+    layers = opened.moe_layers()
     edits: dict[str, list[_Edit]] = {}
     prefix = f"{skeleton.base_model_prefix}."
 
     def find(key: str) -> str | None:
         # A checkpoint of the model without its head, or with it, has the same weights under shorter or longer names.
-        return next((k for k in (key, key.removeprefix(prefix), prefix + key) if k in keys), None)
+        return next((k for k in (key, key.removeprefix(prefix), prefix + key) if k in shapes), None)
 
-    for matrix in added:
-        places = maps[matrix.weight].where(matrix.rows)
-        missing = any(find(part.key) is None for part, _, _ in places)
-        if not places or (missing and find(matrix.weight) is not None):
-            # No conversion is known, or the checkpoint is in the model's own layout.
-            places = own_rows(matrix.weight, *weights[matrix.weight]).where(matrix.rows)
-        for part, inside, chosen in places:
-            key = find(part.key)
-            if key is None:
-                raise SieveError(
-                    f"the base model's checkpoint has no weight {part.key!r}, which the adapter changes, expected the "
-                    "checkpoint of the model that it was trained on: pass that as base_model"
-                )
-            edits.setdefault(key, []).append(partial(_add, matrix, part, inside, chosen))
+    for block, matrices in added.items():
+        weights = {matrix.weight: (matrix.shape, matrix.columns) for matrix in matrices}
+        # Where one set of experts in a block is adapted, others may be needed to know its place.
+        inside_block = [layer for layer in layers if layer.path.startswith(block)] if block else []
+        mapped = partial(row_maps, skeleton, {**_stacks(inside_block), **weights})
+        # The likeliest first; the last is for checkpoints that are in the model's own layout.
+        layouts = [
+            mapped(),
+            mapped(as_saved=False),
+            {weight: own_rows(weight, *layout) for weight, layout in weights.items()},
+        ]
+        for matrix in matrices:
+            tried = [places for layout in layouts if (places := layout[matrix.weight].where(matrix.rows))]
+            problems = [_why_not(places, matrix, find, shapes) for places in tried]
+            if None not in problems:
+                raise SieveError(f"the base model's checkpoint {problems[0]}: pass that as base_model")
+            for part, inside, chosen in tried[problems.index(None)]:
+                key = find(part.key)
+                assert key is not None
+                edits.setdefault(key, []).append(partial(_add, matrix.delta, part.columns, inside, chosen))
     return edits
+
+
+def _why_not(
+    places: list[tuple[Part, Index, Index]],
+    matrix: _Added,
+    find: Callable[[str], str | None],
+    shapes: dict[str, tuple[int, ...]],
+) -> str | None:
+    """What keeps a matrix from being added at these places, if anything."""
+    for part, _, _ in places:
+        key = find(part.key)
+        if key is None:
+            return (
+                f"has no weight {part.key!r}, which the adapter changes, expected the checkpoint of the model that it "
+                "was trained on"
+            )
+        shape = part.whole_shape(matrix.shape[matrix.columns])
+        if shapes[key] != shape:
+            return (
+                f"has a weight of shape {shapes[key]} where the adapter adds {shape} ({key}), expected the checkpoint "
+                "of its own base model"
+            )
+    return None
 
 
 @dataclass(frozen=True)
@@ -274,16 +306,12 @@ def _delta(layer: LoraLayer, name: str) -> torch.Tensor:
     return delta.T if isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False) else delta
 
 
-def _add(matrix: _Added, part: Part, inside: Index, chosen: Index, weight: torch.Tensor) -> None:
-    expected = list(part.shape)
-    expected.insert(part.columns, matrix.shape[matrix.columns])
-    if list(weight.shape) != expected:
-        raise SieveError(
-            f"the base model's checkpoint has a weight of shape {tuple(weight.shape)} where the adapter adds "
-            f"{tuple(expected)}, expected the checkpoint of its own base model: pass that as base_model"
-        )
-    rows = weight.movedim(part.columns, -1)
-    delta = matrix.delta()[chosen]
+def _add(
+    make_delta: Callable[[], torch.Tensor], columns: int, inside: Index, chosen: Index, weight: torch.Tensor
+) -> None:
+    """Add chosen rows of a matrix to the rows inside a weight, whose axis of columns is given."""
+    rows = weight.movedim(columns, -1)
+    delta = make_delta()[chosen]
     wide = torch.promote_types(weight.dtype, delta.dtype)
     rows[inside] = (rows[inside].to(wide) + delta.to(weight.device, wide)).to(weight.dtype)
 

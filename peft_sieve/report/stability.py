@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft_sieve.report.canvas import LIGHT, Theme, dress, head, legend_beside, new_figure, series_style
-from peft_sieve.routing.comparison import resampled_stability, subsample_stability
+from peft_sieve.routing.comparison import resampled_stability, smaller_sample_stability
 from peft_sieve.routing.profile_data import RoutingProfile
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def stability_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = L
     Raises:
         SieveError: if matplotlib is not installed, or an option is out of range.
     """
-    measured = subsample_stability(profiles, **options)
+    measured = smaller_sample_stability(profiles, **options)
     smaller = {name for points in measured.values() for name, _, _ in points}
     whole = {name: profile for name, profile in profiles.items() if name not in smaller}
     by_tokens = all(profile.num_tokens is not None for profile in whole.values())

@@ -14,9 +14,7 @@ from torch import Tensor
 from peft_sieve.errors import SieveError
 from peft_sieve.routing.profile_data import RoutingProfile, check_profile, quoted
 from peft_sieve.routing.selection import layer_scores, select_experts
-
-# Drawing without replacement is exact up to here.
-_MOST_DISPATCHES = 10**9
+from peft_sieve.routing.stability import drawable
 
 
 def coverage_curves(profile: RoutingProfile, *, score: str = "count") -> dict[str, list[float]]:
@@ -98,7 +96,7 @@ def resampled_stability(
     return stability
 
 
-def subsample_stability(
+def smaller_sample_stability(
     profiles: Mapping[str, RoutingProfile], **options: Any
 ) -> dict[str, list[tuple[str, int, float]]]:
     """How far the selections from smaller samples of a data set agree with the one from its largest (MoE-Sieve §3).
@@ -155,9 +153,7 @@ def check_same_layers(profiles: Mapping[str, RoutingProfile]) -> None:
 def _part(profile: RoutingProfile, fraction: float, generator: np.random.Generator) -> RoutingProfile:
     parts = {}
     for name, counts in profile.counts.items():
-        numbers = counts.numpy()
-        while numbers.sum() >= _MOST_DISPATCHES:
-            numbers = numbers // 2
+        numbers = drawable(counts.numpy())
         size = max(1, round(fraction * int(numbers.sum())))
         parts[name] = torch.from_numpy(generator.multivariate_hypergeometric(numbers, size, method="marginals"))
     return RoutingProfile(counts=parts)

@@ -12,6 +12,9 @@ from ..errors import SieveError
 from .profile_data import RoutingProfile, check_profile
 from .selection import select_experts
 
+# numpy draws without replacement from fewer than these.
+_MOST_DISPATCHES = 10**9
+
 
 def selection_stability(first: RoutingProfile, second: RoutingProfile, **selection: Any) -> dict[str, float]:
     """How far two profiles, such as those of two halves of a data set, select the same experts.
@@ -93,11 +96,20 @@ def _two_draws(
 ) -> tuple[RoutingProfile, RoutingProfile]:
     """Two disjoint sets of a profile's dispatches, without replacement."""
     first, second = [], []
-    for values in counts.values():
-        first.append(generator.multivariate_hypergeometric(values, dispatches, method="marginals"))
-        second.append(generator.multivariate_hypergeometric(values - first[-1], dispatches, method="marginals"))
+    for values in map(drawable, counts.values()):
+        # Half of what was halved is still a draw of a hundred million, which agrees like any larger one.
+        size = min(dispatches, int(values.sum()) // 2)
+        first.append(generator.multivariate_hypergeometric(values, size, method="marginals"))
+        second.append(generator.multivariate_hypergeometric(values - first[-1], size, method="marginals"))
     names = tuple(counts)
     return RoutingProfile.from_arrays(first, layer_names=names), RoutingProfile.from_arrays(second, layer_names=names)
+
+
+def drawable(counts: np.ndarray) -> np.ndarray:
+    """A layer's counts, halved until their sum is one that can be drawn from; shares stay what they are."""
+    while counts.sum() >= _MOST_DISPATCHES:
+        counts = counts // 2
+    return counts
 
 
 def _check_whole(what: str, value: Any, least: int) -> None:

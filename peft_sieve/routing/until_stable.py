@@ -104,7 +104,13 @@ def profile_until(
         if done == most or not rule.unstable(agreement):
             break
         target *= 2
-    if rule.unstable(agreement):
+    if most < 2:
+        warnings.warn(
+            f"the calibration data {calibration.name!r} are a single batch, expected at least two, to compare one with "
+            "the other: pass more data, or lower batch_size (calib_batch_size)",
+            UserWarning,
+        )
+    elif rule.unstable(agreement):
         _warn(rule, agreement, calibration.name, (first + second).num_tokens)
     used = calibration.part(batches[:done])
     metadata = counted[0].metadata | {"samples": used.num_samples, "tokens": used.num_tokens}

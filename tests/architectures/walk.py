@@ -301,10 +301,13 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Every model class of transformers with routed experts that has a head, and models with a list of experts as",
-        "code that comes with checkpoints has it. `make architectures` finds them and wrote this page",
-        f"(transformers {transformers.__version__}, peft {peft.__version__}). Each is built tiny and random and goes",
-        "the whole way:",
+        *textwrap.wrap(
+            "Every model class of transformers with routed experts that has a head, and models with a list of experts "
+            "as code that comes with checkpoints has it. `make architectures` finds them and wrote this page "
+            f"(transformers {transformers.__version__}, peft {peft.__version__}). Each is built tiny and random and "
+            "goes the whole way:",
+            WIDTH,
+        ),
         "",
         "- profile: the counts are those that a recount at the experts gives;",
         f"- inject: {SHARE:.0%} of each layer's experts; a new adapter changes no bit of the output (~: no more than "

@@ -59,4 +59,4 @@ def test_what_transformers_cannot_write_back_is_refused(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(checkpoint_rows, "revert_weight_conversion", fail)
     with pytest.raises(SieveError, match=r"does not say where.*no way back.*merge_and_unload\(\)"):
-        row_maps(tiny_model(Inkling2ForCausalLM), {"model.layers.0.w": ((4, 4), 1)})
+        row_maps(tiny_model(Inkling2ForCausalLM), {"lm_head.weight": ((128, 32), 1)})

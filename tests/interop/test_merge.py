@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3VLMoeForConditionalGeneration
 
 import peft_sieve.interop.merge
-from peft_sieve import SieveError, merge_checkpoint
+from peft_sieve import SieveError, SieveLoraConfig, merge_checkpoint
 from peft_sieve.cli import main
+from peft_sieve.moe.topology import find_moe_layers
+from tests.architectures.tiny import inputs_for
+from tests.architectures.tiny import tiny_model as tiny_model_of
 from tests.deepseek_like import deepseek_like
 from tests.interop.adapters import Adapter, relative_difference, saved_adapter
-from tests.models import tiny_model
+from tests.models import randomize_adapters, tiny_model
 
 # Per-expert matrices, two spellings; stacks, transposed and interleaved; stacks under another name.
 NAMES = ("olmoe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe")
@@ -127,6 +131,29 @@ def test_a_checkpoint_without_the_models_head_or_prefix(adapters: dict[str, Adap
     whole = weights(tmp_path / "whole")
     for key, tensor in weights(tmp_path / "merged").items():
         assert torch.equal(tensor, whole["model." + key])
+
+
+def test_a_stack_that_was_published_the_other_way_round(tmp_path: Path) -> None:
+    # transformers loads it either way, by its shape.
+    base = tiny_model_of(Qwen3VLMoeForConditionalGeneration)
+    batch = inputs_for(base)
+    base.save_pretrained(tmp_path / "saved")
+    shutil.copytree(tmp_path / "saved", tmp_path / "published")
+    tensors = {
+        key: t.transpose(1, 2).contiguous() if key.endswith(("experts.gate_up_proj", "experts.down_proj")) else t
+        for key, t in weights(tmp_path / "saved").items()
+    }
+    assert any(key.endswith("experts.down_proj") for key in tensors)
+    save_file(tensors, tmp_path / "published" / "model.safetensors", metadata={"format": "pt"})
+    mask = {layer.path: [1, 4] for layer in find_moe_layers(base)}
+    model = get_peft_model(base, SieveLoraConfig(r=4, selected_experts=mask)).eval()
+    randomize_adapters(model)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        for name in ("saved", "published"):
+            merge_checkpoint(model, str(tmp_path / name), tmp_path / f"{name}_merged")
+            merged = Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / f"{name}_merged").eval()
+            assert relative_difference(merged(**batch).logits, expected) < 1e-5
 
 
 def test_experts_in_a_module_list(tmp_path: Path) -> None:

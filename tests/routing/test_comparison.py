@@ -13,7 +13,7 @@ from peft_sieve.routing.comparison import (
     coverage_curves,
     jaccard_matrix,
     resampled_stability,
-    subsample_stability,
+    smaller_sample_stability,
 )
 
 TELEMETRY = Path(__file__).parents[1] / "data" / "olmoe_1b_7b.npz"
@@ -104,4 +104,4 @@ def test_smaller_samples_of_a_data_set() -> None:
         "unknown size": sample([1, 1, 1, 1], None, "text"),
         "unknown data": sample([1, 1, 1, 1], 1, None),
     }
-    assert subsample_stability(profiles, top_k=2) == {"text": [("small", 3, 1.0), ("medium", 10, 1 / 3)]}
+    assert smaller_sample_stability(profiles, top_k=2) == {"text": [("small", 3, 1.0), ("medium", 10, 1 / 3)]}

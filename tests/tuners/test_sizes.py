@@ -3,24 +3,11 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, OlmoeConfig, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM
 
 from peft_sieve import SieveLoraConfig
 from peft_sieve.moe.topology import find_moe_layers
-
-OLMOE = OlmoeConfig(
-    hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16, num_experts=64
-)
-QWEN = Qwen2MoeConfig(
-    hidden_size=2048,
-    intermediate_size=5632,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    num_key_value_heads=16,
-    moe_intermediate_size=1408,
-    shared_expert_intermediate_size=5632,
-    num_experts=60,
-)
+from tests.paper_models import OLMOE, QWEN
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,12 @@ def mask_of_summed_counts() -> dict[str, Any]:
     model = small_olmoe()
     alone = {column: profile_routing(model, batches(column)) for column in ("question", "answer")}
     shares = [profile_routing(model, batches("question")[0::2]), profile_routing(model, batches("answer")[1::2])]
+    uneven = profile_routing(model, batches("question")[0::2]) + profile_routing(model, batches("answer")[1:2])
     counts = {path: sum(share.counts[path] for share in shares) for path in shares[0].counts}
     total = RoutingProfile.from_arrays(torch.stack(list(counts.values())), layer_names=list(counts))
     return {
         "mask": select_experts(total).to_dict(),
+        "uneven": {"mask": select_experts(uneven).to_dict(), "tokens": uneven.num_tokens},
         "tokens": sum(share.num_tokens for share in shares),
         **{column: select_experts(profile).to_dict() for column, profile in alone.items()},
     }
@@ -87,6 +89,17 @@ def calibrate_on_texts() -> dict[str, Any]:
 def calibrate_on_different_data() -> dict[str, Any]:
     model = get_peft_model(small_olmoe(), config(calib_dataset=batches(("question", "answer")[RANK])))
     return {"mask": model.peft_config["default"].selected_experts, **model.peft_config["default"].calibration}
+
+
+def calibrate_until_stable(threshold: float) -> Callable[[], Any]:
+    """Process 0 has three batches to take, process 1 only one; they have to stop together."""
+
+    def scenario() -> dict[str, Any]:
+        data = batches(("question", "answer")[RANK])[: (6, 2)[RANK]]
+        model = get_peft_model(small_olmoe(), config(calib_dataset=data, calib_stability=threshold))
+        return {"mask": model.peft_config["default"].selected_experts, **model.peft_config["default"].calibration}
+
+    return scenario
 
 
 def refused(*settings: dict[str, Any]) -> Callable[[], Any]:
@@ -194,6 +207,8 @@ def main(folder: Path) -> None:
 
     record("different_data", calibrate_on_different_data)
     record("same_data", calibrate_on_texts)
+    record("stable_at_once", calibrate_until_stable(0.01))
+    record("never_stable", calibrate_until_stable(1.0))
     mask, other_mask = ({"selected_experts": mask_from(first)} for first in (0, 8))
     data = {"calib_dataset": texts}
     record("different_masks", refused(mask, other_mask))
