@@ -75,7 +75,7 @@ architectures-check: $(STAMP)-test
 
 # Side by side on this machine, and the figures from the rows; about a quarter of an hour on two cores.
 bench: $(STAMP)-run
-	set -e; for name in step memory load profiling profile scaling; do $(BIN)/python benchmarks/bench_$$name.py; done
+	set -e; for name in step memory load profiling drift profile scaling; do $(BIN)/python benchmarks/bench_$$name.py; done
 	$(BIN)/python benchmarks/plot.py
 
 clean:

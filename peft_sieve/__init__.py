@@ -3,9 +3,11 @@
 Importing it registers the PEFT method SIEVE_LORA.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from . import registration
 
-registration.add_peft_type()
+registration.add_peft_types()
 
 from .errors import SieveError  # noqa: E402  (the configuration needs the enumeration member)
 from .interop.export import ExportedLora, export_lora  # noqa: E402
@@ -23,7 +25,11 @@ from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E
 from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
 from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
 
-registration.register(SieveLoraConfig, SieveLoraModel)
+if TYPE_CHECKING:
+    from .interop.drift_callback import RoutingDriftCallback
+
+registration.register("SIEVE_LORA", SieveLoraConfig, SieveLoraModel)
+registration.wrap_peft()
 
 __version__ = "0.1.0"
 
@@ -37,6 +43,7 @@ __all__ = [
     "ModuleExperts",
     "NarrowedLora",
     "PairedEquivalence",
+    "RoutingDriftCallback",
     "RoutingProfile",
     "RoutingStatistics",
     "SieveError",
@@ -57,3 +64,11 @@ __all__ = [
     "selection_stability",
     "subsample_stability",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RoutingDriftCallback":  # needs transformers' Trainer, which takes a while to import
+        from .interop.drift_callback import RoutingDriftCallback
+
+        return RoutingDriftCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

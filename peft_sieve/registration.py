@@ -22,35 +22,43 @@ from transformers.integrations.peft import PeftAdapterMixin
 from .errors import SieveError
 from .files import replaced_when_done
 
-PEFT_TYPE = "SIEVE_LORA"
+# Methods whose adapters belong to a mask of experts: what is wrapped below is wrapped for them.
+SIEVE_TYPES = ("SIEVE_LORA",)
+PEFT_TYPES = (*SIEVE_TYPES,)
 
 
-def add_peft_type() -> None:
-    """Add the member SIEVE_LORA to PEFT's closed enumeration of methods.
+def add_peft_types() -> None:
+    """Add our methods to PEFT's closed enumeration.
 
     A plain string would do for PEFT, but not for transformers' `load_adapter`, which asks for `.value`.
     """
-    if PEFT_TYPE in PeftType.__members__:
-        return
-    member = str.__new__(PeftType, PEFT_TYPE)
-    member._name_ = PEFT_TYPE
-    member._value_ = PEFT_TYPE
-    PeftType._member_map_[PEFT_TYPE] = member
-    PeftType._member_names_.append(PEFT_TYPE)
-    PeftType._value2member_map_[PEFT_TYPE] = member
-    # Python 3.11 and later look members up as class attributes first.
-    type.__setattr__(PeftType, PEFT_TYPE, member)
+    for name in PEFT_TYPES:
+        if name in PeftType.__members__:
+            continue
+        member = str.__new__(PeftType, name)
+        member._name_ = name
+        member._value_ = name
+        PeftType._member_map_[name] = member
+        PeftType._member_names_.append(name)
+        PeftType._value2member_map_[name] = member
+        # Python 3.11 and later look members up as class attributes first.
+        type.__setattr__(PeftType, name, member)
 
 
-def register(config_cls: type, model_cls: type) -> None:
-    """Enter the method in PEFT's tables, and put the wrappers in place."""
-    method = PeftType(PEFT_TYPE)
+def register(peft_type: str, config_cls: type, model_cls: type) -> None:
+    """Enter a method in PEFT's tables."""
+    method = PeftType(peft_type)
     # Not register_peft_method: it refuses a prefix that another method has, and ours is LoRA's on purpose.
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method] = config_cls
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[method] = model_cls
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[method] = model_cls.prefix  # type: ignore[attr-defined]
     swap = peft.utils.hotswap
     swap.CONFIG_KEYS_TO_CHECK[method] = swap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+
+
+def wrap_peft() -> None:
+    """Put the wrappers in place."""
+    swap = peft.utils.hotswap
     _wrap(swap, "hotswap_adapter_from_state_dict", _hotswap_adapter_from_state_dict)
     _wrap(swap, "prepare_model_for_compiled_hotswap", _prepare_model_for_compiled_hotswap)
     _wrap(PeftModel, "save_pretrained", _save_pretrained)
@@ -77,7 +85,7 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 def _has_sieve(model: PeftModel) -> bool:
-    return any(config.peft_type == PEFT_TYPE for config in model.peft_config.values())
+    return any(config.peft_type in SIEVE_TYPES for config in model.peft_config.values())
 
 
 def _save_pretrained(
@@ -152,10 +160,10 @@ def _placed_as_it_is(model: Any, is_ours: Callable[[], bool], told: bool = False
 
 def _is_ours(model_id: Any, config: Any, download: Mapping[str, Any]) -> bool:
     if config is not None:
-        return (config if isinstance(config, Mapping) else vars(config)).get("peft_type") == PEFT_TYPE
+        return (config if isinstance(config, Mapping) else vars(config)).get("peft_type") in SIEVE_TYPES
     hub = {name: download[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in download}
     try:
-        return PeftConfig._get_peft_type(model_id, **hub) == PEFT_TYPE
+        return PeftConfig._get_peft_type(model_id, **hub) in SIEVE_TYPES
     except (ValueError, KeyError):
         return False  # which the loader says better
 
@@ -190,7 +198,7 @@ def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args
 
     def ours() -> list[str]:
         configs = getattr(self, "peft_config", {})
-        return [name for name, c in configs.items() if name not in before and c.peft_type == PEFT_TYPE]
+        return [name for name, c in configs.items() if name not in before and c.peft_type in SIEVE_TYPES]
 
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
     source = (given.get("peft_model_id"), given.get("peft_config"), given.get("adapter_kwargs") or {})
@@ -212,7 +220,7 @@ def _hotswap_adapter_from_state_dict(
     original: Callable[..., Any], model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Values are swapped where they are, so they must belong to the same experts."""
-    if config.peft_type == PEFT_TYPE:
+    if config.peft_type in SIEVE_TYPES:
         from .tuners.sieve.loading import check_hotswap
 
         check_hotswap(model, adapter_name, config, state_dict)

@@ -162,3 +162,20 @@ def test_training_leaves_the_same_adapter_on_every_process(outcome: Outcome, fol
     for name in saved:
         assert torch.equal(trained[0][name], trained[1][name]), name
         assert torch.equal(trained[0][name], saved[name]), name
+
+
+def test_drift_is_logged_over_all_processes(outcome: Outcome) -> None:
+    """Both ranks log the same: the traffic of both, though each has batches of its own."""
+    first, second = outcome("training")
+    assert first["seen"] != second["seen"]
+    assert first["drift"] == second["drift"]
+    mask = range(8, 16)  # of the worker's mask_from(8), in every layer
+    for step, logged in enumerate(first["drift"]):
+        parts = [rank["seen"][step] for rank in (first, second)]
+        layers = [torch.tensor(a) + torch.tensor(b) for a, b in zip(*(part["counts"] for part in parts), strict=True)]
+        coverage = [float(counts[8:16].sum() / counts.sum()) for counts in layers]
+        hottest = [sorted(range(len(counts)), key=lambda e: (-int(counts[e]), e))[:8] for counts in layers]
+        jaccard = [len({*hot} & {*mask}) / len({*hot} | {*mask}) for hot in hottest]
+        assert logged["routing_tokens"] == sum(sum(part["mask"]) for part in parts)
+        assert logged["routing_coverage"] == pytest.approx(sum(coverage) / len(coverage))
+        assert logged["routing_jaccard"] == pytest.approx(sum(jaccard) / len(jaccard))

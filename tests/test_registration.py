@@ -23,7 +23,8 @@ import sys, json
 import peft
 before = set(sys.modules)
 import peft_sieve
-heavy = [m for m in ("datasets", "trl", "matplotlib", "rich", "pandas", "scipy") if m in set(sys.modules) - before]
+names = ("datasets", "trl", "matplotlib", "rich", "pandas", "scipy", "transformers.trainer")
+heavy = [m for m in names if m in set(sys.modules) - before]
 from peft import PeftType, PeftConfig
 config = peft_sieve.SieveLoraConfig(selected_experts={"a": [1]})
 print(json.dumps({"heavy": heavy, "type": PeftType("SIEVE_LORA").value, "members": [m.value for m in PeftType][-1]}))

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from peft_sieve import RoutingProfile, routing_statistics, select_experts
+from peft_sieve import RoutingProfile, paired_equivalence, routing_statistics, select_experts
 from peft_sieve.table import Table
 
 TABLE = Table(("name", "n", "ids"), [("a[b]", "7", "1 2 3"), ("<c>", "1,000", "4")], ("all", "1,007", ""), wrapped=(2,))
@@ -65,3 +65,23 @@ def test_what_a_notebook_shows() -> None:
     selection = select_experts(RoutingProfile.from_arrays([[1, 5, 4]]), top_k=2)
     assert selection.to_table().rows == [("layers.0", "2", "1 2")]
     assert "1 2</td>" in selection._repr_html_()
+    named = select_experts(RoutingProfile.from_arrays([[1, 5, 4]], layer_names=["<b>"]))
+    assert "&lt;b&gt;" in named._repr_html_() and "<b>" not in named._repr_html_()
+
+
+def test_a_comparison_in_a_notebook() -> None:
+    reference = {0: 0.50, 1: 0.54, 2: 0.46, 3: 0.51}
+    found = paired_equivalence(reference, {0: 0.51, 1: 0.53, 2: 0.47, 3: 0.515}, margin=0.02)
+    table = found.to_table()
+    mean, within, variances, deviations = table.rows
+    assert "4 seeds" in table.header[0]
+    low, high = found.confidence_interval
+    assert mean == ("mean difference", "+0.00375", f"{low:.3g} to {high:.3g}", f"{found.p_value:.3g}")
+    assert within[0] == f"within 0.02: {'shown' if found.equivalent else 'not shown'}"
+    assert within[3] == f"{found.tost_p_value:.3g}"
+    assert variances[1] == f"{found.std_ratio**2:.3g}"
+    assert deviations[1] == f"{found.std_ratio:.3g}"
+    assert found._repr_html_() == table.to_html()
+
+    two = paired_equivalence({0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.62})
+    assert two.to_table().rows[2][2:] == ("-", "-"), "two pairs say nothing of the variances"

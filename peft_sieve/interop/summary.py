@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import SieveError
 from ..moe.families import PROJECTIONS
+from ..table import UNKNOWN, Table
 from ..tuners.sieve.config import SieveLoraConfig
 from ..tuners.sieve.loading import SLOTS_KEY, broken_weights
 from .opened import sieve_config
@@ -109,6 +110,61 @@ class AdapterSummary:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
         return {**asdict(self), "expert_parameters": self.expert_parameters}
+
+    def to_tables(self) -> tuple[Table, ...]:
+        """Facts by name; one row a layer of adapted experts; one row a kind of other modules, if there are any."""
+        facts = Table(("adapter", self.adapter), list(self._facts().items()), wrapped=(1,))
+        layers = [
+            (
+                layer.path,
+                f"{len(layer.experts)} of {'?' if layer.num_experts is None else layer.num_experts}",
+                UNKNOWN if layer.coverage is None else f"{layer.coverage:.1%}",
+                ", ".join(f"{group} {rank}" for group, rank in layer.ranks.items()),
+                f"{layer.num_parameters:,}",
+                " ".join(map(str, layer.experts)),
+            )
+            for layer in self.layers
+        ]
+        tables = [facts, Table(("layer", "experts", "coverage", "ranks", "parameters", "ids"), layers, wrapped=(5,))]
+        if self.modules:
+            modules = [
+                (m.name, str(m.count), ", ".join(map(str, m.ranks)), f"{m.num_parameters:,}") for m in self.modules
+            ]
+            tables.append(Table(("module", "layers", "rank", "parameters"), modules))
+        return tuple(tables)
+
+    def _repr_html_(self) -> str:
+        return "\n".join(table.to_html() for table in self.to_tables())
+
+    def _facts(self) -> dict[str, str]:
+        scaling = f"alpha {self.lora_alpha}, dropout {self.lora_dropout}" + (", rslora" if self.use_rslora else "")
+        facts = {
+            "base model": self.base_model or "not recorded",
+            "revision": self.revision,
+            "task": self.task_type,
+            "LoRA": f"rank {self.r}, {scaling}",
+            "rank_pattern": self.rank_pattern,
+            "alpha_pattern": self.alpha_pattern,
+            "projections": ", ".join(self.expert_projections),
+            "parameters": f"{self.num_parameters:,} ({', '.join(self.dtypes)}), {self.num_bytes / 1e6:.1f} MB",
+            "in experts": self._share_text(),
+            "in other tensors": f"{self.other_tensors:,}" if self.other_tensors else None,
+        }
+        # The layers' coverage is in their table.
+        facts |= {name.replace("_", " "): value for name, value in self.calibration.items() if name != "coverage"}
+        if stability := self.calibration.get("stability"):
+            lowest = min(stability, key=stability.get)
+            facts["stability"] = f"{stability[lowest]:.2f} or more in each layer, least in {lowest}"
+        if not self.calibration:
+            facts["mask"] = "given by hand: no calibration recorded"
+        return {name: str(value) for name, value in facts.items() if value not in (None, {}, "")}
+
+    def _share_text(self) -> str:
+        text = f"{self.expert_parameters:,}"
+        if self.all_experts_parameters:
+            share = self.expert_parameters / self.all_experts_parameters
+            text += f" ({share:.1%} of the {self.all_experts_parameters:,} of all experts)"
+        return text
 
 
 def inspect_adapter(adapter: str | os.PathLike[str]) -> AdapterSummary:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import SieveError
-from ..moe.topology import MoELayer
 
 _IGNORED = -100  # a label that has no loss
 
 
-def decoder_layers(model: nn.Module, layers: list[MoELayer]) -> set[str]:
-    """Paths of the layers that read what the decoder reads; none if the model has no encoder."""
+def decoder_layers(model: nn.Module, paths: Iterable[str]) -> set[str]:
+    """Those of the layers at `paths` that read what the decoder reads; none if the model has no encoder."""
     if not _is_encoder_decoder(model):
         return set()
-    return {layer.path for layer in layers if "decoder" in layer.path.split(".")}
+    return {path for path in paths if "decoder" in path.split(".")}
+
+
+def decoder_mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Which of the decoder's tokens are real, as the batch or its `labels` say: (batch, length); None without both."""
+    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    return (labels != _IGNORED).long() if mask is None and labels is not None else mask
 
 
 def with_decoder_inputs(model: nn.Module, batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None]:
@@ -31,13 +37,11 @@ def with_decoder_inputs(model: nn.Module, batch: dict[str, Any]) -> tuple[dict[s
     Raises:
         SieveError: the model's config does not say with which token its decoder starts.
     """
+    mask = decoder_mask(batch)
     batch = dict(batch)
     labels = batch.pop("labels", None)
     if not _is_encoder_decoder(model):
         return batch, None
-    mask = batch.get("decoder_attention_mask")
-    if mask is None and labels is not None:
-        mask = (labels != _IGNORED).long()
     if any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds")):
         return batch, mask
     if labels is None:

@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Any
 
 from peft_sieve.errors import SieveError
+from peft_sieve.table import UNKNOWN, Table
 
 ALPHA = 0.05  # level of the tests; intervals hold 1 - ALPHA
 # Differences of decimal fractions that are equal on paper differ by a few units in the last place.
@@ -56,6 +57,22 @@ class PairedEquivalence:
     def variance_ratio(self) -> float:
         """Variance over the seeds, candidate's over reference's."""
         return self.std_ratio**2
+
+    def to_table(self) -> Table:
+        """One row a question: what was found, its 95% interval, and the p-value of the test."""
+        mean, std = f"{self.mean_difference:+.4g}", _number(self.std_ratio)
+        variance = _number(self.variance_ratio)
+        within = f"within {self.margin:g}: {'shown' if self.equivalent else 'not shown'}"
+        rows = [
+            ("mean difference", mean, _interval(self.confidence_interval), _number(self.p_value)),
+            (within, mean, UNKNOWN, _number(self.tost_p_value)),
+            ("ratio of variances", variance, _interval(self.variance_ratio_interval), _number(self.variance_p_value)),
+            ("ratio of standard deviations", std, UNKNOWN, UNKNOWN),
+        ]
+        return Table((f"candidate against reference, {self.num_pairs} seeds", "value", "95% interval", "p"), rows)
+
+    def _repr_html_(self) -> str:
+        return self.to_table().to_html()
 
 
 def paired_equivalence(
@@ -199,6 +216,14 @@ def _variances(x: list[float], y: list[float], largest: float) -> tuple[float, t
     reach = float(student.ppf(1 - ALPHA / 2, degrees)) * scale
     factor = math.sqrt(1 + reach**2) + reach  # s is between 1 / factor and factor
     return ratio, (ratio**2 / factor**2, ratio**2 * factor**2), p_value
+
+
+def _number(value: float) -> str:
+    return UNKNOWN if math.isnan(value) else f"{value:.3g}"
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    return UNKNOWN if any(map(math.isnan, ends)) else f"{ends[0]:.3g} to {ends[1]:.3g}"
 
 
 def _constant(values: list[float], largest: float) -> bool:

@@ -6,7 +6,7 @@ import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..errors import SieveError
 from ..moe.topology import MoELayer, find_moe_layers
 from .calibration import CalibrationData, calibration_batches, tokens_in
+from .counting import DispatchCounter, token_mask, watching
 from .encoder_decoder import decoder_layers, with_decoder_inputs
 from .profile_data import RoutingProfile
 from .until_stable import StabilityRule, StableProfile, profile_until
@@ -164,7 +165,7 @@ def _bar(calibration: CalibrationData, progress: bool) -> tqdm:
 
 
 def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationData, bar: tqdm) -> RoutingProfile:
-    counters = {layer.path: _Counter(layer.num_experts) for layer in layers}
+    counters = {layer.path: DispatchCounter(layer.num_experts) for layer in layers}
     forward = _backbone(model)
     device = _input_device(model)
     if device.type == "meta":
@@ -176,20 +177,16 @@ def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationD
         warnings.warn(
             "Profiling runs on the CPU, where the model is, though there is a GPU: move the model there first."
         )
-    with ExitStack() as stack:
-        stack.enter_context(_undisturbed(model))
-        for layer in layers:
-            parent, _, name = layer.path.rpartition(".")
-            parent_module = model.get_submodule(parent)
-            handles = layer.family.watch(getattr(parent_module, name), parent_module, counters[layer.path].add)
-            for handle in handles:
-                stack.callback(handle.remove)
-        in_decoder = decoder_layers(model, layers)
+    watched = []
+    for layer in layers:
+        parent, _, name = layer.path.rpartition(".")
+        parent_module = model.get_submodule(parent)
+        watched.append((layer.family, getattr(parent_module, name), parent_module, counters[layer.path].add))
+    with _undisturbed(model), watching(watched):
+        in_decoder = decoder_layers(model, counters)
         for batch in calibration.batches:
             batch, decoder_mask = with_decoder_inputs(model, batch)
             mask = batch.get("attention_mask")
-            if mask is not None and mask.dim() != 2:
-                mask = None  # one per query, as for packed samples: it says nothing of padding
             for path, counter in counters.items():
                 counter.real = _real_tokens(decoder_mask if path in in_decoder else mask)
             forward(_to(batch, device))
@@ -210,50 +207,9 @@ def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationD
 
 
 def _real_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Which of the flattened tokens are no padding; None if all are."""
-    return None if mask is None or bool(mask.all()) else mask.reshape(-1).bool()
-
-
-class _Counter:
-    """Counts and gate weights of one layer, kept on its device until the end."""
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_experts = num_experts
-        self.top_k = 0
-        self.real: torch.Tensor | None = None
-        self._sums: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def add(self, expert_ids: torch.Tensor, expert_weights: torch.Tensor) -> None:
-        """Count one dispatch, ids and weights of shape (tokens, top_k)."""
-        self.top_k = max(self.top_k, expert_ids.shape[-1])
-        # One bin more than experts: dropped slots (id == num_experts) and padding end up there.
-        bins = expert_ids.long().clamp(max=self.num_experts)
-        if self.real is not None:
-            if self.real.numel() != bins.shape[0]:
-                raise SieveError(
-                    f"a batch of {self.real.numel()} tokens with padding reached an experts module as {bins.shape[0]} "
-                    "tokens, expected as many, since padding must not count: profile with batch_size=1 "
-                    "(calib_batch_size)"
-                )
-            self.real = self.real.to(bins.device)
-            bins = bins.masked_fill(~self.real.unsqueeze(-1), self.num_experts)
-        if self._sums is None:
-            counts, mass = (
-                torch.zeros(self.num_experts + 1, dtype=dtype, device=bins.device)
-                for dtype in (torch.int64, torch.float64)
-            )
-            self._sums = counts, mass
-        counts, mass = self._sums
-        flat = bins.reshape(-1)
-        counts.scatter_add_(0, flat, torch.ones_like(flat))
-        mass.scatter_add_(0, flat, expert_weights.reshape(-1).to(torch.float64))
-
-    def totals(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts (int64) and mass (float64), each (num_experts,)."""
-        if self._sums is None:
-            return torch.zeros(self.num_experts, dtype=torch.int64), torch.zeros(self.num_experts, dtype=torch.float64)
-        counts, mass = self._sums
-        return counts[:-1].cpu(), mass[:-1].cpu()
+    """As `token_mask`, and None, too, if all tokens are real: here nobody minds waiting for the device."""
+    real = token_mask(mask)
+    return None if real is None or bool(real.all()) else real
 
 
 def _backbone(model: nn.Module) -> Callable[[dict[str, Any]], None]:

@@ -83,7 +83,7 @@ def layer_scores(profile: RoutingProfile, score: str) -> dict[str, list[float]]:
         SieveError: if no score has that name, or the profile lacks what it needs.
     """
     check_profile(profile)
-    _check_name("score", score, _SCORES)
+    check_score(score)
     scores = {}
     for layer, counts in profile.counts.items():
         values = torch.as_tensor(_SCORES[score](profile, layer)).detach().cpu()
@@ -356,6 +356,23 @@ def select_experts(
     return ExpertSelection({layer: selected.get(layer, ()) for layer in scores})
 
 
+def hottest_experts(profile: RoutingProfile, sizes: Mapping[str, int], *, score: str = "count") -> ExpertSelection:
+    """The experts with the highest scores, as many of each layer as `sizes` says; ties to the lower id.
+
+    Args:
+        profile: what the router did; it must have the layers of `sizes`.
+        sizes: layer name -> number of experts.
+        score: as for `select_experts`.
+
+    Returns:
+        The selection, in the order of `sizes`; nothing in a layer whose score is 0 for all experts.
+    """
+    scores = layer_scores(profile, score)
+    return ExpertSelection(
+        {layer: _hottest_first(scores[layer])[:size] if any(scores[layer]) else () for layer, size in sizes.items()}
+    )
+
+
 # --- options --------------------------------------------------------------------------------------------------------
 
 
@@ -379,8 +396,13 @@ def validate_selection_options(top_k_frac: Any, top_k: Any, strategy: Any, score
             "set it to the number of experts to adapt in each layer, or use top_k_frac for a share"
         )
     _check_name("strategy", strategy, _STRATEGIES)
-    _check_name("score", score, _SCORES)
+    check_score(score)
     check_share("coverage", coverage, "the share of each layer's score to capture, such as 0.6")
+
+
+def check_score(score: Any) -> None:
+    """Raise `SieveError` unless `score` is the name of a registered score."""
+    _check_name("score", score, _SCORES)
 
 
 def experts_per_layer(num_experts: int, top_k_frac: float, top_k: int | None = None) -> int:

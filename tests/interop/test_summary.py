@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def test_command(adapter: Adapter, capsys: Any, monkeypatch: pytest.MonkeyPatch)
         "1.00 or more in each layer",  # two equal halves
     ):
         assert part in text, part
+
+
+def test_what_a_notebook_shows(adapter: Adapter) -> None:
+    summary = inspect_adapter(adapter.path)
+    facts, layers, modules = summary.to_tables()
+    assert dict(facts.rows)["base model"] == str(adapter.base_path)
+    assert layers.rows[1][:2] == ("model.layers.1.mlp.experts", "3 of 8")
+    assert layers.rows[1][5] == " ".join(map(str, summary.layers[1].experts))
+    assert [row[0] for row in modules.rows] == [module.name for module in summary.modules]
+    named = replace(summary, adapter="<me>", modules=())
+    assert len(named.to_tables()) == 2
+    assert named._repr_html_().count("<table>") == 2
+    assert "&lt;me&gt;" in named._repr_html_() and "<me>" not in named._repr_html_()
 
 
 def test_bad_adapters(adapter: Adapter, tmp_path: Path, capsys: Any) -> None:

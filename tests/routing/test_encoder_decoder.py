@@ -55,7 +55,7 @@ def test_labels_are_nothing_to_a_decoder_alone() -> None:
     batch = token_batch(model)
     inputs, mask = with_decoder_inputs(model, {**batch, "labels": batch["input_ids"]})
     assert inputs.keys() == batch.keys() and mask is None
-    assert decoder_layers(model, find_moe_layers(model)) == set()
+    assert decoder_layers(model, [layer.path for layer in find_moe_layers(model)]) == set()
 
 
 def test_no_token_to_start_with() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, profile_routing
 from peft_sieve.moe.families import FusedExperts
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.routing.profiling import _Counter
+from peft_sieve.routing.counting import DispatchCounter
 from tests.deepseek_like import deepseek_like
 from tests.models import randomize_adapters, small_olmoe, small_tokenizer, tiny_model, token_batch
 
@@ -78,7 +78,7 @@ def test_dropped_slots_do_not_count() -> None:
     """Under expert parallelism a slot that belongs to another process has the id num_experts."""
     model = tiny_model("olmoe")
     experts = find_moe_layers(model)[0].experts
-    counter = _Counter(8)
+    counter = DispatchCounter(8)
     (handle,) = FusedExperts().watch(experts, model.model.layers[0].mlp, counter.add)
     ids = torch.tensor([[0, 8], [8, 8], [3, 0]])
     weights = torch.tensor([[0.5, 0.0], [0.0, 0.0], [0.25, 0.75]])

@@ -27,7 +27,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, profile_routing, select_experts
+from peft_sieve import (
+    RoutingDriftCallback,
+    RoutingProfile,
+    SieveError,
+    SieveLoraConfig,
+    profile_routing,
+    select_experts,
+)
 from tests.models import small_olmoe, small_tokenizer
 
 RANK = int(os.environ["RANK"])
@@ -132,6 +139,27 @@ def first_forward(model: nn.Module) -> Callable[[], Any]:
     return scenario
 
 
+def routing_of_each_forward(model: nn.Module) -> list[dict[str, Any]]:
+    """A list that grows with each forward: its real tokens, and how many of them each layer sends to each expert."""
+    seen: list[dict[str, Any]] = []
+
+    def on_forward(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append({"mask": kwargs["attention_mask"].flatten().tolist(), "counts": []})
+
+    def on_routing(module: nn.Module, args: Any, output: Any) -> None:
+        counts = [0] * NUM_EXPERTS
+        for ids, real in zip(output[2].tolist(), seen[-1]["mask"], strict=True):
+            for expert in ids if real else ():
+                counts[expert] += 1
+        seen[-1]["counts"].append(counts)
+
+    model.register_forward_pre_hook(on_forward, with_kwargs=True)
+    for module in model.modules():
+        if type(module).__name__ == "OlmoeTopKRouter":
+            module.register_forward_hook(on_routing)
+    return seen
+
+
 def train_three_steps(model: PeftModel, folder: Path) -> Callable[[], Any]:
     def scenario() -> dict[str, Any]:
         tokenizer = small_tokenizer()
@@ -154,6 +182,8 @@ def train_three_steps(model: PeftModel, folder: Path) -> Callable[[], Any]:
             train_dataset=Dataset.from_dict({"input_ids": encoded["input_ids"]}),
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         )
+        trainer.add_callback(RoutingDriftCallback(trainer, every=1))
+        seen = routing_of_each_forward(model)
         initial = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
         trainer.train()
         trainer.save_model(str(folder / "adapter"))
@@ -162,6 +192,12 @@ def train_three_steps(model: PeftModel, folder: Path) -> Callable[[], Any]:
         return {
             "world_size": arguments.world_size,
             "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "drift": [
+                {key: value for key, value in entry.items() if key.startswith("routing_")}
+                for entry in trainer.state.log_history
+                if "loss" in entry
+            ],
+            "seen": seen,
         }
 
     return scenario

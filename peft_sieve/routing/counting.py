@@ -1,0 +1,88 @@
+"""Count what routers dispatch: a counter for each layer, and hooks that feed it for as long as a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from ..errors import SieveError
+from ..moe.families import MoEFamily
+
+_PROFILING_ADVICE = "profile with batch_size=1 (calib_batch_size)"
+
+
+class DispatchCounter:
+    """Counts and gate weights of one layer, kept on its device until the end.
+
+    Args:
+        num_experts: of the layer.
+        advice: what to do if padding cannot be told from tokens, the end of the error's sentence.
+
+    Attributes:
+        real: which of the flattened tokens of the next dispatches are no padding; None if all are.
+        top_k: the most experts that a token went to.
+    """
+
+    def __init__(self, num_experts: int, advice: str = _PROFILING_ADVICE) -> None:
+        self.num_experts = num_experts
+        self.advice = advice
+        self.top_k = 0
+        self.real: torch.Tensor | None = None
+        self._sums: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def add(self, expert_ids: torch.Tensor, expert_weights: torch.Tensor) -> None:
+        """Count one dispatch, ids and weights of shape (tokens, top_k). Nothing waits for the device."""
+        self.top_k = max(self.top_k, expert_ids.shape[-1])
+        # One bin more than experts: dropped slots (id == num_experts) and padding end up there.
+        bins = expert_ids.long().clamp(max=self.num_experts)
+        if self.real is not None:
+            if self.real.numel() != bins.shape[0]:
+                raise SieveError(
+                    f"a batch of {self.real.numel()} tokens with padding reached an experts module as {bins.shape[0]} "
+                    f"tokens, expected as many, since padding must not count: {self.advice}"
+                )
+            self.real = self.real.to(bins.device)
+            bins = bins.masked_fill(~self.real.unsqueeze(-1), self.num_experts)
+        if self._sums is None:
+            counts, mass = (
+                torch.zeros(self.num_experts + 1, dtype=dtype, device=bins.device)
+                for dtype in (torch.int64, torch.float64)
+            )
+            self._sums = counts, mass
+        counts, mass = self._sums
+        flat = bins.reshape(-1)
+        counts.scatter_add_(0, flat, torch.ones_like(flat))
+        mass.scatter_add_(0, flat, expert_weights.reshape(-1).to(torch.float64))
+
+    def totals(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts (int64) and mass (float64), each (num_experts,)."""
+        if self._sums is None:
+            return torch.zeros(self.num_experts, dtype=torch.int64), torch.zeros(self.num_experts, dtype=torch.float64)
+        counts, mass = self._sums
+        return counts[:-1].cpu(), mass[:-1].cpu()
+
+
+# A family, the module at a layer's path, its parent, and what to call with (expert ids, expert weights).
+Watched = tuple[MoEFamily, nn.Module, nn.Module, Callable[[torch.Tensor, torch.Tensor], None]]
+
+
+@contextmanager
+def watching(layers: Iterable[Watched]) -> Iterator[None]:
+    """Report every dispatch of these layers during the block; the hooks are gone after it, also after an exception."""
+    with ExitStack() as stack:
+        for family, experts, parent, on_dispatch in layers:
+            for handle in family.watch(experts, parent, on_dispatch):
+                stack.callback(handle.remove)
+        yield
+
+
+def token_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which tokens of a batch are no padding, flattened; None where the mask does not say.
+
+    A mask per query, as for packed samples, says nothing of padding.
+    """
+    return mask.reshape(-1).bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
