@@ -148,29 +148,41 @@ class PrintLoss(TrainerCallback):
             print(f"  step {state.global_step:3} of {state.max_steps}   training loss {float(logs['loss']):.2f}")
 
 
-@torch.no_grad()
 def evaluate(model: Any, tokenizer: Any, rows: Dataset) -> dict[str, str]:
-    """Loss per token of SQL; share of those tokens, and of whole queries, that greedy decoding gets right."""
-    model.eval()
-    loss, tokens, right_tokens, right_queries = 0.0, 0, 0, 0
-    for batch in rows.iter(batch_size=16):
-        texts = [prompt + completion for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True)]
-        inputs = tokenizer(texts, padding=True, return_tensors="pt")
-        starts = torch.tensor([len(ids) for ids in tokenizer(batch["prompt"])["input_ids"]])
-        logits = model(**inputs).logits[:, :-1]  # (batch, seq - 1, vocabulary)
-        targets = inputs["input_ids"][:, 1:]
-        in_sql = (torch.arange(1, targets.shape[1] + 1) >= starts[:, None]) & inputs["attention_mask"][:, 1:].bool()
-        loss += torch.nn.functional.cross_entropy(logits[in_sql], targets[in_sql], reduction="sum").item()
-        tokens += int(in_sql.sum())
-        right = (logits.argmax(-1) == targets) & in_sql
-        right_tokens += int(right.sum())
-        # When every token is the likeliest after the true ones before it, greedy decoding writes the whole query.
-        right_queries += int((right == in_sql).all(dim=1).sum())
+    loss, right_tokens, right_queries = measure(model, tokenizer, rows)
     return {
-        "loss per SQL token": f"{loss / tokens:.2f}",
-        "next token right": f"{right_tokens / tokens:.1%}",
-        "whole query right": f"{right_queries / len(rows):.1%}",
+        "loss per SQL token": f"{loss:.2f}",
+        "next token right": f"{right_tokens:.1%}",
+        "whole query right": f"{right_queries:.1%}",
     }
+
+
+@torch.no_grad()
+def measure(model: Any, tokenizer: Any, rows: Dataset) -> tuple[float, float, float]:
+    """Loss per token of completion; share of those tokens, and of whole completions, that are the likeliest."""
+    model.eval()
+    loss, tokens, right_tokens, right_completions = 0.0, 0, 0, 0
+    for batch in rows.iter(batch_size=16):
+        inputs, in_completion = tokenized(tokenizer, batch)
+        logits = model(**inputs).logits[:, :-1]  # (batch, seq - 1, vocabulary)
+        targets, in_completion = inputs["input_ids"][:, 1:], in_completion[:, 1:]
+        wanted = targets[in_completion]
+        loss += torch.nn.functional.cross_entropy(logits[in_completion], wanted, reduction="sum").item()
+        tokens += int(in_completion.sum())
+        right = (logits.argmax(-1) == targets) & in_completion
+        right_tokens += int(right.sum())
+        # When every token is the likeliest after the true ones before it, greedy decoding writes the whole completion.
+        right_completions += int((right == in_completion).all(dim=1).sum())
+    return loss / tokens, right_tokens / tokens, right_completions / len(rows)
+
+
+def tokenized(tokenizer: Any, batch: dict[str, list[str]]) -> tuple[Any, torch.Tensor]:
+    """Padded inputs for the model, and which of their tokens belong to a completion: (batch, seq)."""
+    texts = [prompt + completion for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True)]
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    starts = torch.tensor([len(ids) for ids in tokenizer(batch["prompt"])["input_ids"]])
+    positions = torch.arange(inputs["input_ids"].shape[1])
+    return inputs, (positions >= starts[:, None]) & inputs["attention_mask"].bool()
 
 
 def check_in_fresh_process(model: Any, tokenizer: Any, rows: Dataset, adapter: Path) -> None:

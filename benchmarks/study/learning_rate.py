@@ -1,0 +1,56 @@
+"""Which learning rate the study uses: the one with which LoRA on all experts does best on training rows left out.
+
+    python -m benchmarks.study.learning_rate --data FOLDER
+
+Nothing that the study evaluates on is read here, and the seed is none of the study's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import warnings
+from pathlib import Path
+
+from examples.quickstart import MODEL  # first: it chooses the CPU, one thread and no network
+
+# isort: split
+from datasets import disable_progress_bars
+from transformers import AutoTokenizer
+
+from peft_sieve import profile_routing
+
+from .conditions import conditions
+from .settings import Settings
+from .tasks import TASKS, TaskData, load
+from .training import base_model, run
+
+RATES = (2e-3, 5e-3, 1e-2)
+SEED = 1000
+
+
+def left_out(data: TaskData, size: int) -> TaskData:
+    """Training rows in the place of the held-out ones, and the rest of them to train on."""
+    order = random.Random(SEED).sample(range(len(data.train)), len(data.train))
+    return dataclasses.replace(data, held_out=data.train.select(order[:size]), train=data.train.select(order[size:]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other, nothing to act on
+    disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    for task in TASKS.values():
+        data = left_out(load(task, args.data, tokenizer, Settings()), Settings().held_out)
+        profile = profile_routing(base_model(), data.calibration, tokenizer=tokenizer, progress=False)
+        for rate in RATES:
+            settings = dataclasses.replace(Settings(), learning_rate=rate)
+            row = run(data, profile, conditions(settings)["all"], SEED, tokenizer, settings)
+            print(f"{task.name:12} {rate:g}   loss {row['loss']:.4f}   {row['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""One run: a fresh model, adapters on the experts of a condition, training, and what it scores on held-out rows."""
+
+from __future__ import annotations
+
+import random
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup, set_seed
+
+from examples.quickstart import measure, tokenized
+from peft_sieve import RoutingProfile, SieveExpertLayer, SieveLoraConfig
+
+from .conditions import Condition, Mask
+from .settings import MODEL, Settings
+from .step_selection import StepSelection
+from .tasks import TaskData
+
+
+def base_model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+
+
+def run(
+    data: TaskData, profile: RoutingProfile, condition: Condition, seed: int, tokenizer: Any, settings: Settings
+) -> dict[str, Any]:
+    """Train and evaluate; the seed gives the adapters' first values, the order of the rows and random choices."""
+    start = time.perf_counter()
+    mask = condition.choose(profile, seed)
+    model = adapted(mask, seed, settings)
+    train(model, data, condition, seed, tokenizer, settings)
+    loss, next_token, whole = measure(model, tokenizer, data.held_out)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    return {
+        "loss": loss,
+        "next_token": next_token,
+        "whole": whole,
+        "trainable": sum(sizes.values()),
+        "trainable_experts": sum(size for name, size in sizes.items() if ".experts." in name),
+        "experts_per_layer": sum(map(len, mask.values())) / len(mask),
+        "coverage": _mean_coverage(profile, mask),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def adapted(mask: Mask, seed: int, settings: Settings) -> PeftModel:
+    """The model with new adapters. A module and an expert get the same first values in every condition of a seed."""
+    some_mask = {layer: experts for layer, experts in mask.items() if experts}
+    if not some_mask:
+        # An adapter of this type has one expert at least. New, it adds zero, and frozen, it stays so.
+        some_mask = {next(iter(mask)): [0]}
+    model = _with_adapters(settings, selected_experts=some_mask)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SieveExpertLayer)}
+    num_experts = next(iter(layers.values())).shape.num_experts
+    set_seed(seed)
+    full = _with_adapters(settings, selected_experts={layer: list(range(num_experts)) for layer in mask})
+    values = dict(full.named_parameters())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = layers.get(name.partition(".lora_")[0])
+        value = values[name] if layer is None else values[name][list(layer.plans["default"].experts)]
+        parameter.data.copy_(value)
+        parameter.requires_grad_(layer is None or any(mask.values()))
+    return model
+
+
+def _with_adapters(settings: Settings, selected_experts: Mask) -> PeftModel:
+    config = SieveLoraConfig(
+        selected_experts=dict(selected_experts),
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=0.0,  # no row is seen twice
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base_model(), config)
+
+
+def train(
+    model: PeftModel, data: TaskData, condition: Condition, seed: int, tokenizer: Any, settings: Settings
+) -> None:
+    """AdamW without weight decay on the model's own loss of the completions, its load-balancing term included."""
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
+    order = random.Random(f"{seed}:order").sample(range(len(data.train)), settings.steps * settings.batch_size)
+    selection = StepSelection(model, settings.hot) if condition.per_step else None
+    with selection.watching() if selection else nullcontext():
+        for batch in data.train.select(order).iter(batch_size=settings.batch_size):
+            inputs, in_completion = tokenized(tokenizer, batch)
+            labels = inputs["input_ids"].masked_fill(~in_completion, -100)
+            if selection:
+                selection.begin(inputs["attention_mask"])
+            model(**inputs, labels=labels, use_cache=False).loss.backward()
+            with selection.applied() if selection else nullcontext():
+                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+
+
+def _mean_coverage(profile: RoutingProfile, mask: Mask) -> float:
+    """Share of the calibration tokens that the mask's experts receive, mean over the layers."""
+    shares = [counts[list(mask[layer])].sum() / counts.sum() for layer, counts in profile.counts.items()]
+    return float(sum(shares) / len(shares))
