@@ -25,11 +25,11 @@ from .tasks import TASKS
 Row = Mapping[str, Any]
 
 MARGIN = 0.02  # nats per token of the answer; fixed before the first run
-REFERENCE = "all"
+REFERENCE, NO_EXPERT = "all", "none"
 # Candidate and reference of the questions that full LoRA is no part of.
 QUESTIONS = (
     ("hot_25", "random_25"),
-    ("hot_25", "none"),
+    ("hot_25", NO_EXPERT),
     ("greedy_25", "hot_25"),
     ("mass_25", "hot_25"),
     ("hot_25_cold_25", "hot_25"),
@@ -115,9 +115,10 @@ def against_full(of_task: Mapping[str, Mapping[int, float]]) -> dict[str, Compar
 
 
 def main_table(finished: Sequence[Row], task: str, labels: Mapping[str, str]) -> list[str]:
+    """A line for each condition. "Gain kept": of what training all experts gains over training none."""
     lines = [
-        "| experts trained | a layer | trainable parameters | loss, mean (sd) | next token | minus full LoRA, "
-        "95% interval | p | TOST p | |",
+        "| experts trained | a layer | trainable parameters | loss, mean (sd) | gain kept | minus full LoRA, "
+        "95% interval | p | TOST p | verdict |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     of_task = losses(finished, task)
@@ -131,7 +132,7 @@ def main_table(finished: Sequence[Row], task: str, labels: Mapping[str, str]) ->
             _plain(_mean(runs, "experts_per_layer")),
             f"{_mean(runs, 'trainable'):,.0f}",
             f"{_mean(runs, 'loss'):.4f} ({statistics.stdev(of_task[name].values()):.4f})",
-            f"{_mean(runs, 'next_token'):.1%}",
+            _gain_kept(of_task, name),
         ]
         cells += _tested(compared[name]) if name in compared else ["", "", "", ""]
         lines.append(_line(cells))
@@ -139,7 +140,7 @@ def main_table(finished: Sequence[Row], task: str, labels: Mapping[str, str]) ->
 
 
 def questions_table(finished: Sequence[Row], tasks: Sequence[str], labels: Mapping[str, str]) -> list[str]:
-    lines = ["| task | difference | mean, 95% interval | p | TOST p | |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| task | difference | mean, 95% interval | p | TOST p | verdict |", "| --- | --- | --- | --- | --- | --- |"]
     for task in tasks:
         for comparison in compare(losses(finished, task), QUESTIONS).values():
             named = f"{labels[comparison.candidate]} minus {labels[comparison.reference]}"
@@ -155,7 +156,7 @@ def untrained_table(finished: Sequence[Row], tasks: Sequence[str]) -> list[str]:
     ]
     for task in tasks:
         of_task = [row for row in finished if row["task"] == task]
-        none, full = ([row for row in of_task if row["condition"] == name] for name in ("none", REFERENCE))
+        none, full = ([row for row in of_task if row["condition"] == name] for name in (NO_EXPERT, REFERENCE))
         values = [_mean(of_task, "untrained_loss"), _mean(none, "loss"), _mean(full, "loss")]
         cells = [TASKS[task].label, *(f"{value:.3f}" for value in values), f"{_mean(full, 'whole'):.1%}"]
         lines.append(_line(cells))
@@ -166,6 +167,13 @@ def _tested(comparison: Comparison) -> list[str]:
     low, high = comparison.paired.confidence_interval
     interval = f"{comparison.paired.mean_difference:+.4f}, {low:+.4f} to {high:+.4f}"
     return [interval, _p(comparison.p_value), _p(comparison.tost_p_value), comparison.verdict]
+
+
+def _gain_kept(of_task: Mapping[str, Mapping[int, float]], name: str) -> str:
+    if NO_EXPERT not in of_task:
+        return ""
+    none, full, this = (statistics.fmean(of_task[each].values()) for each in (NO_EXPERT, REFERENCE, name))
+    return f"{(none - this) / (none - full):.0%}"
 
 
 def _p(value: float) -> str:

@@ -1,6 +1,7 @@
 """Which learning rate the study uses: the one with which LoRA on all experts does best on training rows left out.
 
     python -m benchmarks.study.learning_rate --data FOLDER
+    python -m benchmarks.study.learning_rate --data FOLDER --condition hot_25   # would another one suit it better?
 
 Nothing that the study evaluates on is read here, and the seed is none of the study's.
 """
@@ -39,6 +40,8 @@ def left_out(data: TaskData, size: int) -> TaskData:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
+    names = list(conditions(Settings()))
+    parser.add_argument("--condition", choices=names, default="all", metavar="NAME", help=", ".join(names))
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other, nothing to act on
     disable_progress_bars()
@@ -48,7 +51,7 @@ def main() -> None:
         profile = profile_routing(base_model(), data.calibration, tokenizer=tokenizer, progress=False)
         for rate in RATES:
             settings = dataclasses.replace(Settings(), learning_rate=rate)
-            row = run(data, profile, conditions(settings)["all"], SEED, tokenizer, settings)
+            row = run(data, profile, conditions(settings)[args.condition], SEED, tokenizer, settings)
             print(f"{task.name:12} {rate:g}   loss {row['loss']:.4f}   {row['seconds']} s", flush=True)
 
 
