@@ -36,6 +36,7 @@ QUESTIONS = (
     ("hot_25_cold_25", "hot_50"),
     ("step_25", "hot_25"),
 )
+HOTTEST = ("hot_6", "hot_12", "hot_25", "hot_50")
 PAGE, FIGURE = ROOT / "docs" / "evidence.md", ROOT / "docs" / "figures" / "evidence.png"
 
 
@@ -148,6 +149,21 @@ def questions_table(finished: Sequence[Row], tasks: Sequence[str], labels: Mappi
     return lines
 
 
+def number_table(finished: Sequence[Row], tasks: Sequence[str], labels: Mapping[str, str]) -> list[str]:
+    """The hottest experts by their number: their share of the tokens, and of what all experts gain."""
+    headings = [f"{TASKS[task].label}: {what}" for task in tasks for what in ("tokens", "gain kept")]
+    lines = [_line(["experts trained", *headings]), _line(["---"] * (1 + len(headings)))]
+    for name in HOTTEST:
+        cells = [labels[name]]
+        for task in tasks:
+            runs = [row for row in finished if row["task"] == task and row["condition"] == name]
+            if runs:
+                cells += [f"{_mean(runs, 'coverage'):.0%}", _gain_kept(losses(finished, task), name)]
+        if len(cells) > 1:
+            lines.append(_line(cells))
+    return lines
+
+
 def untrained_table(finished: Sequence[Row], tasks: Sequence[str]) -> list[str]:
     """What there was to learn, and how far exact match tells anything."""
     lines = [
@@ -231,6 +247,7 @@ def parts_of(finished: Sequence[Row]) -> dict[str, list[str]]:
         "runs": [about],
         "untrained": untrained_table(whole, tasks),
         "main": main[:-1],
+        "number": number_table(whole, tasks, labels),
         "questions": questions_table(whole, tasks, labels),
     }
 

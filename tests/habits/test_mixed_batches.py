@@ -76,6 +76,23 @@ def test_each_row_is_what_it_is_alone(name: str) -> None:
         assert (mixed[index] - different).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe"])
+@torch.no_grad()
+def test_router_logits_are_one_a_layer(name: str) -> None:
+    """The router runs once for each adapter, and whoever asks for its logits sees one run over the batch."""
+    base = tiny_model(name)
+    model = pair(base)
+    batch = token_batch(base, batch=4)
+    length = batch["input_ids"].shape[1]
+    mixed = model(**batch, adapter_names=NAMES, output_router_logits=True).router_logits
+    expected = [model(**batch, adapter_names=[each] * 4, output_router_logits=True).router_logits for each in NAMES]
+    assert len(mixed) == len(expected[0]) == len(find_moe_layers(base))
+    for layer, logits in enumerate(mixed):
+        for index in range(4):
+            tokens = slice(index * length, (index + 1) * length)
+            assert_same(logits[tokens], expected[index][layer][tokens], f"row {index}", rtol=1e-3, atol=1e-5)
+
+
 @torch.no_grad()
 def test_the_active_adapter_does_not_matter() -> None:
     base = tiny_model("olmoe")

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ...errors import SieveError
 from ...moe.topology import MoELayer, find_moe_layers
+from . import recorded
 from .layer import SieveExpertLayer
 
 BASE = "__base__"
@@ -142,6 +143,8 @@ def each_adapter(
 ) -> Any:
     """Call `run(name, *args, **kwargs)` once for each name, with its tokens only, and put the results together.
 
+    What transformers records meanwhile (router logits) is put together as well.
+
     Args:
         run: returns tensors, alone or in a structure, with one entry a token.
         adapter_names: of each token, (tokens,).
@@ -160,11 +163,15 @@ def each_adapter(
     for number, name in enumerate(unique):
         tokens = (numbers == number).nonzero().squeeze(-1)  # (tokens of this adapter,)
         some_args, some_kwargs = tree_map(partial(_select, tokens, num_tokens), (args, kwargs))
-        results, structure = tree_flatten(run(name, *some_args, **some_kwargs))
+        with recorded.apart() as part:
+            results, structure = tree_flatten((run(name, *some_args, **some_kwargs), part))
         merged = merged or [None] * len(results)
         merged = [_insert(whole, part, tokens, num_tokens) for whole, part in zip(merged, results, strict=True)]
     assert structure is not None
-    return tree_unflatten(merged, structure)
+    result, outputs = tree_unflatten(merged, structure)
+    for kind, values in outputs.items():
+        recorded.active()[kind] += values
+    return result
 
 
 def _select(tokens: torch.Tensor, num_tokens: int, value: Any) -> Any:
