@@ -3,6 +3,7 @@
 # make test-tools   the tests with other people's tools, in an environment of their own
 # make test-servers vLLM's, SGLang's and llama.cpp's own code on an exported adapter (downloads 400 MB, installs nothing)
 # make architectures every model class with routed experts goes the whole way; writes docs/architectures.md
+# make docs         the documentation as a site, in site/
 # make lint types   what CI runs before them
 # make bench        what training costs, in time and memory
 PYTHON ?= python3
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.ready-$(shell cat pyproject.toml constraints.txt | cksum | cut
 export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
-.PHONY: quickstart test test-tools test-in-tools-environment test-servers lint types bench architectures architectures-check clean
+.PHONY: quickstart test test-tools test-in-tools-environment test-servers lint types bench architectures architectures-check docs clean
 
 # What running it needs, and what testing it needs on top.
 $(STAMP)-run:
@@ -78,5 +79,17 @@ bench: $(STAMP)-run
 	set -e; for name in step memory load profiling drift profile scaling; do $(BIN)/python benchmarks/bench_$$name.py; done
 	$(BIN)/python benchmarks/plot.py
 
+# The package is read there, not installed; a warning fails.
+DOCS := .venv-docs/.ready-$(shell cat docs/requirements.txt constraints.txt | cksum | cut -d' ' -f1)
+$(DOCS):
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--requirement docs/requirements.txt
+	@touch $@
+
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
+	@echo "The site is in site/."
+
 clean:
-	rm -rf $(VENV) .venv-tools .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .venv-tools .venv-docs site .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

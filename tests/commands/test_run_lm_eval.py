@@ -17,10 +17,11 @@ from torch import nn
 
 from peft_sieve import SieveLoraConfig
 from tests.models import EXAMPLES, TINY_OLMOE, randomize_adapters, small_olmoe, small_tokenizer
+from tests.pages import ROOT, blocks, commands
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: make test-tools runs this")
 
-ROOT = Path(__file__).parents[2]
+MODEL = f"pretrained={TINY_OLMOE},peft={{}},dtype=float32"
 TASK = """\
 task: spider_choice
 dataset_path: json
@@ -68,12 +69,21 @@ def test_the_harness_evaluates_a_sparse_adapter(rows: list[dict[str, Any]], tmp_
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "spider_choice.yaml").write_text(TASK.format(data=data))
 
+    # The command of docs/trl.md, on this adapter and on a task that is not downloaded.
+    (words,) = (
+        command
+        for language, block in blocks(ROOT / "docs" / "trl.md")
+        if language == "sh"
+        for command in commands(block)
+        if "lm_eval" in command
+    )
+    ours = {"gsm8k": "spider_choice", "pretrained=examples/tiny-olmoe,peft=out/sft": MODEL.format(tmp_path / "adapter")}
     done = subprocess.run(
         [
-            *(sys.executable, "-c", "from peft_sieve.cli import main; raise SystemExit(main())", "run", "--"),
-            *("lm_eval", "--model", "hf", "--tasks", "spider_choice", "--include_path", str(tmp_path)),
-            *("--model_args", f"pretrained={TINY_OLMOE},peft={tmp_path / 'adapter'},dtype=float32"),
-            *("--device", "cpu", "--batch_size", "4", "--output_path", str(tmp_path / "out"), "--log_samples"),
+            *(sys.executable, "-c", "from peft_sieve.cli import main; raise SystemExit(main())"),
+            *(ours.get(word, word) for word in words[1:]),
+            *("--include_path", str(tmp_path), "--device", "cpu", "--batch_size", "4"),
+            *("--output_path", str(tmp_path / "out"), "--log_samples"),
         ],
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,

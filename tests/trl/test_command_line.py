@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from trl import ModelConfig
@@ -13,11 +15,10 @@ from trl.trainer import utils
 
 from peft_sieve import SieveError, SieveLoraConfig
 from tests.commands.test_run import finished
+from tests.hub_standin import HubStandIn
 from tests.models import TINY_OLMOE
+from tests.pages import ROOT, blocks, commands
 from tests.trl.scripts import questions
-
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture
 def trl_config(monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -27,26 +28,37 @@ def trl_config(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("peft_sieve.interop.trl_config")
 
 
-def test_trl_sft_trains_a_sparse_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL's command starts a process of its own for the training, from settings in a file and on the command line."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    data = tmp_path / "data" / "train.jsonl"
-    data.parent.mkdir()
-    data.write_text("".join(json.dumps({"text": row["question"]}) + "\n" for row in questions(8)))
-    (tmp_path / "sft.yaml").write_text("use_peft: true\nlora_r: 4\nmax_steps: 2\nreport_to: none\nmax_length: 32\n")
-    done = finished(
-        *("--sieve", "top_k=3", "--sieve", "train_router=false", "--sieve", f"calib_dataset={data}", "--"),
-        *("trl", "sft", "--config", "sft.yaml", "--model_name_or_path", str(TINY_OLMOE), "--dataset_name", "data"),
-        *("--per_device_train_batch_size", "2", "--use_cpu", "--output_dir", "out", "--lora_alpha", "8"),
-        cwd=tmp_path,
+def test_trl_sft_trains_a_sparse_adapter(tmp_path: Path) -> None:
+    """The command of docs/trl.md. It starts a process of its own for the training, from settings in a file, too."""
+    (words,) = (
+        command
+        for language, block in blocks(ROOT / "docs" / "trl.md")
+        if language == "sh"
+        for command in commands(block)
+        if "trl" in command
     )
+    (tmp_path / "sft.yaml").write_text("use_peft: true\nlora_r: 4\nmax_steps: 2\nreport_to: none\nmax_length: 32\n")
+    program = words.index("--")
+    with HubStandIn() as hub:
+        files = {path.name: path.read_bytes() for path in TINY_OLMOE.iterdir()}
+        hub.add("allenai/OLMoE-1B-7B-0924", files)
+        data = "".join(json.dumps({"text": row["question"]}) + "\n" for row in questions(8))
+        hub.add("me/data", {"train.jsonl": data}, repo_type="dataset")
+        environment = {**hub.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        with patch.dict(os.environ, environment, clear=True):
+            done = finished(
+                *words[2:program],
+                *("--sieve", "train_router=false"),
+                *words[program:],
+                *("--config", "sft.yaml", "--per_device_train_batch_size", "2", "--use_cpu", "--lora_alpha", "8"),
+                cwd=tmp_path,
+            )
     assert done.returncode == 0, done.stderr[-3000:]
     config = SieveLoraConfig.from_pretrained(tmp_path / "out")
     assert config.peft_type == "SIEVE_LORA"
     assert (config.r, config.lora_alpha, config.train_router) == (4, 8, False)
-    assert [len(ids) for ids in config.selected_experts.values()] == [3] * 6
-    assert config.calibration["dataset"] == str(data) and config.calibration["samples"] == 8
+    assert [len(ids) for ids in config.selected_experts.values()] == [8] * 6
+    assert config.calibration["dataset"] == "me/data" and config.calibration["samples"] == 8
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
