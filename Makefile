@@ -88,7 +88,7 @@ $(DOCS):
 	@touch $@
 
 docs: $(DOCS)
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 	@echo "The site is in site/."
 
 clean:

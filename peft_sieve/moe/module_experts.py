@@ -29,8 +29,9 @@ class ModuleExperts(MoEFamily):
 
     Args:
         name: what to call the family.
-        up_proj, down_proj, gate_proj: names of the linear layers in an expert; without a gate, `gate_proj` is None. An
-            expert that lacks its gate is taken as one without.
+        up_proj: name of that linear layer in an expert.
+        down_proj: the same.
+        gate_proj: the same; None without a gate. An expert that lacks its gate is taken as one without.
         normalized: whether the weights of a token's experts sum to 1, for (3). None: as `norm_topk_prob` of the block
             says, and if it has none, they do not.
     """

@@ -20,7 +20,8 @@ def selection_stability(first: RoutingProfile, second: RoutingProfile, **selecti
     """How far two profiles, such as those of two halves of a data set, select the same experts.
 
     Args:
-        first, second: profiles of the same model.
+        first: a profile.
+        second: another one of the same model.
         **selection: keyword arguments of `select_experts`.
 
     Returns:

@@ -47,9 +47,13 @@ _INITS = (True, False, "gaussian")
 class SieveLoraConfig(LoraConfig):
     """LoRA on the experts that a task uses, and on attention, router and shared experts (MoE-Sieve, arXiv 2603.24044).
 
-    Args (beyond those of `peft.LoraConfig`):
-        r: rank, default 32; lora_alpha: default 64; lora_dropout: default 0.05, on expert adapters too (the recipe of
-            the paper). The adapter of a router that is a bare parameter takes no dropout.
+    It takes what `peft.LoraConfig` takes, and:
+
+    Args:
+        r: rank.
+        lora_alpha: the scaling is `lora_alpha / r`.
+        lora_dropout: on expert adapters, too; the three are the recipe of the paper. The adapter of a router that is a
+            bare parameter takes no dropout.
         top_k_frac: share of each layer's routed experts to adapt, in (0, 1]; `max(1, round(top_k_frac * num_experts))`.
         top_k: the same as a count; wins over `top_k_frac`.
         strategy: "uniform", "greedy" (same total budget, largest coverage gain first, Appendix C), "coverage" (fewest
@@ -57,14 +61,20 @@ class SieveLoraConfig(LoraConfig):
         score: "count" (tokens routed) or "mass" (summed gate weight).
         coverage: target of the "coverage" strategy, in (0, 1].
         expert_projections: which of "gate_proj", "up_proj", "down_proj" get an adapter; None is all.
-        train_attention, train_router, train_shared_experts: adapt the modules that every token passes.
-            `target_modules`, if given, replaces them for linear layers (a router whose weight is a bare parameter, as
-            in most models of transformers 5, still follows `train_router`).
+        train_attention: adapt the attention, which every token passes. `target_modules`, if given, replaces this and
+            the next two for linear layers (a router whose weight is a bare parameter, as in most models of
+            transformers 5, still follows `train_router`).
+        train_router: adapt the router.
+        train_shared_experts: adapt the shared experts.
         calib_dataset: what to profile the routing on: Hub id or local file, `datasets.Dataset`, list of strings or
             dicts (`text`, `messages`, `prompt` + `completion`, `input_ids`), or model-ready batches. Runtime only.
         calib_tokenizer: tokenizer, or a name or path of one; None takes the one saved with the model. Runtime only.
         calib_formatting_func: row -> str, for rows in another form. Runtime only.
-        calib_split, calib_samples, calib_max_length (tokens), calib_batch_size, calib_seed: how the data is read.
+        calib_split: the split to read, where there are several.
+        calib_samples: rows to profile; drawn at random where there are more.
+        calib_max_length: tokens of a row; the rest is cut off.
+        calib_batch_size: rows of a forward pass.
+        calib_seed: of the drawing.
         calib_stability: None profiles all samples. A share in (0, 1] stops as soon as two halves of the samples so far
             select the same experts to at least this Jaccard similarity in every layer, and warns if they never do.
         selected_experts: the mask, experts-module path -> expert ids. Filled by calibration and saved in

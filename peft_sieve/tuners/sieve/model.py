@@ -208,8 +208,12 @@ class SieveLoraModel(LoraModel):
             combination_type: "cat" is the exact sum and has the sum of the ranks; "svd" is the closest to it with
                 `svd_rank`, the highest of the ranks by default; "linear" adds up the factors, which is the exact sum
                 on experts that only one of the adapters has.
-            svd_full_matrices, svd_driver: change nothing here, since no matrix of a weight's size is decomposed.
-            svd_clamp, density, majority_sign_method: of combination types that are refused.
+            svd_rank: of the result of "svd".
+            svd_clamp: refused, since it would change the sum.
+            svd_full_matrices: changes nothing here, since no matrix of a weight's size is decomposed.
+            svd_driver: changes nothing here, either.
+            density: of combination types that are refused.
+            majority_sign_method: of combination types that are refused.
 
         Raises:
             SieveError: these adapters have no such sum; the model was not changed.
