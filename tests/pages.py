@@ -1,6 +1,6 @@
 """Runs the code of pages as a reader would: block after block, each page's Python in names of its own.
 
-    python -m tests.pages README.md docs/serving.md     # in a folder with examples/ and tests/
+python -m tests.pages README.md docs/serving.md     # in a folder with examples/ and tests/
 """
 
 from __future__ import annotations

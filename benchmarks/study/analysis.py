@@ -141,7 +141,10 @@ def main_table(finished: Sequence[Row], task: str, labels: Mapping[str, str]) ->
 
 
 def questions_table(finished: Sequence[Row], tasks: Sequence[str], labels: Mapping[str, str]) -> list[str]:
-    lines = ["| task | difference | mean, 95% interval | p | TOST p | verdict |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| task | difference | mean, 95% interval | p | TOST p | verdict |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for task in tasks:
         for comparison in compare(losses(finished, task), QUESTIONS).values():
             named = f"{labels[comparison.candidate]} minus {labels[comparison.reference]}"

@@ -34,6 +34,10 @@ def draw(finished: Sequence[Row], path: Path) -> None:
         axes.set_title(TASKS[task].label, loc="left")
     panels[0].invert_yaxis()
     figure.supxlabel("loss per answer token minus that of LoRA on all experts, nats (left is better)", fontsize=9)
-    head(figure, f"Diamond: mean; line: 95% interval; dots: seeds; band: ±{MARGIN:g}. Each panel has its own scale.", LIGHT)
+    head(
+        figure,
+        f"Diamond: mean; line: 95% interval; dots: seeds; band: ±{MARGIN:g}. Each panel has its own scale.",
+        LIGHT,
+    )
     dress(figure, LIGHT)
     save_png(figure, path, "figure of the study")

@@ -20,6 +20,7 @@ from tests.models import TINY_OLMOE
 from tests.pages import ROOT, blocks, commands
 from tests.trl.scripts import questions
 
+
 @pytest.fixture
 def trl_config(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module that replaces TRL's function, which is put back."""

@@ -169,8 +169,7 @@ def each_adapter(
         merged = [_insert(whole, part, tokens, num_tokens) for whole, part in zip(merged, results, strict=True)]
     assert structure is not None
     result, outputs = tree_unflatten(merged, structure)
-    for kind, values in outputs.items():
-        recorded.active()[kind] += values
+    recorded.add(outputs)
     return result
 
 
