@@ -48,11 +48,8 @@ def run(
 
 def adapted(mask: Mask, seed: int, settings: Settings) -> PeftModel:
     """The model with new adapters. A module and an expert get the same first values in every condition of a seed."""
-    some_mask = {layer: experts for layer, experts in mask.items() if experts}
-    if not some_mask:
-        # An adapter of this type has one expert at least. New, it adds zero, and frozen, it stays so.
-        some_mask = {next(iter(mask)): [0]}
-    model = _with_adapters(settings, selected_experts=some_mask)
+    # A layer's router has an adapter only if one of its experts has. New, an adapter adds zero, and frozen, it stays so.
+    model = _with_adapters(settings, selected_experts={layer: experts or [0] for layer, experts in mask.items()})
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SieveExpertLayer)}
     num_experts = next(iter(layers.values())).shape.num_experts
     set_seed(seed)
@@ -64,7 +61,7 @@ def adapted(mask: Mask, seed: int, settings: Settings) -> PeftModel:
         layer = layers.get(name.partition(".lora_")[0])
         value = values[name] if layer is None else values[name][list(layer.plans["default"].experts)]
         parameter.data.copy_(value)
-        parameter.requires_grad_(layer is None or any(mask.values()))
+        parameter.requires_grad_(layer is None or bool(mask[layer.path]))
     return model
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.study.conditions import conditions
 from benchmarks.study.settings import MODEL, Settings
 from benchmarks.study.step_selection import StepSelection
+from benchmarks.study.training import adapted
 from peft_sieve import RoutingProfile, SieveExpertLayer, SieveLoraConfig
 
 PROFILE = RoutingProfile.from_arrays(torch.arange(1, 33).repeat(2, 1))  # the higher the id, the hotter
@@ -65,3 +66,19 @@ def test_a_step_changes_only_the_hottest_experts_of_its_batch() -> None:
                 assert {e for e in hottest if counts[e]} <= changed <= hottest, name
     for hook in hooks:
         hook.remove()
+
+
+def test_every_condition_trains_the_same_parts_outside_the_experts() -> None:
+    layers = [f"model.layers.{n}.mlp.experts" for n in range(6)]
+    values: dict[str, torch.Tensor] = {}
+    for experts in ([], [3, 30], list(range(32))):
+        model = adapted(dict.fromkeys(layers, experts), seed=0, settings=Settings())
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        inside = {name for name in trained if ".experts." in name}
+        assert bool(inside) == bool(experts)
+        outside = {name: trained[name] for name in trained.keys() - inside}
+        assert sum(p.numel() for p in outside.values()) == 113664
+        assert not values or all(outside[name].equal(value) for name, value in values.items())
+        values = outside
+        for name in inside:
+            assert trained[name].shape[0] == len(experts)
