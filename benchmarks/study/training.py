@@ -48,7 +48,7 @@ def run(
 
 def adapted(mask: Mask, seed: int, settings: Settings) -> PeftModel:
     """The model with new adapters. A module and an expert get the same first values in every condition of a seed."""
-    # A router has an adapter only if one of its layer's experts has. A new adapter adds zero, and a frozen one stays so.
+    # A router has an adapter only if an expert of its layer has. A new one adds zero, and a frozen one stays so.
     model = _with_adapters(settings, selected_experts={layer: experts or [0] for layer, experts in mask.items()})
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SieveExpertLayer)}
     num_experts = next(iter(layers.values())).shape.num_experts
