@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from benchmarks.common import environment
 from peft_sieve import RoutingProfile, profile_routing
 
 from . import rows
-from .conditions import conditions
+from .conditions import Condition, conditions
 from .settings import Settings
 from .tasks import TASKS, Task, TaskData, load
 from .training import base_model, run
@@ -52,8 +53,21 @@ class LoadedTask:
         return {"untrained_loss": loss, "untrained_next_token": next_token}
 
 
-def study(folder: Path, output: Path, tasks: list[str], names: list[str], seeds: list[int], settings: Settings) -> None:
+Run = Callable[[LoadedTask, int], dict[str, Any]]  # (task, seed) -> what it scored
+
+
+def study(
+    folder: Path,
+    output: Path,
+    tasks: Sequence[str],
+    runs: Mapping[str, Run],
+    seeds: Sequence[int],
+    settings: Settings,
+) -> None:
     """Append a row for each run that has none.
+
+    Args:
+        runs: name in the rows -> what is done.
 
     Raises:
         SystemExit: the rows there are of other settings, or data are missing.
@@ -65,18 +79,20 @@ def study(folder: Path, output: Path, tasks: list[str], names: list[str], seeds:
     done = {rows.key(row) for row in finished}
     tokenizer = AutoTokenizer.from_pretrained(quickstart.MODEL)
     loaded = {name: LoadedTask(TASKS[name], folder, settings, tokenizer) for name in tasks}
-    all_conditions = conditions(settings)
     about = environment()
     for seed in seeds:
-        for name in names:
+        for name, run in runs.items():
             for task in tasks:
                 if (task, name, seed) in done:
                     continue
                 at = loaded[task]
-                result = run(at.data, at.profile, all_conditions[name], seed, tokenizer, settings)
-                row = {"task": task, "condition": name, "seed": seed, **result, **at.untrained}
+                row = {"task": task, "condition": name, "seed": seed, **run(at, seed), **at.untrained}
                 rows.append(output, {**row, "settings": settings.as_row(), **about})
                 print(f"seed {seed}  {task:12} {name:16} loss {row['loss']:.4f}   {row['seconds']} s", flush=True)
+
+
+def run_condition(condition: Condition, at: LoadedTask, seed: int) -> dict[str, Any]:
+    return run(at.data, at.profile, condition, seed, at.tokenizer, at.settings)
 
 
 def seed_range(text: str) -> list[int]:
@@ -88,19 +104,25 @@ def seed_range(text: str) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = {name: partial(run_condition, condition) for name, condition in conditions(Settings()).items()}
+    run_from_command_line(__doc__, every, ROWS)
+
+
+def run_from_command_line(description: str | None, every: Mapping[str, Run], rows_file: Path) -> None:
+    """Parse the command line, which may name some of the runs, and do them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument(
         "--seeds", type=seed_range, default=seed_range("0-7"), metavar="FIRST-LAST", help="default: 0-7"
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    names = list(conditions(Settings()))
+    names = list(every)
     parser.add_argument("--conditions", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--output", type=Path, default=ROWS, help="file of the rows, default: %(default)s")
+    parser.add_argument("--output", type=Path, default=rows_file, help="file of the rows, default: %(default)s")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other, nothing to act on
     disable_progress_bars()
-    study(args.data, args.output, args.tasks, args.conditions, args.seeds, Settings())
+    study(args.data, args.output, args.tasks, {name: every[name] for name in args.conditions}, args.seeds, Settings())
 
 
 if __name__ == "__main__":

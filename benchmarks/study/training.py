@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup, set_seed
 
 from examples.quickstart import measure, tokenized
@@ -31,7 +33,18 @@ def run(
     start = time.perf_counter()
     mask = condition.choose(profile, seed)
     model = adapted(mask, seed, settings)
-    train(model, data, condition, seed, tokenizer, settings)
+    selection = StepSelection(model, settings.hot) if condition.per_step else None
+    train(model, data, seed, tokenizer, settings, selection)
+    return {
+        **scores(model, data, tokenizer),
+        "experts_per_layer": sum(map(len, mask.values())) / len(mask),
+        "coverage": _mean_coverage(profile, mask),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def scores(model: PeftModel, data: TaskData, tokenizer: Any) -> dict[str, Any]:
+    """What a trained model achieves on held-out rows, and how many parameters it trained."""
     loss, next_token, whole = measure(model, tokenizer, data.held_out)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     return {
@@ -40,9 +53,6 @@ def run(
         "whole": whole,
         "trainable": sum(sizes.values()),
         "trainable_experts": sum(size for name, size in sizes.items() if ".experts." in name),
-        "experts_per_layer": sum(map(len, mask.values())) / len(mask),
-        "coverage": _mean_coverage(profile, mask),
-        "seconds": round(time.perf_counter() - start, 1),
     }
 
 
@@ -77,26 +87,39 @@ def _with_adapters(settings: Settings, selected_experts: Mask) -> PeftModel:
 
 
 def train(
-    model: PeftModel, data: TaskData, condition: Condition, seed: int, tokenizer: Any, settings: Settings
+    model: PeftModel,
+    data: TaskData,
+    seed: int,
+    tokenizer: Any,
+    settings: Settings,
+    selection: StepSelection | None = None,
+    after_step: Callable[[int, Optimizer], None] | None = None,
 ) -> None:
-    """AdamW without weight decay on the model's own loss of the completions, its load-balancing term included."""
+    """AdamW without weight decay on the model's own loss of the completions, its load-balancing term included.
+
+    Args:
+        selection: of experts anew at every step.
+        after_step: gets the number of the step, from 1 on, and the optimizer, before gradients are cleared.
+    """
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
     order = random.Random(f"{seed}:order").sample(range(len(data.train)), settings.steps * settings.batch_size)
-    selection = StepSelection(model, settings.hot) if condition.per_step else None
     with selection.watching() if selection else nullcontext():
-        for batch in data.train.select(order).iter(batch_size=settings.batch_size):
+        batches = data.train.select(order).iter(batch_size=settings.batch_size)
+        for step, batch in enumerate(batches, start=1):
             inputs, in_completion = tokenized(tokenizer, batch)
             labels = inputs["input_ids"].masked_fill(~in_completion, -100)
             if selection:
                 selection.begin(inputs["attention_mask"])
             model(**inputs, labels=labels, use_cache=False).loss.backward()
             with selection.applied() if selection else nullcontext():
-                torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
                 optimizer.step()
             schedule.step()
+            if after_step:
+                after_step(step, optimizer)
             optimizer.zero_grad()
 
 

@@ -19,11 +19,14 @@ ROOT = Path(__file__).parents[2]
 TINY = """
 import sys
 from pathlib import Path
-from benchmarks.study.run import study
+from functools import partial
+from benchmarks.study.conditions import conditions
+from benchmarks.study.run import run_condition, study
 from benchmarks.study.settings import Settings
 
 settings = Settings(steps=2, batch_size=2, held_out=3, calibration_samples=4, max_length=int(sys.argv[3]))
-study(Path(sys.argv[1]), Path(sys.argv[2]), ["sql"], ["all", "hot_25"], [0], settings)
+runs = {name: partial(run_condition, conditions(settings)[name]) for name in ("all", "hot_25")}
+study(Path(sys.argv[1]), Path(sys.argv[2]), ["sql"], runs, [0], settings)
 """
 
 
