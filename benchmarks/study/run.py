@@ -81,12 +81,12 @@ def study(
     loaded = {name: LoadedTask(TASKS[name], folder, settings, tokenizer) for name in tasks}
     about = environment()
     for seed in seeds:
-        for name, run in runs.items():
+        for name, score in runs.items():
             for task in tasks:
                 if (task, name, seed) in done:
                     continue
                 at = loaded[task]
-                row = {"task": task, "condition": name, "seed": seed, **run(at, seed), **at.untrained}
+                row = {"task": task, "condition": name, "seed": seed, **score(at, seed), **at.untrained}
                 rows.append(output, {**row, "settings": settings.as_row(), **about})
                 print(f"seed {seed}  {task:12} {name:16} loss {row['loss']:.4f}   {row['seconds']} s", flush=True)
 
