@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...errors import SieveError
-from ...moe.topology import MoELayer, base_modules, find_moe_layers, holds_attention
+from ...moe.topology import MoELayer, base_modules, find_moe_layers, holds_attention, inside_attention
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MoEBlock:
 def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
     """The MoE blocks of `model`, in the order of its modules.
 
-    Experts of attention whose module is never called as a whole (jetmoe's) are left out: there is no block.
+    Experts of attention (jetmoe's) are left out: no module is called on hidden states and returns such.
 
     Raises:
         SieveError: the model has none, or its experts lie beside the attention in a module that does more than the MoE
@@ -46,7 +46,7 @@ def find_moe_blocks(model: nn.Module) -> list[MoEBlock]:
                 "attention, expected a MoE block to put adapters beside: adapt the experts themselves with "
                 "SieveLoraConfig"
             )
-        if type(modules[path]).forward is not nn.Module.forward:
+        if not inside_attention(path):
             blocks.append(MoEBlock(path, tuple(layers), _width(layers[0], modules)))
     return blocks
 

@@ -194,6 +194,6 @@ class PerftConfig(PeftConfig):
                 self.num_adapters_per_tok = min(DEFAULT_ADAPTERS_PER_TOKEN, self.num_adapters)
             if self.num_adapters_per_tok > self.num_adapters:
                 raise SieveError(
-                    f"num_adapters_per_tok is {self.num_adapters_per_tok} of num_adapters {self.num_adapters}, expected "
-                    "no more than there are: pass a smaller number"
+                    f"num_adapters_per_tok is {self.num_adapters_per_tok} of num_adapters {self.num_adapters}, "
+                    "expected no more than there are: pass a smaller number"
                 )

@@ -26,8 +26,8 @@ CHILD = "perft"
 # Names of the two factors by form, so that weights of one form are never taken for those of the other.
 FACTORS = {"lora": ("perft_A", "perft_B"), "bottleneck": ("perft_down", "perft_up")}
 REFUSED_MERGE = (
-    "merging was asked for, and PERFT adapters stand beside whole MoE blocks, whose weights cannot hold what these add, "
-    "expected no merging: keep the adapter, or remove it with unload()"
+    "merging was asked for, and PERFT adapters stand beside whole MoE blocks, whose weights cannot hold what these "
+    "add, expected no merging: keep the adapter, or remove it with unload()"
 )
 
 
@@ -69,6 +69,9 @@ class PerftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("perft_A", "perft_B", "perft_down", "perft_up", "perft_router")
     other_param_names = ("r", "perft_dropout", "perft_experts", "plans")
+    perft_dropout: nn.ModuleDict
+    perft_router: nn.ModuleDict
+    perft_experts: nn.ModuleDict
 
     def __init__(self, block: nn.Module, found: MoEBlock) -> None:
         super().__init__()
@@ -147,6 +150,12 @@ class PerftLayer(nn.Module, BaseTunerLayer):
             if not any(parameter.is_meta for parameter in module.parameters()):
                 module.to(device)
 
+    def slots(self, adapter_name: str) -> torch.Tensor:
+        """Of E: the place of each expert's adapter, -1 if it has none, (num_experts,)."""
+        module = self.perft_experts[adapter_name]
+        assert isinstance(module, ExpertSlots)
+        return module.slots
+
     def tensors(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
         """Key in a checkpoint of the base model -> shape, for all that is saved of an adapter."""
         found = {}
@@ -187,8 +196,11 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self.plans]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the active adapters add: (..., width) -> (tokens, width)."""
-        tokens = hidden_states.flatten(0, -2)
+        """What the active adapters add: (..., width) -> (tokens, width).
+
+        One model (ernie4_5_vl_moe) calls its blocks on a single row of tokens one after the other.
+        """
+        tokens = hidden_states.reshape(-1, self.width)
         return torch.stack([self._one(name, tokens) for name in self.applied_adapters()]).sum(0)
 
     def _one(self, adapter_name: str, tokens: torch.Tensor) -> torch.Tensor:
@@ -205,13 +217,13 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         plan = self.plans[adapter_name]
         if plan.variant == "R":
             router = self.perft_router[adapter_name]
+            assert isinstance(router, nn.Linear)
             logits = router(tokens)
             balance.report(adapter_name, plan.balance_coef, plan.top_k, self.path, logits, router.weight.requires_grad)
             return routed_gates(logits, plan.top_k, plan.normalized)
         if plan.variant == "E":
             ids, weights = self._read_dispatch(tokens.shape[0])
-            slots = self.perft_experts[adapter_name].slots
-            assert isinstance(slots, torch.Tensor)
+            slots = self.slots(adapter_name)
             return dispatched_gates(ids.to(slots.device), weights.to(slots.device), slots, plan.num_adapters)
         return None
 
@@ -226,13 +238,12 @@ class PerftLayer(nn.Module, BaseTunerLayer):
 
     # Hooks
 
-    def listen(self) -> None:
+    def listen(self, block: nn.Module) -> None:
         """Before a forward of the block: be told what is dispatched, and add to what comes out."""
         self._forget()
         applied = self.applied_adapters()
         if not applied:
             return
-        block = self._block[0]
         if any(self.plans[name].variant == "E" for name in applied):
             experts = block.get_submodule(self.experts_path.rpartition(".")[2])
             self._handles += self.family.watch(experts, block, self._dispatched)
@@ -254,7 +265,8 @@ class PerftLayer(nn.Module, BaseTunerLayer):
             if output is None:  # the block raised
                 return None
             hidden_states = _input(args, kwargs)
-            if hidden_states.shape[-1] != self.width:
+            flat = hidden_states.dim() == 1 and hidden_states.numel() % self.width == 0
+            if hidden_states.shape[-1] != self.width and not flat:
                 raise SieveError(
                     f"{self.path} was called on {hidden_states.shape[-1]} features, expected {self.width}, the width "
                     "that its router reads: this block takes no PERFT adapter, leave it out with exclude_modules"
@@ -293,7 +305,7 @@ def perft_layers(model: nn.Module) -> list[PerftLayer]:
 
 
 def _listen(block: nn.Module, args: tuple[Any, ...]) -> None:
-    getattr(block, CHILD).listen()
+    getattr(block, CHILD).listen(block)
 
 
 def _add(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

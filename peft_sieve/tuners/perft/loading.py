@@ -36,8 +36,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
     for layer in layers:
         if adapter_name in layer.perft_experts:
             slots = given[f"{layer.path}.{CHILD}.perft_experts.slots"].cpu()
-            own = layer.perft_experts[adapter_name].slots
-            if not torch.equal(slots, own.cpu()):  # type: ignore[operator]
+            if not torch.equal(slots, layer.slots(adapter_name).cpu()):
                 ids = (slots >= 0).nonzero().flatten().tolist()
                 raise SieveError(
                     f"the weights belong to experts {ids} of {layer.experts_path}, and adapter '{adapter_name}' has "

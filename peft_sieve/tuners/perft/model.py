@@ -31,7 +31,8 @@ class PerftModel(BaseTuner):
 
     prefix = "perft_"
     tuner_layer_cls = PerftLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    # None are taken by their names.
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     # Before injection: everything that can go wrong, goes wrong here
 
@@ -41,6 +42,7 @@ class PerftModel(BaseTuner):
         if peft_config.variant == "E":
             blocks = self._with_experts(peft_config, blocks)
         paths = {block.path for block in blocks}
+        self._found = {block.path: block for block in blocks}
         peft_config.target_modules = exactly(paths, peft_config, self.model)  # type: ignore[assignment]
         return peft_config
 
@@ -88,8 +90,7 @@ class PerftModel(BaseTuner):
         if layer is not None:
             layer.update_layer(adapter_name, peft_config)
             return
-        found = next(block for block in find_moe_blocks(self.model) if block.path == current_key)
-        layer = PerftLayer(target, found)
+        layer = PerftLayer(target, self._found[current_key])
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
@@ -110,7 +111,7 @@ class PerftModel(BaseTuner):
     # Use
 
     def train(self, mode: bool = True) -> PerftModel:
-        """As PyTorch's. Trainers call it before every step: the moment to see to it that TRL's takes the balance loss."""
+        """As PyTorch's. Trainers call it before every step, by when TRL's is there to be told of the balance loss."""
         if mode:
             add_to_sft_loss()
         return super().train(mode)
@@ -132,7 +133,7 @@ class PerftModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise SieveError(
-                "adapter_names was passed to a model with PERFT adapters, expected a batch for one adapter, since these "
+                "adapter_names was passed to a model with PERFT adapters, expected a batch for one adapter, since they "
                 "see tokens and no rows: call set_adapter and run one adapter after the other"
             )
         yield
@@ -163,7 +164,7 @@ def _wanted(config: PerftConfig, blocks: list[MoEBlock]) -> list[MoEBlock]:
     if not kept:
         names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
         given = " and ".join(f"{n}={getattr(config, n)}" for n in names if getattr(config, n) is not None)
-        shown = f"such as {blocks[0].path}" if blocks else "but the model has none that is called as a whole"
+        shown = f"such as {blocks[0].path}" if blocks else "but the model has none outside of attention"
         raise SieveError(
             f"the settings {given or 'given'} leave none of the model's {len(blocks)} MoE blocks, expected at least "
             f"one, {shown}: change them"
