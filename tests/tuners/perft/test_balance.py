@@ -188,7 +188,10 @@ def test_encoder_and_decoder_have_masks_of_their_own() -> None:
     labels[2, 3:] = -100
     batch |= {"labels": labels}
     logits = router_logits(model, batch)
-    masks = [batch["attention_mask"] if "encoder" in layer.path.split(".") else labels != -100 for layer in perft_layers(model)]
+    masks = [
+        batch["attention_mask"] if "encoder" in layer.path.split(".") else labels != -100
+        for layer in perft_layers(model)
+    ]
     losses = [naive_balance(list(rows[mask.flatten().bool()]), 2) for rows, mask in zip(logits, masks, strict=True)]
     assert_same(model.auxiliary_loss(), COEF * torch.stack(losses).mean(), "auxiliary loss", rtol=1e-5)
 
