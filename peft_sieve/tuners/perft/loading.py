@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from ...errors import SieveError
-from .layer import CHILD, perft_layers
+from .layer import CHILD, PerftLayer, perft_layers
 
 
 def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
@@ -35,11 +35,31 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
             )
     for layer in layers:
         if adapter_name in layer.perft_experts:
-            slots = given[f"{layer.path}.{CHILD}.perft_experts.slots"].cpu()
-            if not torch.equal(slots, layer.slots(adapter_name).cpu()):
-                ids = (slots >= 0).nonzero().flatten().tolist()
-                raise SieveError(
-                    f"the weights belong to experts {ids} of {layer.experts_path}, and adapter '{adapter_name}' has "
-                    f"{list(layer.plans[adapter_name].experts)}, expected the same: load them under the configuration "
-                    "that they were saved with"
-                )
+            _check_slots(layer, adapter_name, given[f"{layer.path}.{CHILD}.perft_experts.slots"])
+
+
+def check_loaded(model: nn.Module, adapter_name: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse what transformers' `load_adapter`, which assigns tensors without asking, has loaded.
+
+    Raises:
+        SieveError: tensors are missing or left over, or belong to other experts than the configuration says.
+    """
+    keys = [key for key in (*missing, *unexpected) if f".{CHILD}.perft_" in key]
+    if keys:
+        raise SieveError(
+            f"the weights and adapter '{adapter_name}' do not have {keys[0]} in common ({len(keys)} such in all), "
+            "expected the same tensors: load them under the configuration they were saved with"
+        )
+    for layer in perft_layers(model):
+        if adapter_name in layer.perft_experts:
+            _check_slots(layer, adapter_name, layer.slots(adapter_name))
+
+
+def _check_slots(layer: PerftLayer, adapter_name: str, slots: torch.Tensor) -> None:
+    expected = layer.plans[adapter_name].experts
+    ids = tuple((slots >= 0).nonzero().flatten().tolist())
+    if ids != expected or slots[list(ids)].tolist() != list(range(len(ids))):
+        raise SieveError(
+            f"the weights belong to experts {list(ids)} of {layer.experts_path}, and adapter '{adapter_name}' has "
+            f"{list(expected)}, expected the same: load them under the configuration that they were saved with"
+        )

@@ -138,6 +138,18 @@ class PerftModel(BaseTuner):
             )
         yield
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused.
+
+        Raises:
+            SieveError: always.
+        """
+        raise SieveError(
+            "add_weighted_adapter was called on PERFT adapters, expected none of that, since routers and activations "
+            "have no weighted sum: make the adapters active at the same time (model.base_model.set_adapter with a "
+            "list), which adds up what they give"
+        )
+
     def _check_merge_allowed(self) -> None:
         raise SieveError(REFUSED_MERGE)
 

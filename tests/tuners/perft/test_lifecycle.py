@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import hotswap
 from safetensors.torch import load_file, save_file
@@ -100,15 +101,6 @@ def test_weights_of_another_adapter_are_refused(saved: Any, own: Any, text: str,
     with pytest.raises(SieveError, match=text):
         model.load_adapter(str(tmp_path), "default", is_trainable=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_missing_tensor_is_refused(tmp_path: Path) -> None:
-    adapted("R").save_pretrained(tmp_path)
-    weights = load_file(tmp_path / WEIGHTS)
-    weights.pop(sorted(weights)[0])
-    save_file(weights, tmp_path / WEIGHTS)
-    with pytest.raises(SieveError, match="with shape None"):
-        PeftModel.from_pretrained(tiny_model("olmoe"), str(tmp_path))
 
 
 def test_several_adapters_of_different_kinds_take_turns() -> None:
@@ -287,8 +279,10 @@ def test_settings_that_do_not_fit_the_model(settings: dict[str, Any], text: str)
     assert [name for name, _ in base.named_modules()] == modules
 
 
-def test_mixed_batches_and_hot_swapping_are_refused(tmp_path: Path) -> None:
+def test_weighted_sums_mixed_batches_and_hot_swapping_are_refused(tmp_path: Path) -> None:
     model = adapted("S").eval()
+    with pytest.raises(SieveError, match=r"add_weighted_adapter was called.*active at the same time"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
     with pytest.raises(SieveError, match="adapter_names"):
         model(**token_batch(model), adapter_names=["default"] * 3)
     model.save_pretrained(tmp_path)
@@ -303,3 +297,63 @@ def test_generation_goes_through_the_adapters() -> None:
     assert torch.equal(cached, model.generate(**batch, max_new_tokens=5, do_sample=False, use_cache=False))
     with model.disable_adapter():
         assert not torch.equal(cached, model.generate(**batch, max_new_tokens=5, do_sample=False))
+
+
+def broken_copy(folder: Path) -> None:
+    """An adapter on disk of which a tensor is missing."""
+    adapted("R").save_pretrained(folder)
+    weights = load_file(folder / WEIGHTS)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("how", ["peft", "transformers"])
+def test_a_base_model_is_left_as_it_was_when_weights_are_refused(how: str, tmp_path: Path) -> None:
+    broken_copy(tmp_path)
+    base = tiny_model("olmoe")
+    batch = token_batch(base)
+    expected, modules = logits(base, batch), [name for name, _ in base.named_modules()]
+    with pytest.raises(SieveError, match=r"layers.0.mlp.perft.perft_A.*expected the same"):
+        PeftModel.from_pretrained(base, str(tmp_path)) if how == "peft" else base.load_adapter(str(tmp_path))
+    assert [name for name, _ in base.named_modules()] == modules
+    assert not [m for m in base.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert all(p.requires_grad for p in base.parameters()) and not hasattr(base, "peft_config")
+    assert torch.equal(logits(base, batch), expected)
+    assert torch.equal(logits(adapted("R", base), batch), logits(adapted("R"), batch))
+
+
+def test_other_adapters_stay_when_weights_are_refused(tmp_path: Path) -> None:
+    broken_copy(tmp_path)
+    model = adapted("S")
+    batch = token_batch(model)
+    expected, tensors = logits(model, batch), {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(SieveError, match="with shape None"):
+        model.load_adapter(str(tmp_path), "other")
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == tensors
+    assert set(model.peft_config) == {"default"} and torch.equal(logits(model, batch), expected)
+
+
+def test_weights_of_other_experts_than_the_configuration_says_are_refused_by_transformers_too(tmp_path: Path) -> None:
+    adapted("E", selected_experts=MASK).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    written["selected_experts"]["model.layers.1.mlp.experts"] = [3, 5]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    for load in (lambda base: base.load_adapter(str(tmp_path)), lambda base: PeftModel.from_pretrained(base, tmp_path)):
+        base = tiny_model("olmoe")
+        with pytest.raises(SieveError, match=r"belong to experts \[0, 5\] of model.layers.1.*has \[3, 5\]"):
+            load(base)
+        assert not perft_layers(base)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_model_card_says_what_it_is_and_how_to_load_it(variant: str, tmp_path: Path) -> None:
+    settings = {"selected_experts": MASK} if variant == "E" else {}
+    model = adapted(variant, **settings)
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.text.count("import peft_sieve") == 1 and "arXiv 2508.02587" in card.text
+    said = {"R": "5 adapters, of which a router picks 2", "E": "5 of 16 experts", "D": "5 adapters", "S": "one adapter"}
+    assert said[variant] in card.text and f"{model.get_nb_trainable_parameters()[0]:,} parameters" in card.text
+    assert {"perft", "peft_sieve"} <= set(card.data["tags"]) and "lora" not in card.data["tags"]
+    assert "Model Card for Model ID" not in card.text
