@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from peft_sieve import SieveError
 from peft_sieve.tuners.perft.mixture import dispatched_gates
@@ -148,3 +149,17 @@ def test_hooks_are_gone_after_a_forward_also_after_one_that_fails() -> None:
         block(torch.randn(1, 3, 31))
     assert not block._forward_hooks and not block.experts._forward_pre_hooks
     assert first_layer(model)._dispatch is None
+
+
+def test_experts_without_an_adapter_cost_no_arithmetic() -> None:
+    found = {}
+    for number in (8, 2):
+        model = adapted("E", selected_experts={path: list(range(number)) for path in MASK})
+        layer = first_layer(model)
+        assert sum(p.numel() for p in layer.parameters()) == 2 * number * 3 * 32
+        layer._dispatched(torch.arange(18).view(6, 3) % 8, torch.rand(6, 3))
+        with FlopCounterMode(display=False) as counter:
+            layer(torch.randn(6, 32)).sum().backward()
+        found[number] = counter.get_total_flops()
+    # Two products forward; both factors' gradients and the one between them backward: 5 in all.
+    assert found == {number: 5 * 2 * 6 * 32 * number * 3 for number in (8, 2)}
