@@ -38,8 +38,12 @@ class PerftModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PerftConfig, model_config: dict[str, Any]) -> PerftConfig:
         """Find the blocks, and for E the experts. The model is not changed."""
-        blocks = _wanted(peft_config, find_moe_blocks(self.model))
+        found = find_moe_blocks(self.model)
+        blocks = _wanted(peft_config, found)
         if peft_config.variant == "E":
+            if peft_config.selected_experts is not None:
+                check_mask(peft_config.selection(), [layer for block in found for layer in block.layers])
+                blocks = _named(peft_config, blocks)
             blocks = self._with_experts(peft_config, blocks)
         paths = {block.path for block in blocks}
         self._found = {block.path: block for block in blocks}
@@ -64,9 +68,10 @@ class PerftModel(BaseTuner):
         if config.selects:
             if config.selected_experts is None:
                 calibrate(selection, self.model, layers)
-            else:
-                check_mask(selection, layers)
-            mask = config.selected_experts = {k: v for k, v in (selection.selected_experts or {}).items() if v}
+            given = selection.selected_experts or {}
+            mask = config.selected_experts = {
+                layer.path: given[layer.path] for layer in layers if given.get(layer.path)
+            }
             config.calibration = selection.calibration
             layers = [layer for layer in layers if layer.path in mask]
             if not config.inference_mode:
@@ -182,3 +187,20 @@ def _wanted(config: PerftConfig, blocks: list[MoEBlock]) -> list[MoEBlock]:
             f"one, {shown}: change them"
         )
     return kept
+
+
+def _named(config: PerftConfig, blocks: list[MoEBlock]) -> list[MoEBlock]:
+    """Those of the blocks in which `selected_experts` names experts.
+
+    Raises:
+        SieveError: it names none in any.
+    """
+    mask = config.selected_experts or {}
+    named = [block for block in blocks if any(mask.get(layer.path) for layer in block.layers)]
+    if not named:
+        raise SieveError(
+            f"selected_experts names experts of {next(iter(mask))}, and the other settings leave blocks such as "
+            f"{blocks[0].path}, expected one in common: change target_modules, exclude_modules or "
+            "layers_to_transform, or the mask"
+        )
+    return named

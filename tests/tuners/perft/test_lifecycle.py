@@ -220,13 +220,14 @@ def test_a_mask_for_some_layers_leaves_the_others_out() -> None:
     ("settings", "paths"),
     [
         ({"layers_to_transform": [1]}, ["model.layers.1.mlp"]),
+        ({"variant": "E", "selected_experts": MASK, "layers_to_transform": [1]}, ["model.layers.1.mlp"]),
         ({"exclude_modules": ["layers.1.mlp"]}, ["model.layers.0.mlp"]),
         ({"target_modules": ["layers.0.mlp"]}, ["model.layers.0.mlp"]),
         ({"target_modules": r".*\.1\.mlp"}, ["model.layers.1.mlp"]),
     ],
 )
 def test_some_blocks_only(settings: dict[str, Any], paths: list[str], tmp_path: Path) -> None:
-    model = adapted("R", **settings)
+    model = adapted(**{"variant": "R", **settings})
     assert [layer.path for layer in perft_layers(model)] == paths
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model("olmoe"), str(tmp_path))
@@ -269,6 +270,10 @@ def test_settings_that_cannot_work(settings: dict[str, Any], text: str) -> None:
         ({"variant": "E", "selected_experts": {"model.layers.0.mlp.experts": [8]}}, "expected ids below 8"),
         ({"layers_to_transform": [5]}, r"layers_to_transform=\[5\] leave none of the model's 2 MoE blocks"),
         ({"target_modules": ["q_proj"]}, "leave none"),
+        (
+            {"variant": "E", "selected_experts": {"model.layers.0.mlp.experts": [1]}, "layers_to_transform": [1]},
+            "of model.layers.0.mlp.experts, and the other settings leave blocks such as model.layers.1.mlp",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model(settings: dict[str, Any], text: str) -> None:
