@@ -22,6 +22,7 @@ from .routing.profiling import profile_routing  # noqa: E402
 from .routing.selection import ExpertSelection, register_score, select_experts  # noqa: E402
 from .routing.stability import selection_stability, subsample_stability  # noqa: E402
 from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
+from .tuners.perft import PerftConfig, PerftModel  # noqa: E402
 from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
 from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .interop.drift_callback import RoutingDriftCallback
 
 registration.register("SIEVE_LORA", SieveLoraConfig, SieveLoraModel)
+registration.register("PERFT", PerftConfig, PerftModel)
 registration.wrap_peft()
 
 __version__ = "0.1.0"
@@ -43,6 +45,8 @@ __all__ = [
     "ModuleExperts",
     "NarrowedLora",
     "PairedEquivalence",
+    "PerftConfig",
+    "PerftModel",
     "RoutingDriftCallback",
     "RoutingProfile",
     "RoutingStatistics",

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import peft.mapping
@@ -24,7 +24,8 @@ from .files import replaced_when_done
 
 # Methods whose adapters belong to a mask of experts: what is wrapped below is wrapped for them.
 SIEVE_TYPES = ("SIEVE_LORA",)
-PEFT_TYPES = (*SIEVE_TYPES,)
+PEFT_TYPES = (*SIEVE_TYPES, "PERFT")
+CARD_TYPES = (*SIEVE_TYPES, "PERFT")
 
 
 def add_peft_types() -> None:
@@ -52,8 +53,9 @@ def register(peft_type: str, config_cls: type, model_cls: type) -> None:
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method] = config_cls
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[method] = model_cls
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[method] = model_cls.prefix  # type: ignore[attr-defined]
-    swap = peft.utils.hotswap
-    swap.CONFIG_KEYS_TO_CHECK[method] = swap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+    if peft_type in SIEVE_TYPES:
+        swap = peft.utils.hotswap
+        swap.CONFIG_KEYS_TO_CHECK[method] = swap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
 
 
 def wrap_peft() -> None:
@@ -88,6 +90,11 @@ def _has_sieve(model: PeftModel) -> bool:
     return any(config.peft_type in SIEVE_TYPES for config in model.peft_config.values())
 
 
+def _has_card(model: PeftModel) -> bool:
+    """Whether the model card is to say how the adapter is loaded, and what it is."""
+    return any(config.peft_type in CARD_TYPES for config in model.peft_config.values())
+
+
 def _save_pretrained(
     original: Callable[..., Any], self: PeftModel, save_directory: str, *args: Any, **kwargs: Any
 ) -> Any:
@@ -118,7 +125,7 @@ def _carry_over_card(save_directory: str, staging: str) -> None:
 
 def _create_or_update_model_card(original: Callable[..., Any], self: PeftModel, output_dir: str) -> Any:
     result = original(self, output_dir)
-    if _has_sieve(self):
+    if _has_card(self):
         from .interop.model_card import add_to_card
 
         add_to_card(self, os.path.join(output_dir, "README.md"))
@@ -129,18 +136,17 @@ def _upload_modified_files(
     original: Callable[..., Any], self: PeftModel, folder: str, *args: Any, **kwargs: Any
 ) -> Any:
     """`push_to_hub` of transformers writes the card of the repository over ours: put our section into that."""
-    if _has_sieve(self):
+    if _has_card(self):
         self.create_or_update_model_card(folder)
     return original(self, folder, *args, **kwargs)
 
 
 def _from_pretrained(original: Callable[..., Any], cls: type, model: Any, *args: Any, **kwargs: Any) -> Any:
     from .tuners.sieve.loading import with_weights_to_follow
-    from .tuners.sieve.undo import as_before_on_error
 
     given = inspect.signature(original).bind(cls, model, *args, **kwargs).arguments
     placed = _placed_as_it_is(model, lambda: _is_ours(given["model_id"], given.get("config"), given.get("kwargs", {})))
-    with as_before_on_error(model), with_weights_to_follow(), placed:
+    with _as_before_on_error(model), with_weights_to_follow(), placed:
         return original(cls, model, *args, **kwargs)
 
 
@@ -158,6 +164,16 @@ def _placed_as_it_is(model: Any, is_ours: Callable[[], bool], told: bool = False
     return left_offloaded(model, computes_on(model) if told else None)
 
 
+@contextmanager
+def _as_before_on_error(model: Any) -> Iterator[None]:
+    """When weights are refused, the adapters that were to have them are not left in the model."""
+    from .tuners.perft import undo as perft
+    from .tuners.sieve import undo as sieve
+
+    with sieve.as_before_on_error(model), perft.as_before_on_error(model):
+        yield
+
+
 def _is_ours(model_id: Any, config: Any, download: Mapping[str, Any]) -> bool:
     if config is not None:
         return (config if isinstance(config, Mapping) else vars(config)).get("peft_type") in SIEVE_TYPES
@@ -170,11 +186,10 @@ def _is_ours(model_id: Any, config: Any, download: Mapping[str, Any]) -> bool:
 
 def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, *args: Any, **kwargs: Any) -> Any:
     from .tuners.sieve.loading import explained, finish_interrupted_saves, unmap, with_weights_to_follow
-    from .tuners.sieve.undo import as_before_on_error
 
     folder = os.path.join(model_id, kwargs.get("subfolder") or "")
     placed = _placed_as_it_is(self.get_base_model(), lambda: _has_sieve(self))
-    with as_before_on_error(self), with_weights_to_follow(), placed:
+    with _as_before_on_error(self), with_weights_to_follow(), placed:
         try:
             # An adapter that is there already gets weights without its configuration being read.
             finish_interrupted_saves(folder)
@@ -191,8 +206,8 @@ def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, 
 
 
 def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+    from .tuners.perft import loading as perft
     from .tuners.sieve.loading import check_loaded, explained, unmap
-    from .tuners.sieve.undo import as_before_on_error
 
     before = set(getattr(self, "peft_config", {}))
 
@@ -202,7 +217,7 @@ def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args
 
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
     source = (given.get("peft_model_id"), given.get("peft_config"), given.get("adapter_kwargs") or {})
-    with as_before_on_error(self), _placed_as_it_is(self, lambda: _is_ours(*source), told=True):
+    with _as_before_on_error(self), _placed_as_it_is(self, lambda: _is_ours(*source), told=True):
         try:
             loaded = original(self, *args, **kwargs)
         except Exception as error:
@@ -213,6 +228,11 @@ def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args
         for name in ours():
             unmap(self, name)
             check_loaded(self, name, getattr(loaded, "missing_keys", ()), getattr(loaded, "unexpected_keys", ()))
+        for name, config in getattr(self, "peft_config", {}).items():
+            if name not in before and config.peft_type == "PERFT":
+                perft.check_loaded(
+                    self, name, getattr(loaded, "missing_keys", ()), getattr(loaded, "unexpected_keys", ())
+                )
     return loaded
 
 

@@ -1,4 +1,4 @@
-"""The section that a sieve adapter adds to its model card."""
+"""The section that an adapter of this package adds to its model card."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 
+from ..tuners.perft.config import PerftConfig
 from ..tuners.sieve.config import SieveLoraConfig
 
 START, END = "<!-- peft_sieve -->", "<!-- /peft_sieve -->"
@@ -18,22 +19,40 @@ TEMPLATE_TITLE = "# Model Card for Model ID"
 # What transformers fills in.
 TEMPLATE_DESCRIPTION = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
+LOADING = (
+    "Loading needs the package (`pip install peft-sieve`), and it imported, before PEFT reads the adapter:",
+    "",
+    "```python",
+    "import peft_sieve  # registers the adapter type with PEFT",
+    "from peft import AutoPeftModelForCausalLM",
+    "",
+    'model = AutoPeftModelForCausalLM.from_pretrained("REPO_OR_PATH_OF_THIS_ADAPTER")',
+    "```",
+    "",
+)
+
 
 def add_to_card(model: PeftModel, path: str) -> None:
     """Write the section into the card at `path`, in place of an earlier one."""
     card = ModelCard.load(path)
-    card.data["tags"] = sorted({*(card.data.get("tags") or []), "lora", "peft_sieve", "mixture-of-experts"})
+    configs = [c for c in model.peft_config.values() if isinstance(c, SieveLoraConfig | PerftConfig)]
+    methods = {"perft" if isinstance(c, PerftConfig) else "lora" for c in configs}
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), *methods, "peft_sieve", "mixture-of-experts"})
     if not _is_repository(str(card.data.get("base_model", "org/name"))):
         # The Hub refuses a card whose base model is a local folder.
         card.data.pop("base_model")
         card.data["tags"] = [tag for tag in card.data["tags"] if not tag.startswith("base_model:")]
-    sections = [_section(model, name, c) for name, c in model.peft_config.items() if isinstance(c, SieveLoraConfig)]
+    sections = [
+        _section(model, name, c) if isinstance(c, SieveLoraConfig) else _perft_section(model, name, c)
+        for name, c in model.peft_config.items()
+        if c in configs
+    ]
     block = "\n\n".join([START, *sections, END])
     text = re.sub(re.escape(START) + ".*?" + re.escape(END), "", card.text, flags=re.DOTALL).strip()
     before, found, after = text.partition(VERSIONS)
     if _is_blank(before):
         # It says nothing that the section does not.
-        before = f"# Sparse LoRA for {_base_name(model)}"
+        before = f"# {'Sparse LoRA' if 'lora' in methods else 'PERFT adapters'} for {_base_name(model)}"
     card.text = f"\n{before.rstrip()}\n\n{block}\n\n{found}{after}".rstrip() + "\n"
     card.save(path)
 
@@ -48,34 +67,59 @@ def _is_blank(text: str) -> bool:
 
 def _section(model: PeftModel, adapter_name: str, config: SieveLoraConfig) -> str:
     mask = config.selected_experts or {}
-    parameters = [p for n, p in model.named_parameters() if f".{adapter_name}." in n]
-    count = sum(p.numel() for p in parameters)
-    size = sum(p.numel() * p.element_size() for p in parameters)
     adapted, total = sum(map(len, mask.values())), sum(shape[0] for shape in (config.expert_shapes or {}).values())
-    suffix = "" if adapter_name == "default" else f" (`{adapter_name}`)"
     lines = [
-        f"## Sparse expert adapter{suffix}",
+        f"## Sparse expert adapter{_suffix(adapter_name)}",
         "",
         f"LoRA (rank {config.r}) for {_linked(_base_name(model))} on {adapted} of {total} routed experts, "
         "chosen by how often the task routes to them (MoE-Sieve, "
         "[arXiv 2603.24044](https://arxiv.org/abs/2603.24044)), made with `peft_sieve`. "
-        f"{count:,} parameters, {size / 1e6:.1f} MB.",
+        f"{_size(model, adapter_name)}.",
         "",
-        "Loading needs the package (`pip install peft-sieve`), and it imported, before PEFT reads the adapter:",
-        "",
-        "```python",
-        "import peft_sieve  # registers the adapter type with PEFT",
-        "from peft import AutoPeftModelForCausalLM",
-        "",
-        'model = AutoPeftModelForCausalLM.from_pretrained("REPO_OR_PATH_OF_THIS_ADAPTER")',
-        "```",
-        "",
-        *_calibration(config),
-        "| layer | experts | coverage |",
-        "| --- | --- | --- |",
-        *(_row(config, path) for path in mask),
+        *LOADING,
+        *_selection(config),
     ]
     return "\n".join(lines)
+
+
+def _perft_section(model: PeftModel, adapter_name: str, config: PerftConfig) -> str:
+    total = sum(shape[0] for shape in (config.expert_shapes or {}).values())
+    mask = config.selected_experts
+    share = "each expert" if mask is None else f"each of {sum(map(len, mask.values()))} of {total} experts"
+    kinds = {
+        "R": f"{config.num_adapters} adapters, of which a router picks {config.num_adapters_per_tok} for each token,",
+        "E": f"an adapter for {share},",
+        "D": f"{config.num_adapters} adapters",
+        "S": "one adapter",
+    }
+    lines = [
+        f"## PERFT adapter{_suffix(adapter_name)}",
+        "",
+        f"PERFT-{config.variant} ([arXiv 2508.02587](https://arxiv.org/abs/2508.02587)) for "
+        f"{_linked(_base_name(model))}: {kinds[config.variant]} beside each MoE block "
+        f"({config.form}, rank {config.r}), made with `peft_sieve`. "
+        f"{_size(model, adapter_name)}.",
+        "",
+        *LOADING,
+        *(_selection(config) if config.selected_experts else ()),
+    ]
+    return "\n".join(lines)
+
+
+def _suffix(adapter_name: str) -> str:
+    return "" if adapter_name == "default" else f" (`{adapter_name}`)"
+
+
+def _size(model: PeftModel, adapter_name: str) -> str:
+    parameters = [p for n, p in model.named_parameters() if f".{adapter_name}." in n]
+    count = sum(p.numel() for p in parameters)
+    return f"{count:,} parameters, {sum(p.numel() * p.element_size() for p in parameters) / 1e6:.1f} MB"
+
+
+def _selection(config: SieveLoraConfig | PerftConfig) -> list[str]:
+    """Where the experts come from, and the table of them."""
+    rows = [_row(config, path) for path in config.selected_experts or {}]
+    return [*_calibration(config), "| layer | experts | coverage |", "| --- | --- | --- |", *rows]
 
 
 def _base_name(model: PeftModel) -> str:
@@ -91,7 +135,7 @@ def _is_repository(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(name)
 
 
-def _calibration(config: SieveLoraConfig) -> list[str]:
+def _calibration(config: SieveLoraConfig | PerftConfig) -> list[str]:
     known: dict[str, Any] = config.calibration or {}
     if not known:
         return ["The experts were given by hand or by an earlier calibration.", ""]
@@ -103,7 +147,7 @@ def _calibration(config: SieveLoraConfig) -> list[str]:
     return [text, ""]
 
 
-def _row(config: SieveLoraConfig, path: str) -> str:
+def _row(config: SieveLoraConfig | PerftConfig, path: str) -> str:
     ids = (config.selected_experts or {})[path]
     num_experts = (config.expert_shapes or {}).get(path, [0])[0]
     coverage = ((config.calibration or {}).get("coverage") or {}).get(path)

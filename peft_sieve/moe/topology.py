@@ -141,6 +141,16 @@ def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     return found
 
 
+def holds_attention(module: nn.Module) -> bool:
+    """Whether attention is a direct part of `module`, as of a whole block of a transformer."""
+    return any(_ATTENTION.search(name) for name, _ in module.named_children())
+
+
+def inside_attention(path: str) -> bool:
+    """Whether the module at `path` is a part of attention."""
+    return any(_ATTENTION.search(part) for part in path.split(".")[:-1])
+
+
 def read_weights(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     """Paths of the linear layers whose weights a model reads, always or in some kernel, instead of calling them."""
     found = [router.path for layer in layers if layer.family.reads_router_weight for router in layer.routers]

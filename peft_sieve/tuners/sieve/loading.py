@@ -24,6 +24,8 @@ from .config import SieveLoraConfig
 from .layer import SieveExpertLayer
 
 SLOTS_KEY = ".lora_experts.slots"
+# Methods of this package that have selected experts, too, and look after them themselves.
+OTHER_TYPES = ("PERFT",)
 _WEIGHTS_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 _weights_follow: ContextVar[bool] = ContextVar("_weights_follow", default=False)
 
@@ -70,6 +72,8 @@ def read_config_file(path: str) -> dict[str, Any] | None:
                 f"{path} holds no mapping, expected the settings that save_pretrained wrote: save or download the "
                 "adapter again"
             )
+        return None
+    if content.get("peft_type") in OTHER_TYPES:
         return None
     if content.get("peft_type") != "SIEVE_LORA":
         if "selected_experts" not in content and not _has_slots(folder):

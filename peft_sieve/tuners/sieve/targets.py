@@ -18,7 +18,7 @@ from ...moe.topology import MoELayer, Router, attention_linears, base_modules
 from .config import SieveLoraConfig
 
 
-def is_wanted(config: SieveLoraConfig, path: str) -> bool:
+def is_wanted(config: Any, path: str) -> bool:
     """Whether `layers_to_transform`, `layers_pattern`, `exclude_modules` and `modules_to_save` leave `path` over."""
     probe = copy.copy(config)
     # PEFT's own rule, asked about the module by its last name: a full name skips the layer indices. What is excluded
@@ -75,7 +75,7 @@ def resolve_targets(config: SieveLoraConfig, model: nn.Module, layers: list[MoEL
     """
     masked = [layer for layer in layers if (config.selected_experts or {}).get(layer.path)]
     if config.target_modules is None:
-        config.target_modules = _exactly(set(_always_active(config, model, layers)), config, model)  # type: ignore
+        config.target_modules = exactly(set(_always_active(config, model, layers)), config, model)  # type: ignore
     else:
         _keep_out_of_experts(config, model, layers)
     resolved = sorted({name for layer in masked for name in _parameter_names(config, layer)})
@@ -106,7 +106,7 @@ def _always_active(config: SieveLoraConfig, model: nn.Module, layers: list[MoELa
     return [path for path in paths if is_wanted(config, path)]
 
 
-def _exactly(paths: set[str], config: SieveLoraConfig, model: nn.Module) -> set[str] | str:
+def exactly(paths: set[str], config: Any, model: nn.Module) -> set[str] | str:
     """What makes PEFT match these modules and no others: it takes a path for the ending of longer ones, too.
 
     So where another model is inside, whose paths end the same, the paths become a pattern.

@@ -30,7 +30,7 @@ def as_before_on_error(model: nn.Module) -> Iterator[None]:
     """
     adapters, wrappers = _adapters(model), {id(module) for module in model.modules() if isinstance(module, _WRAPPERS)}
     trainable = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
-    attributes = {name: vars(model)[name] for name in _ATTRIBUTES if name in vars(model)}
+    attributes = {name: vars(model)[name] for name in ATTRIBUTES if name in vars(model)}
     try:
         yield
     except Exception:
@@ -38,7 +38,7 @@ def as_before_on_error(model: nn.Module) -> Iterator[None]:
         names = _adapters(model) - adapters
         if any(isinstance(m, _OURS) and (id(m) not in wrappers or names & _held(m)) for m in model.modules()):
             _take_out(model, new, names)
-            _restore(model, trainable, attributes, names)
+            restore(model, trainable, attributes, names)
             if not any(isinstance(module, SieveExpertLayer) for module in model.modules()):
                 for module in model.modules():
                     stop_checking(module)
@@ -53,7 +53,7 @@ def _outer_wrappers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 # What PEFT and transformers set on a model that takes adapters.
-_ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
+ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
 
 
 def _held(layer: BaseTunerLayer) -> set[str]:
@@ -80,12 +80,13 @@ def _take_out(model: nn.Module, new_wrappers: list[str], names: set[str]) -> Non
             delete_adapter(model, adapter_name=name, prefix="lora_")
 
 
-def _restore(model: nn.Module, trainable: dict[int, bool], attributes: dict[str, Any], names: set[str]) -> None:
+def restore(model: nn.Module, trainable: dict[int, bool], attributes: dict[str, Any], names: set[str]) -> None:
+    """Put back what is trainable (by id of the parameter) and the attributes, and forget the adapters `names`."""
     for parameter in model.parameters():
         parameter.requires_grad_(trainable.get(id(parameter), parameter.requires_grad))
     for name in names:
         getattr(model, "peft_config", {}).pop(name, None)
-    for attribute in _ATTRIBUTES:
+    for attribute in ATTRIBUTES:
         if attribute in attributes:
             setattr(model, attribute, attributes[attribute])
         else:
