@@ -21,6 +21,7 @@ from .calibration import CalibrationData, calibration_batches, tokens_in
 from .counting import DispatchCounter, token_mask, watching
 from .encoder_decoder import decoder_layers, with_decoder_inputs
 from .profile_data import RoutingProfile
+from .sample_averages import SampleAverages
 from .until_stable import StabilityRule, StableProfile, profile_until
 
 
@@ -165,7 +166,8 @@ def _bar(calibration: CalibrationData, progress: bool) -> tqdm:
 
 
 def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationData, bar: tqdm) -> RoutingProfile:
-    counters = {layer.path: DispatchCounter(layer.num_experts) for layer in layers}
+    averages = {layer.path: SampleAverages(layer.num_experts) for layer in layers}
+    counters = {layer.path: DispatchCounter(layer.num_experts, averages=averages[layer.path]) for layer in layers}
     forward = _backbone(model)
     device = _input_device(model)
     if device.type == "meta":
@@ -189,13 +191,22 @@ def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationD
             mask = batch.get("attention_mask")
             for path, counter in counters.items():
                 counter.real = _real_tokens(decoder_mask if path in in_decoder else mask)
+                averages[path].num_rows = len(batch["input_ids"])
             forward(_to(batch, device))
+            for sums in averages.values():
+                sums.end_batch()
             bar.update(tokens_in(batch))
+    means = {path: sums.means(calibration.num_samples) for path, sums in averages.items()}
+    known = {path: pair for path, pair in means.items() if pair is not None}
+    complete = len(known) == len(means)
     return RoutingProfile(
         counts={path: counter.totals()[0] for path, counter in counters.items()},
         mass={path: counter.totals()[1] for path, counter in counters.items()},
         num_tokens=calibration.num_tokens,
         num_experts_per_tok=max((counter.top_k for counter in counters.values()), default=0) or None,
+        sample_share={path: share for path, (share, _) in known.items()} if complete else None,
+        sample_mass={path: mass for path, (_, mass) in known.items()} if complete else None,
+        num_samples=calibration.num_samples,
         metadata={
             "dataset": calibration.name,
             "fingerprint": calibration.fingerprint,

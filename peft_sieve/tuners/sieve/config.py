@@ -53,9 +53,12 @@ class SieveLoraConfig(LoraConfig):
         top_k_frac: share of each layer's routed experts to adapt, in (0, 1]; `max(1, round(top_k_frac * num_experts))`.
         top_k: the same as a count; wins over `top_k_frac`.
         strategy: "uniform", "greedy" (same total budget, largest coverage gain first, Appendix C), "coverage" (fewest
-            experts per layer that reach `coverage`) or "random" (control).
-        score: "count" (tokens routed) or "mass" (summed gate weight).
+            experts per layer that reach `coverage`), "cumulative" (highest scores of each layer until their sum reaches
+            `top_p`; ESFT, arXiv 2407.01906) or "random" (control).
+        score: "count" (tokens routed), "mass" (summed gate weight), "esft_gate" or "esft_token" (the same as averages
+            over samples).
         coverage: target of the "coverage" strategy, in (0, 1].
+        top_p: target of the "cumulative" strategy, in (0, 1]; None is 0.1 for "esft_gate" and 0.2 for "esft_token".
         expert_projections: which of "gate_proj", "up_proj", "down_proj" get an adapter; None is all.
         train_attention, train_router, train_shared_experts: adapt the modules that every token passes.
             `target_modules`, if given, replaces them for linear layers (a router whose weight is a bare parameter, as
@@ -82,9 +85,10 @@ class SieveLoraConfig(LoraConfig):
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of every adapter."})
     top_k_frac: float = field(default=0.25, metadata={"help": "Share of each layer's routed experts to adapt."})
     top_k: int | None = field(default=None, metadata={"help": "Experts to adapt per layer; wins over top_k_frac."})
-    strategy: str = field(default="uniform", metadata={"help": "uniform, greedy, coverage or random."})
-    score: str = field(default="count", metadata={"help": "count (tokens routed) or mass (summed gate weight)."})
+    strategy: str = field(default="uniform", metadata={"help": "uniform, greedy, coverage, cumulative or random."})
+    score: str = field(default="count", metadata={"help": "count, mass, esft_gate or esft_token."})
     coverage: float = field(default=0.6, metadata={"help": "Target of the coverage strategy."})
+    top_p: float | None = field(default=None, metadata={"help": "Target of the cumulative strategy."})
     expert_projections: list[str] | None = field(
         default=None, metadata={"help": "Which of gate_proj, up_proj, down_proj get an adapter; None is all."}
     )
@@ -116,7 +120,7 @@ class SieveLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType("SIEVE_LORA")
         vars(self).update(zip(RUNTIME_ONLY, (calib_dataset, calib_tokenizer, calib_formatting_func), strict=True))
-        validate_selection_options(self.top_k_frac, self.top_k, self.strategy, self.score, self.coverage)
+        validate_selection_options(self.top_k_frac, self.top_k, self.strategy, self.score, self.coverage, self.top_p)
         if self.calib_stability is not None:
             check_stability("calib_stability", self.calib_stability)
         self.expert_projections = _checked_projections(self.expert_projections)
