@@ -22,6 +22,7 @@ from .routing.profiling import profile_routing  # noqa: E402
 from .routing.selection import ExpertSelection, register_score, select_experts  # noqa: E402
 from .routing.stability import selection_stability, subsample_stability  # noqa: E402
 from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
+from .tuners.hellora import hellora_config, warm_up_profile  # noqa: E402
 from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
 from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
 
@@ -51,6 +52,7 @@ __all__ = [
     "SieveLoraConfig",
     "SieveLoraModel",
     "export_lora",
+    "hellora_config",
     "holm_correction",
     "inspect_adapter",
     "merge_checkpoint",
@@ -63,6 +65,7 @@ __all__ = [
     "select_experts",
     "selection_stability",
     "subsample_stability",
+    "warm_up_profile",
 ]
 
 

@@ -31,11 +31,23 @@ class ExpertFactors(nn.Module):
     `weight` has shape (slots, rank, features): `features` is the input width for A and the output width for B, and the
     ranks of several projections (gate, then up) lie one after the other. Both factors keep the wide axis last, so the
     grouped products take them as they are.
+
+    `kept`, if there is one, says which entries are used and trained; the others count as zero.
     """
+
+    kept: torch.Tensor | None
 
     def __init__(self, num_slots: int, rank: int, features: int, device: torch.device | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_slots, rank, features, device=device))
+        self.register_buffer("kept", None, persistent=False)
+
+    def used(self) -> torch.Tensor:
+        """The weight, zero where it is not kept; so is its gradient."""
+        if self.kept is None:
+            return self.weight
+        self.kept = self.kept.to(self.weight.device)
+        return self.weight * self.kept
 
     def allocate(self, device: torch.device) -> None:
         """Give factors made on the meta device memory, without values."""

@@ -125,7 +125,7 @@ class FusedSieveExperts(SieveExpertLayer):
         if adapter_name not in getattr(self, f"{name}_A"):
             return []
         plan = self.plans[adapter_name]
-        factors += [getattr(self, f"{name}_{side}")[adapter_name].weight for side in "AB"]
+        factors += [getattr(self, f"{name}_{side}")[adapter_name].used() for side in "AB"]
         parts, start = [], 0
         for projection in group:
             if projection in plan.ranks:

@@ -18,6 +18,7 @@ from ...moe.quantised import quantisation_of
 from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
 from .factors import AdapterPlan, ExpertFactors, ExpertSlots, initialize, slots_of
+from .hellori import random_share
 from .targets import adapted_projections, by_pattern
 
 # The projections that read the layer's input share one packed A; down_proj has its own.
@@ -94,6 +95,8 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         device = torch.device("meta") if without_values else execution_device(self.get_base_layer())
         for name, group in (("lora_gate_up", INPUT_PROJECTIONS), ("lora_down", ("down_proj",))):
             self._add_factors(adapter_name, name, group, config.init_lora_weights, device)
+        if config.hellori_density is not None:
+            self._train_a_share(adapter_name, config.hellori_density, config.hellori_seed)
         self._unverified.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         dtype = first_tensor(self.get_base_layer()).dtype
@@ -117,6 +120,16 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             initialize(factor_a, factor_b, ranks, init)
         getattr(self, f"{name}_A")[adapter_name] = factor_a
         getattr(self, f"{name}_B")[adapter_name] = factor_b
+
+    def _train_a_share(self, adapter_name: str, density: float, seed: int) -> None:
+        """HELLoRI: all of A is frozen, and all of B but a share (`random_share`)."""
+        experts = self.plans[adapter_name].experts
+        for name in ("lora_gate_up", "lora_down"):
+            if adapter_name in getattr(self, f"{name}_B"):
+                factor = getattr(self, f"{name}_B")[adapter_name]
+                shape = factor.weight.shape[1], factor.weight.shape[2]
+                factor.kept = random_share(experts, shape, density, seed=seed, name=f"{self.path}.{name}_B")
+        self.frozen_peft_weight_names[adapter_name] = ("lora_gate_up_A", "lora_down_A")
 
     def allocate(self, adapter_name: str) -> None:
         """Give memory to the factors of an adapter that was added without values."""
@@ -182,7 +195,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         start = sum(plan.ranks.get(p, 0) for p in group[: group.index(projection)])
         rows = slice(start, start + plan.ranks[projection])
         scaling = self.scaling[adapter_name] * plan.relative_scaling[projection]
-        a, b = (getattr(self, f"{name}_{side}")[adapter_name].weight[:, rows] for side in "AB")
+        a, b = (getattr(self, f"{name}_{side}")[adapter_name].used()[:, rows] for side in "AB")
         return a, b, scaling
 
     def with_deltas(self, projection: str, expert: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
