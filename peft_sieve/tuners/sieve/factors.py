@@ -16,13 +16,15 @@ class AdapterPlan:
 
     Attributes:
         experts: ascending ids of the adapted experts; position in here is the expert's slot.
-        ranks: projection -> rank.
+        ranks: projection -> rank; its output width if the experts are fully tuned.
         relative_scaling: projection -> its scaling as a multiple of the layer's.
+        full: whether the experts get differences of full size in place of low-rank factors.
     """
 
     experts: tuple[int, ...]
     ranks: dict[str, int]
     relative_scaling: dict[str, float]
+    full: bool = False
 
 
 class ExpertFactors(nn.Module):
@@ -56,6 +58,13 @@ class ExpertFactors(nn.Module):
 
     def extra_repr(self) -> str:
         return "slots={}, rank={}, features={}".format(*self.weight.shape)
+
+
+class ExpertDeltas(ExpertFactors):
+    """Differences to the weights of all adapted experts of a layer, for the projections that share an input.
+
+    `weight` has shape (slots, out, in): the outputs of several projections (gate, then up) lie one after the other.
+    """
 
 
 class ExpertSlots(nn.Module):

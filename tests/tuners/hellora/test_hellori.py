@@ -150,6 +150,20 @@ def test_sft_training_saves_loads_and_resumes_with_the_same_share(tmp_path: Path
         assert torch.equal(module.kept, factors(whole.model, "B")[name].kept)
 
 
+def test_weights_of_another_share_are_refused(tmp_path: Path) -> None:
+    """As when a run resumes with other settings: what lies outside the share would be lost."""
+    model = get_peft_model(tiny_model("olmoe"), config(init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    other = get_peft_model(tiny_model("olmoe"), config(hellori_seed=1))
+    with pytest.raises(SieveError, match=r"lora_gate_up_B.weight outside the share that hellori_density and") as caught:
+        other.load_adapter(str(tmp_path), "default")
+    assert "\n" not in str(caught.value)
+    same = get_peft_model(tiny_model("olmoe"), config())
+    same.load_adapter(str(tmp_path), "default")
+    for name, module in factors(same, "B").items():
+        assert torch.equal(module.weight, factors(model, "B")[name].weight), name
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
