@@ -14,15 +14,19 @@ from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors import safe_open
 from torch import nn
+from transformers import TorchAoConfig
 from trl import SFTConfig, SFTTrainer
 
 from peft_sieve import SieveError, SieveLoraConfig, export_lora, inspect_adapter, merge_checkpoint
+from peft_sieve.moe.chunks import BACKEND_VARIABLE
 from peft_sieve.moe.topology import find_moe_layers
 from peft_sieve.tuners.sieve.loading import sieve_layers
 from tests.deepseek_like import deepseek_like
+from tests.habits.test_quantised import check_against_reference, load, with_stacks
 from tests.models import randomize_adapters, small_olmoe, small_tokenizer, tiny_model, token_batch
 from tests.reference import assert_same, naive_experts, naive_weight
 from tests.test_training import settings
+from tests.tuners.test_expert_layer import dispatch, gradients, make_layer
 
 FLAGS = ("has_gate", "is_transposed", "is_concatenated")
 
@@ -89,7 +93,7 @@ def test_it_computes_and_learns_as_if_the_weights_were_changed(
     (expected * probe).sum().backward()
     assert_same(ours[0].grad, theirs[0].grad, "gradient of the hidden states")
     assert_same(ours[1].grad, theirs[1].grad, "gradient of the weights of experts")
-    gradients = SimpleNamespace(
+    expected_gradients = SimpleNamespace(
         **{n: getattr(plain, n) for n in FLAGS}, **{n: p.grad for n, p in plain.named_parameters()}
     )
     packed = {}
@@ -100,9 +104,29 @@ def test_it_computes_and_learns_as_if_the_weights_were_changed(
     for projection, expert, slot in changed:
         group, rows = layer._packed("default", projection)
         assert_same(
-            packed[f"{group}_delta"][slot, rows], naive_weight(gradients, projection, expert), f"{projection} {expert}"
+            packed[f"{group}_delta"][slot, rows],
+            naive_weight(expected_gradients, projection, expert),
+            f"{projection} {expert}",
         )
     assert all(parameter.grad is None for parameter in layer.get_base_layer().parameters())
+
+
+@pytest.mark.parametrize("layout", ["olmoe", "gpt_oss"])
+def test_the_kernels_of_a_gpu_compute_the_same(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU, Triton's interpreter runs them."""
+    pytest.importorskip("triton")
+    found = {}
+    for backend in ("loop", "device"):
+        monkeypatch.setenv(BACKEND_VARIABLE, backend)
+        layer = make_layer(layout, dtype=torch.float32, expert_tuning="full")
+        hidden, ids, expert_weights = dispatch(torch.float32)
+        out = layer(hidden, ids, expert_weights)
+        probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+        (out * probe).sum().backward()
+        found[backend] = {"output": out.detach(), **gradients(layer, hidden, expert_weights)}
+    assert len(found["loop"]) == 5
+    for name, value in found["loop"].items():
+        assert_same(found["device"][name], value, name, rtol=1e-4, atol=1e-5)
 
 
 def test_training_it_is_training_the_slices() -> None:
@@ -182,6 +206,22 @@ def test_the_base_is_never_lost(make: Any) -> None:
     assert torch.equal(logits(unloaded, batch), before)
     for name, value in base.items():
         assert torch.equal(unloaded.state_dict()[name], value), name
+
+
+def test_stacks_in_fewer_bits_take_it_and_refuse_to_be_merged(tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    tiny_model("qwen2_moe", hidden_size=64, num_key_value_heads=4, head_dim=16).save_pretrained(tmp_path / "base")
+    stacks = torchao.FqnToConfig({r"re:.*\.experts\.(gate_up|down)_proj": torchao.Int8WeightOnlyConfig(version=2)})
+
+    def quantised() -> Any:
+        method = TorchAoConfig(stacks)
+        return load(tmp_path / "base", quantization_config=method, experts_implementation="eager").eval()
+
+    model = quantised()
+    stock = load(tmp_path / "base", experts_implementation="eager").eval()
+    reference = with_stacks(stock, lambda experts, name: getattr(experts, name).dequantize(), model)
+    batch = token_batch(model)
+    check_against_reference(model, reference, batch, tmp_path / "adapter", quantised, expert_tuning="full")
 
 
 def test_merging_a_checkpoint_gives_the_weights(tmp_path: Path) -> None:
