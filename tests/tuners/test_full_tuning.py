@@ -180,6 +180,7 @@ def test_only_the_selected_slices_have_parameters_gradients_and_states(tmp_path:
     prefix = "base_model.model.model.layers.0.mlp.experts"
     assert saved[f"{prefix}.lora_gate_up_delta.weight"] == [2, 48, 32]
     assert saved[f"{prefix}.lora_down_delta.weight"] == [2, 32, 24]
+    assert "Full tuning for" in (tmp_path / "README.md").read_text()
     assert saved[f"{prefix}.lora_experts.slots"] == [8] and len(saved) == 6
     summary = inspect_adapter(str(tmp_path))
     assert sum(layer.num_parameters for layer in summary.layers) == slices
