@@ -161,7 +161,10 @@ class SieveExpertLayer(nn.Module, LoraLayer):
                 factor.kept = random_share(experts, shape, density, seed=seed, name=f"{self.path}.{name}_B")
                 if not factor.weight.is_meta:
                     factor.weight.data.mul_(factor.kept.to(factor.weight.device))
-        self.frozen_peft_weight_names[adapter_name] = ("lora_gate_up_A", "lora_down_A")
+        # A new mapping: PEFT's is one for all layers.
+        self.frozen_peft_weight_names = self.frozen_peft_weight_names | {
+            adapter_name: ("lora_gate_up_A", "lora_down_A")
+        }
 
     def allocate(self, adapter_name: str) -> None:
         """Give memory to the factors of an adapter that was added without values."""

@@ -97,6 +97,8 @@ def test_a_stays_frozen_whatever_peft_does() -> None:
 
     expected = {f"base_model.model.{name}_B.default.weight" for name in factors(model, "B")}
     assert trainable() == expected
+    other = get_peft_model(tiny_model("olmoe"), config(hellori_density=None))
+    assert all(p.requires_grad for n, p in other.named_parameters() if "lora_" in n), "each layer by itself"
     model.set_adapter("second")
     assert any("_A.second" in name for name in trainable())
     model.set_adapter("default")
