@@ -23,6 +23,7 @@ from .routing.selection import ExpertSelection, register_score, select_experts  
 from .routing.stability import selection_stability, subsample_stability  # noqa: E402
 from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
 from .tuners.perft import PerftConfig, PerftModel  # noqa: E402
+from .tuners.hellora import hellora_config, warm_up_profile  # noqa: E402
 from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
 from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
 
@@ -55,6 +56,7 @@ __all__ = [
     "SieveLoraConfig",
     "SieveLoraModel",
     "export_lora",
+    "hellora_config",
     "holm_correction",
     "inspect_adapter",
     "merge_checkpoint",
@@ -67,6 +69,7 @@ __all__ = [
     "select_experts",
     "selection_stability",
     "subsample_stability",
+    "warm_up_profile",
 ]
 
 

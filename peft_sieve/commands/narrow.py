@@ -27,9 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Given on to select_experts, which checks them and has the defaults.
     parser.add_argument("--top-k-frac", type=float, help="share of each layer's experts to keep")
     parser.add_argument("--top-k", type=int, help="experts to keep per layer; wins over --top-k-frac")
-    parser.add_argument("--strategy", help="uniform, greedy, coverage or random")
-    parser.add_argument("--score", help="count (tokens routed) or mass (summed gate weight)")
+    parser.add_argument("--strategy", help="uniform, greedy, coverage, cumulative or random")
+    parser.add_argument("--score", help="count (tokens), mass (gate weight), esft_token or esft_gate")
     parser.add_argument("--coverage", type=float, help="target of --strategy coverage")
+    parser.add_argument("--top-p", type=float, help="target of --strategy cumulative")
     parser.add_argument("--seed", type=int, help="of --strategy random")
 
 
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from ..interop.narrow import narrow_lora
     from ..routing.profile_data import RoutingProfile
 
-    options = ("top_k_frac", "top_k", "strategy", "score", "coverage", "seed")
+    options = ("top_k_frac", "top_k", "strategy", "score", "coverage", "seed", "top_p")
     selection = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
     experts = RoutingProfile.load(args.profile) if args.profile else _mask(args.mask)
     narrowed = narrow_lora(args.lora, args.output, experts, base_model=args.base_model, **selection)

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 # As `select_experts` names them; their values are checked there.
-_SELECTION = ("top_k_frac", "top_k", "strategy", "score", "coverage", "seed")
+_SELECTION = ("top_k_frac", "top_k", "strategy", "score", "coverage", "seed", "top_p")
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -17,11 +17,25 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--top-k", type=int, metavar="K", help="the same as a number; wins over --top-k-frac")
     group.add_argument(
-        "--strategy", default="uniform", metavar="NAME", help="uniform (default), greedy, coverage or random"
+        "--strategy",
+        default="uniform",
+        metavar="NAME",
+        help="uniform (default), greedy, coverage, cumulative or random",
     )
-    group.add_argument("--score", default="count", metavar="NAME", help="count (tokens, default) or mass (gate weight)")
+    group.add_argument(
+        "--score",
+        default="count",
+        metavar="NAME",
+        help="count (tokens, default), mass (gate weight), or esft_token or esft_gate (averages over samples)",
+    )
     group.add_argument(
         "--coverage", type=float, default=0.6, metavar="SHARE", help="target of the strategy coverage (default: 0.6)"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="SUM",
+        help="target of the strategy cumulative (default: 0.2 for esft_token, 0.1 for esft_gate)",
     )
     group.add_argument("--seed", type=int, default=0, help="of the strategy random (default: 0)")
 

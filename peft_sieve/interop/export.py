@@ -152,6 +152,11 @@ def _refuse_what_is_no_lora(config: SieveLoraConfig) -> None:
                 f"the adapter has {name}={value}, that is {what}, expected low-rank factors only, since that is all "
                 "that servers load: write a whole checkpoint instead (peft-sieve export --merge)"
             )
+    if config.expert_tuning != "lora":
+        raise SieveError(
+            f"the adapter has expert_tuning={config.expert_tuning!r}, expected low-rank factors of experts, since "
+            "plain LoRA has no differences of full size: write a whole checkpoint instead (peft-sieve export --merge)"
+        )
     if config.bias != "none":
         raise SieveError(
             f"the adapter has bias={config.bias!r}, expected 'none', since servers load no biases: write a whole "

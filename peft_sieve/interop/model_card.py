@@ -71,7 +71,7 @@ def _section(model: PeftModel, adapter_name: str, config: SieveLoraConfig) -> st
     lines = [
         f"## Sparse expert adapter{_suffix(adapter_name)}",
         "",
-        f"LoRA (rank {config.r}) for {_linked(_base_name(model))} on {adapted} of {total} routed experts, "
+        f"{_method(config)} for {_linked(_base_name(model))} on {adapted} of {total} routed experts, "
         "chosen by how often the task routes to them (MoE-Sieve, "
         "[arXiv 2603.24044](https://arxiv.org/abs/2603.24044)), made with `peft_sieve`. "
         f"{_size(model, adapter_name)}.",
@@ -80,6 +80,10 @@ def _section(model: PeftModel, adapter_name: str, config: SieveLoraConfig) -> st
         *_selection(config),
     ]
     return "\n".join(lines)
+
+
+def _method(config: SieveLoraConfig) -> str:
+    return f"LoRA (rank {config.r})" if config.expert_tuning == "lora" else "Full tuning"
 
 
 def _perft_section(model: PeftModel, adapter_name: str, config: PerftConfig) -> str:

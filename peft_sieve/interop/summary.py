@@ -21,7 +21,7 @@ from ..tuners.sieve.loading import SLOTS_KEY, broken_weights
 from .opened import sieve_config
 
 _PREFIX = "base_model.model."
-_PACKED = re.compile(r"^(?P<path>.+)\.lora_(?P<group>gate_up|down)_(?P<side>[AB])\.weight$")
+_PACKED = re.compile(r"^(?P<path>.+)\.lora_(?P<group>gate_up|down)_(?P<side>[AB]|delta)\.weight$")
 _PLAIN = re.compile(r"^(?P<path>.+)\.lora_(embedding_)?(?P<side>[AB])(\.weight)?$")
 
 
@@ -34,8 +34,9 @@ class LayerSummary:
         experts: adapted ids, ascending.
         num_experts: how many there are, None if not recorded.
         coverage: share of the layer's score that they received at calibration, None if not recorded.
-        ranks: "gate_up" (both together) and "down" -> rank, those that are adapted.
-        num_parameters: numbers in the factors.
+        ranks: "gate_up" (both together) and "down" -> rank, those that are adapted; the output width where the
+            experts are fully tuned.
+        num_parameters: numbers in the factors, or in the differences of full size.
     """
 
     path: str

@@ -240,6 +240,8 @@ def _how_selected(options: Mapping[str, Any]) -> str:
     strategy, score = options.get("strategy", "uniform"), options.get("score", "count")
     size = f"top_k {options['top_k']}" if options.get("top_k") else f"top_k_frac {options.get('top_k_frac', 0.25)}"
     extent = f"coverage {options.get('coverage', 0.6)}" if strategy == "coverage" else size
+    if strategy == "cumulative":
+        extent = f"top_p {options['top_p']}" if options.get("top_p") else "the top_p of that score"
     basis = f"seed {options.get('seed', 0)}" if strategy == "random" else f"by {score}"
     return f"Experts selected: {strategy}, {basis}, {extent}"
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import SieveError
 from ..moe.families import MoEFamily
+from .sample_averages import SampleAverages
 
 _PROFILING_ADVICE = "profile with batch_size=1 (calib_batch_size)"
 
@@ -19,6 +20,7 @@ class DispatchCounter:
 
     Args:
         num_experts: of the layer.
+        averages: also fed, if given.
         advice: what to do if padding cannot be told from tokens, the end of the error's sentence.
 
     Attributes:
@@ -26,8 +28,11 @@ class DispatchCounter:
         top_k: the most experts that a token went to.
     """
 
-    def __init__(self, num_experts: int, advice: str = _PROFILING_ADVICE) -> None:
+    def __init__(
+        self, num_experts: int, advice: str = _PROFILING_ADVICE, averages: SampleAverages | None = None
+    ) -> None:
         self.num_experts = num_experts
+        self.averages = averages
         self.advice = advice
         self.top_k = 0
         self.real: torch.Tensor | None = None
@@ -53,6 +58,8 @@ class DispatchCounter:
                 for dtype in (torch.int64, torch.float64)
             )
             self._sums = counts, mass
+        if self.averages is not None:
+            self.averages.add(bins, expert_weights, self.real)
         counts, mass = self._sums
         flat = bins.reshape(-1)
         counts.scatter_add_(0, flat, torch.ones_like(flat))

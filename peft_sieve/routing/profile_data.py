@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from torch import Tensor
 from peft_sieve.errors import SieveError
 from peft_sieve.table import UNKNOWN, Table
 
-FORMAT_VERSION = 1
+# A profile without averages over samples is written as version 1, which every release reads.
+FORMAT_VERSION, FORMAT_WITH_AVERAGES = 1, 2
 HEADER_KEY = "peft_sieve_routing_profile"  # under it lies the JSON header in the safetensors string metadata
 # Loaded tensors must have these types; see `_header` for the JSON header beside them.
 COUNTS_PREFIX, COUNTS_DTYPE = "counts.", torch.int64
 MASS_PREFIX, MASS_DTYPE = "mass.", torch.float64
+_PREFIXES = {"mass": MASS_PREFIX, "sample_share": "sample_share.", "sample_mass": "sample_mass."}
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -45,6 +48,11 @@ class RoutingProfile:
             same layers as `counts`; None when unknown. Becomes float64.
         num_tokens: tokens profiled, >= 0; None when unknown.
         num_experts_per_tok: the router's top-k, >= 1; None when unknown.
+        sample_share: layer name -> what each expert gets of a sample's tokens, a selection counting as 1/top-k of its
+            token, as the mean over samples: `(num_experts,)`, finite and >= 0 (ESFT's token score, arXiv 2407.01906).
+            None when unknown. Becomes float64.
+        sample_mass: the same with the gate weight, 0 for experts that are not selected (ESFT's gate score).
+        num_samples: samples that the means are over, >= 0; None when unknown.
         metadata: provenance, anything that JSON can hold (it is stored as JSON would: tuples become lists).
 
     Raises:
@@ -55,14 +63,22 @@ class RoutingProfile:
     mass: dict[str, Tensor] | None = None
     num_tokens: int | None = None
     num_experts_per_tok: int | None = None
+    sample_share: dict[str, Tensor] | None = None
+    sample_mass: dict[str, Tensor] | None = None
+    num_samples: int | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         counts = _per_layer(self.counts, "counts", _as_counts)
-        mass = None if self.mass is None else _per_layer(self.mass, "mass", _as_mass)
-        if mass is not None:
-            _check_same_layers(counts, mass)
-            mass = {name: mass[name] for name in counts}
+        weights = {}
+        for what in _PREFIXES:
+            given = getattr(self, what)
+            layers = None if given is None else _per_layer(given, what, partial(_as_mass, what=what))
+            if layers is not None:
+                _check_same_layers(counts, layers, what)
+                layers = {name: layers[name] for name in counts}
+            weights[what] = layers
+        _check_whole("num_samples", self.num_samples, minimum=0)
         _check_whole("num_tokens", self.num_tokens, minimum=0)
         _check_whole("num_experts_per_tok", self.num_experts_per_tok, minimum=1)
         most_experts = max(layer.numel() for layer in counts.values())
@@ -73,8 +89,9 @@ class RoutingProfile:
             )
         # Frozen for everybody else: this is where the values become what the annotations say.
         object.__setattr__(self, "counts", counts)
-        object.__setattr__(self, "mass", mass)
-        for name in ("num_tokens", "num_experts_per_tok"):
+        for what, layers in weights.items():
+            object.__setattr__(self, what, layers)
+        for name in ("num_tokens", "num_experts_per_tok", "num_samples"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else int(value))
         object.__setattr__(self, "metadata", _as_json(self.metadata))
@@ -92,6 +109,8 @@ class RoutingProfile:
         *,
         num_experts_per_tok: int | None = None,
         layer_names: Sequence[str] | None = None,
+        sample_share: Any = None,
+        sample_mass: Any = None,
     ) -> RoutingProfile:
         """A profile from numbers that were collected elsewhere.
 
@@ -101,6 +120,7 @@ class RoutingProfile:
             num_experts_per_tok: the router's top-k. From it follows `num_tokens`: the largest layer total divided by
                 it, rounded down; without it `num_tokens` is None.
             layer_names: one distinct name a layer; `layers.0`, `layers.1`, ... by default.
+            sample_share, sample_mass: averages over samples, as `counts`, or None when unknown (see `RoutingProfile`).
 
         Returns:
             The profile, with empty metadata.
@@ -111,25 +131,26 @@ class RoutingProfile:
         rows = _rows(counts, "counts")
         names = _checked_names(layer_names, len(rows))
         by_layer = {name: _as_counts(row, name) for name, row in zip(names, rows, strict=True)}
-        mass_by_layer = None
-        if mass is not None:
-            mass_rows = _rows(mass, "mass")
-            if len(mass_rows) != len(rows):
+        weights: dict[str, Any] = {}
+        for what, array in {"mass": mass, "sample_share": sample_share, "sample_mass": sample_mass}.items():
+            weight_rows = None if array is None else _rows(array, what)
+            if weight_rows is not None and len(weight_rows) != len(rows):
                 raise SieveError(
-                    f"received mass for {len(mass_rows)} layers and counts for {len(rows)}, "
+                    f"received {what} for {len(weight_rows)} layers and counts for {len(rows)}, "
                     "expected as many: pass two arrays of shape (layers, experts) from the same run"
                 )
-            mass_by_layer = dict(zip(names, mass_rows, strict=True))
+            weights[what] = None if weight_rows is None else dict(zip(names, weight_rows, strict=True))
         _check_whole("num_experts_per_tok", num_experts_per_tok, minimum=1)
         num_tokens = None
         if num_experts_per_tok is not None:
             num_tokens = max(int(layer.sum()) for layer in by_layer.values()) // int(num_experts_per_tok)
-        return cls(counts=by_layer, mass=mass_by_layer, num_tokens=num_tokens, num_experts_per_tok=num_experts_per_tok)
+        return cls(counts=by_layer, num_tokens=num_tokens, num_experts_per_tok=num_experts_per_tok, **weights)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as one safetensors file, whole or not at all.
 
-        The file holds `counts.<layer>` and `mass.<layer>`, and a JSON header with a format version and a digest. It
+        The file holds `counts.<layer>`, `mass.<layer>`, `sample_share.<layer>` and `sample_mass.<layer>`, as far as
+        they are known, and a JSON header with a format version and a digest. It
         appears under `path` in one step, so that a crash or a full disk never leaves half a profile.
 
         Args:
@@ -139,7 +160,8 @@ class RoutingProfile:
             SieveError: if nothing can be written there.
         """
         tensors = {COUNTS_PREFIX + name: layer for name, layer in self.counts.items()}
-        tensors |= {MASS_PREFIX + name: layer for name, layer in (self.mass or {}).items()}
+        for what, prefix in _PREFIXES.items():
+            tensors |= {prefix + name: layer for name, layer in (getattr(self, what) or {}).items()}
         blob = to_safetensors(tensors, metadata={HEADER_KEY: json.dumps(_header(self))})
         target = _as_path(path)
         scratch = target.parent / f".{uuid.uuid4().hex}.tmp"  # same folder, so the same file system
@@ -186,7 +208,9 @@ class RoutingProfile:
     def __add__(self, other: RoutingProfile) -> RoutingProfile:
         """Both profiles' tokens together, as if profiled in one run: layer order of the left one.
 
-        The mass is known if both are. The metadata becomes `{"parts": [...]}` with the metadata of every part.
+        The mass is known if both are; averages over samples are those over both profiles' samples, known if both sides'
+        averages and their numbers of samples are. The metadata becomes `{"parts": [...]}` with the metadata of every
+        part.
 
         Raises:
             SieveError: if layers, numbers of experts or the router's top-k differ.
@@ -219,6 +243,11 @@ class RoutingProfile:
             else {name: layer + other.mass[name] for name, layer in self.mass.items()},
             num_tokens=self.num_tokens + other.num_tokens if known else None,  # type: ignore[operator]
             num_experts_per_tok=next(iter(top_ks), None),
+            sample_share=_averaged(self, other, "sample_share"),
+            sample_mass=_averaged(self, other, "sample_mass"),
+            num_samples=None
+            if self.num_samples is None or other.num_samples is None
+            else self.num_samples + other.num_samples,
             metadata={"parts": _parts(self) + _parts(other)},
         )
 
@@ -228,8 +257,9 @@ class RoutingProfile:
         return (
             self.num_tokens == other.num_tokens
             and self.num_experts_per_tok == other.num_experts_per_tok
+            and self.num_samples == other.num_samples
             and _same_tensors(self.counts, other.counts)
-            and _same_tensors(self.mass or {}, other.mass or {})
+            and all(_same_tensors(getattr(self, what) or {}, getattr(other, what) or {}) for what in _PREFIXES)
         )
 
     def __repr__(self) -> str:
@@ -351,32 +381,32 @@ def _as_counts(values: Any, layer: str) -> Tensor:
     return counts
 
 
-def _as_mass(values: Any, layer: str) -> Tensor:
-    mass = _as_vector(values, "mass", layer).to(MASS_DTYPE)
+def _as_mass(values: Any, layer: str, what: str = "mass") -> Tensor:
+    mass = _as_vector(values, what, layer).to(MASS_DTYPE)
     if not bool(torch.isfinite(mass).all()):
         raise SieveError(
-            f"received NaN or infinite mass for layer {layer!r}, expected finite numbers: "
-            "check the run in which the gate weights were summed, or leave mass out"
+            f"received NaN or infinite {what} for layer {layer!r}, expected finite numbers: "
+            f"check the run in which the gate weights were summed, or leave {what} out"
         )
     if bool((mass < 0).any()):
         raise SieveError(
-            f"received negative mass for layer {layer!r}, expected numbers of at least 0: "
-            "pass sums of gate weights, or leave mass out"
+            f"received negative {what} for layer {layer!r}, expected numbers of at least 0: "
+            f"pass {'sums' if what == 'mass' else 'averages'} of gate weights, or leave {what} out"
         )
     return mass
 
 
-def _check_same_layers(counts: Mapping[str, Tensor], mass: Mapping[str, Tensor]) -> None:
+def _check_same_layers(counts: Mapping[str, Tensor], mass: Mapping[str, Tensor], what: str) -> None:
     only_one = sorted(set(counts) ^ set(mass))
     if only_one:
         raise SieveError(
-            f"received either counts or mass, but not both, for {quoted(only_one)}, "
-            "expected the same layers in both: pass both for each layer, or no mass at all"
+            f"received either counts or {what}, but not both, for {quoted(only_one)}, "
+            f"expected the same layers in both: pass both for each layer, or no {what} at all"
         )
     for name, layer in counts.items():
         if layer.shape != mass[name].shape:
             raise SieveError(
-                f"received {layer.numel()} counts and {mass[name].numel()} masses for layer {name!r}, "
+                f"received {layer.numel()} counts and {mass[name].numel()} values of {what} for layer {name!r}, "
                 "expected one of each an expert: pass arrays of the same shape"
             )
 
@@ -407,6 +437,16 @@ def _as_json(metadata: Any) -> dict[str, Any]:
 
 def _same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(layer, right[name]) for name, layer in left.items())
+
+
+def _averaged(first: RoutingProfile, second: RoutingProfile, what: str) -> dict[str, Tensor] | None:
+    """Averages over the samples of two profiles together; None if either side's, or their weights, are unknown."""
+    one, other = getattr(first, what), getattr(second, what)
+    if one is None or other is None or first.num_samples is None or second.num_samples is None:
+        return None
+    total = max(first.num_samples + second.num_samples, 1)
+    shares = first.num_samples / total, second.num_samples / total
+    return {name: one[name] * shares[0] + other[name] * shares[1] for name in one}
 
 
 def _parts(profile: RoutingProfile) -> list[Any]:
@@ -446,17 +486,23 @@ def _header(profile: RoutingProfile) -> dict[str, Any]:
     damaged file is told from an intact one even where its form is right.
     """
     header: dict[str, Any] = {
-        "version": FORMAT_VERSION,
+        "version": FORMAT_WITH_AVERAGES if _has_averages(profile) else FORMAT_VERSION,
         "layers": list(profile.counts),
         "num_tokens": profile.num_tokens,
         "num_experts_per_tok": profile.num_experts_per_tok,
         "metadata": profile.metadata,
     }
-    numbers = [
-        {name: layer.tolist() for name, layer in (tensors or {}).items()} for tensors in (profile.counts, profile.mass)
-    ]
+    described = [profile.counts, profile.mass]
+    if _has_averages(profile):
+        header["num_samples"] = profile.num_samples
+        described += [profile.sample_share, profile.sample_mass]
+    numbers = [{name: layer.tolist() for name, layer in (tensors or {}).items()} for tensors in described]
     digest = hashlib.sha256(json.dumps([header, numbers], sort_keys=True).encode()).hexdigest()
     return header | {"digest": digest}
+
+
+def _has_averages(profile: RoutingProfile) -> bool:
+    return any(value is not None for value in (profile.sample_share, profile.sample_mass, profile.num_samples))
 
 
 def _parsed_header(text: str | None) -> dict[str, Any]:
@@ -468,9 +514,10 @@ def _parsed_header(text: str | None) -> dict[str, Any]:
         raise _BadFile("its header is not JSON") from error
     if not isinstance(header, dict) or not isinstance(header.get("version"), int):
         raise _BadFile("its header names no format version")
-    if header["version"] != FORMAT_VERSION:
+    if header["version"] not in (FORMAT_VERSION, FORMAT_WITH_AVERAGES):
         raise _BadFile(
-            f"it has format version {header['version']} where this release of peft_sieve reads {FORMAT_VERSION}"
+            f"it has format version {header['version']} where this release of peft_sieve reads {FORMAT_VERSION} and "
+            f"{FORMAT_WITH_AVERAGES}"
         )
     layers = header.get("layers")
     if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
@@ -481,19 +528,20 @@ def _parsed_header(text: str | None) -> dict[str, Any]:
 def _from_file(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RoutingProfile:
     layers = header["layers"]
     count_keys = {COUNTS_PREFIX + name for name in layers}
-    mass_keys = {MASS_PREFIX + name for name in layers}
-    has_mass = len(tensors) > len(count_keys)
-    if set(tensors) != (count_keys | mass_keys if has_mass else count_keys):
+    known = {what: prefix for what, prefix in _PREFIXES.items() if any(key.startswith(prefix) for key in tensors)}
+    if set(tensors) != count_keys | {prefix + name for prefix in known.values() for name in layers}:
         raise _BadFile("its tensors are not those of the layers that its header lists")
     for key, tensor in tensors.items():
         if tensor.dtype != (COUNTS_DTYPE if key in count_keys else MASS_DTYPE):
             raise _BadFile(f"its tensor {key!r} has the type {tensor.dtype}")
+    weights = {what: {name: tensors[prefix + name] for name in layers} for what, prefix in known.items()}
     profile = RoutingProfile(
         counts={name: tensors[COUNTS_PREFIX + name] for name in layers},
-        mass={name: tensors[MASS_PREFIX + name] for name in layers} if has_mass else None,
         num_tokens=header.get("num_tokens"),
         num_experts_per_tok=header.get("num_experts_per_tok"),
+        num_samples=header.get("num_samples"),
         metadata=header.get("metadata"),  # type: ignore[arg-type]
+        **weights,
     )
     if header != _header(profile):
         raise _BadFile("its contents do not match the digest in its header")

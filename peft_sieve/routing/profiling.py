@@ -21,6 +21,7 @@ from .calibration import CalibrationData, calibration_batches, tokens_in
 from .counting import DispatchCounter, token_mask, watching
 from .encoder_decoder import decoder_layers, with_decoder_inputs
 from .profile_data import RoutingProfile
+from .sample_averages import SampleAverages
 from .until_stable import StabilityRule, StableProfile, profile_until
 
 
@@ -164,10 +165,66 @@ def _bar(calibration: CalibrationData, progress: bool) -> tqdm:
     return tqdm(total=calibration.num_tokens, desc="Profiling routing", unit="tok", unit_scale=True, disable=hidden)
 
 
+class RoutingCounters:
+    """Counts of all layers over many batches.
+
+    Attributes:
+        counters: layer path -> what to feed with the layer's dispatches.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[MoELayer], advice: str | None = None) -> None:
+        self.averages = {layer.path: SampleAverages(layer.num_experts) for layer in layers}
+        said = {} if advice is None else {"advice": advice}
+        self.counters = {
+            layer.path: DispatchCounter(layer.num_experts, averages=self.averages[layer.path], **said)
+            for layer in layers
+        }
+        self._in_decoder = decoder_layers(model, self.counters)
+
+    def expect(self, batch: Mapping[str, Any], decoder_mask: torch.Tensor | None) -> None:
+        """Say what the next forward reads.
+
+        Args:
+            batch: with `input_ids`, one sample a row.
+            decoder_mask: as `attention_mask`, of the decoder of an encoder-decoder; None if all its tokens are real.
+        """
+        for path, counter in self.counters.items():
+            counter.real = _real_tokens(decoder_mask if path in self._in_decoder else batch.get("attention_mask"))
+            self.averages[path].num_rows = len(batch["input_ids"])
+
+    def end_batch(self) -> None:
+        """The forward is over."""
+        for sums in self.averages.values():
+            sums.end_batch()
+
+    def profile(self, model: nn.Module, calibration: CalibrationData) -> RoutingProfile:
+        """What was counted, while `model` read all of `calibration`."""
+        totals = {path: counter.totals() for path, counter in self.counters.items()}
+        means = {path: sums.means(calibration.num_samples) for path, sums in self.averages.items()}
+        known = {path: pair for path, pair in means.items() if pair is not None}
+        complete = len(known) == len(means)
+        return RoutingProfile(
+            counts={path: counts for path, (counts, _) in totals.items()},
+            mass={path: mass for path, (_, mass) in totals.items()},
+            num_tokens=calibration.num_tokens,
+            num_experts_per_tok=max((counter.top_k for counter in self.counters.values()), default=0) or None,
+            sample_share={path: share for path, (share, _) in known.items()} if complete else None,
+            sample_mass={path: mass for path, (_, mass) in known.items()} if complete else None,
+            num_samples=calibration.num_samples,
+            metadata={
+                "dataset": calibration.name,
+                "fingerprint": calibration.fingerprint,
+                "samples": calibration.num_samples,
+                "tokens": calibration.num_tokens,
+                "model": getattr(model, "name_or_path", "") or type(model).__name__,
+            },
+        )
+
+
 def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationData, bar: tqdm) -> RoutingProfile:
-    counters = {layer.path: DispatchCounter(layer.num_experts) for layer in layers}
+    counted = RoutingCounters(model, layers)
     forward = _backbone(model)
-    device = _input_device(model)
+    device = input_device(model)
     if device.type == "meta":
         raise SieveError(
             "the model has no weights (it is on the meta device), expected a loaded one to profile: load the weights, "
@@ -181,29 +238,15 @@ def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationD
     for layer in layers:
         parent, _, name = layer.path.rpartition(".")
         parent_module = model.get_submodule(parent)
-        watched.append((layer.family, getattr(parent_module, name), parent_module, counters[layer.path].add))
+        watched.append((layer.family, getattr(parent_module, name), parent_module, counted.counters[layer.path].add))
     with _undisturbed(model), watching(watched):
-        in_decoder = decoder_layers(model, counters)
         for batch in calibration.batches:
             batch, decoder_mask = with_decoder_inputs(model, batch)
-            mask = batch.get("attention_mask")
-            for path, counter in counters.items():
-                counter.real = _real_tokens(decoder_mask if path in in_decoder else mask)
-            forward(_to(batch, device))
+            counted.expect(batch, decoder_mask)
+            forward(on_device(batch, device))
+            counted.end_batch()
             bar.update(tokens_in(batch))
-    return RoutingProfile(
-        counts={path: counter.totals()[0] for path, counter in counters.items()},
-        mass={path: counter.totals()[1] for path, counter in counters.items()},
-        num_tokens=calibration.num_tokens,
-        num_experts_per_tok=max((counter.top_k for counter in counters.values()), default=0) or None,
-        metadata={
-            "dataset": calibration.name,
-            "fingerprint": calibration.fingerprint,
-            "samples": calibration.num_samples,
-            "tokens": calibration.num_tokens,
-            "model": getattr(model, "name_or_path", "") or type(model).__name__,
-        },
-    )
+    return counted.profile(model, calibration)
 
 
 def _real_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -231,7 +274,7 @@ def _backbone(model: nn.Module) -> Callable[[dict[str, Any]], None]:
     return forward
 
 
-def _input_device(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
     """Where the model wants its inputs; offloaded weights are on no device until they are used."""
     embeddings: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model  # type: ignore[operator]
     hook = getattr(embeddings, "_hf_hook", None)
@@ -241,7 +284,8 @@ def _input_device(model: nn.Module) -> torch.device:
     return next(embeddings.parameters()).device
 
 
-def _to(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors there."""
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 

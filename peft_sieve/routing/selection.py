@@ -12,6 +12,7 @@ import random
 import reprlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -72,8 +73,30 @@ def _mass(profile: RoutingProfile, layer: str) -> Tensor:
     return profile.mass[layer]
 
 
+def _esft(what: str, score: str) -> ScoreFunction:
+    def function(profile: RoutingProfile, layer: str) -> Tensor:
+        averages: dict[str, Tensor] | None = getattr(profile, what)
+        if averages is None:
+            raise SieveError(
+                f"received score={score!r} for a profile without averages over samples ({what}), expected one with "
+                "them: profile again with this release, or use score='count' or 'mass'"
+            )
+        return averages[layer]
+
+    return function
+
+
 register_score("count", _count)
 register_score("mass", _mass)
+# ESFT (arXiv 2407.01906): the mean over samples of a sample's mean over tokens, of the gate weight or of 1/top-k for
+# each selected expert.
+register_score("esft_gate", _esft("sample_mass", "esft_gate"))
+register_score("esft_token", _esft("sample_share", "esft_token"))
+
+# What `cumulative` adds up to, if nothing else is said (ESFT §4).
+_TOP_P = {"esft_gate": 0.1, "esft_token": 0.2}
+# Scores that are no averages: their sum over experts grows with the data.
+_TOTALS = ("count", "mass")
 
 
 def layer_scores(profile: RoutingProfile, score: str) -> dict[str, list[float]]:
@@ -107,17 +130,27 @@ def _hottest_first(values: Sequence[float]) -> list[int]:
 
 
 # --- strategies -----------------------------------------------------------------------------------------------------
-# Each takes the scores of the layers that tokens reached, how many experts each layer may have, and the options.
+# Each takes the scores of the layers that tokens reached, and the options.
 
 _Scores = Mapping[str, Sequence[float]]
 _Selected = Mapping[str, Iterable[int]]
 
 
-def _uniform(scores: _Scores, budgets: Mapping[str, int], coverage: float, seed: int) -> _Selected:
-    return {layer: _hottest_first(values)[: budgets[layer]] for layer, values in scores.items()}
+@dataclass(frozen=True)
+class _Options:
+    """What strategies go by: experts that each layer may have, and the arguments of `select_experts`."""
+
+    budgets: Mapping[str, int]
+    coverage: float
+    top_p: float
+    seed: int
 
 
-def _greedy(scores: _Scores, budgets: Mapping[str, int], coverage: float, seed: int) -> _Selected:
+def _uniform(scores: _Scores, options: _Options) -> _Selected:
+    return {layer: _hottest_first(values)[: options.budgets[layer]] for layer, values in scores.items()}
+
+
+def _greedy(scores: _Scores, options: _Options) -> _Selected:
     # An expert's gain is its share of its layer's score, whatever else is selected. So taking the largest gain again
     # and again is the same as one sort, and a layer's experts come in falling order by themselves.
     candidates = [
@@ -128,7 +161,7 @@ def _greedy(scores: _Scores, budgets: Mapping[str, int], coverage: float, seed: 
     ]
     candidates.sort()
     selected = {layer: [_hottest_first(values)[0]] for layer, values in scores.items()}
-    remaining = sum(budgets[layer] for layer in scores) - len(scores)
+    remaining = sum(options.budgets[layer] for layer in scores) - len(scores)
     for _, _, expert, layer in candidates:
         if remaining and expert != selected[layer][0]:
             selected[layer].append(expert)
@@ -136,29 +169,46 @@ def _greedy(scores: _Scores, budgets: Mapping[str, int], coverage: float, seed: 
     return selected
 
 
-def _coverage(scores: _Scores, budgets: Mapping[str, int], coverage: float, seed: int) -> _Selected:
+def _coverage(scores: _Scores, options: _Options) -> _Selected:
     selected: dict[str, list[int]] = {}
     for layer, values in scores.items():
         total = _total(values)
         selected[layer] = chosen = []
         for expert in _hottest_first(values):
             chosen.append(expert)
-            if _total([values[i] for i in chosen]) / total >= coverage:
+            if _total([values[i] for i in chosen]) / total >= options.coverage:
                 break
     return selected
 
 
-def _random(scores: _Scores, budgets: Mapping[str, int], coverage: float, seed: int) -> _Selected:
-    selected = {}
+def _cumulative(scores: _Scores, options: _Options) -> _Selected:
+    selected: dict[str, list[int]] = {}
     for layer, values in scores.items():
-        generator = random.Random(f"{seed}:{layer}")
-        # Of the module's functions only random() is promised to give the same numbers in every Python version.
-        draws = [generator.random() for _ in values]
-        selected[layer] = _hottest_first(draws)[: budgets[layer]]
+        chosen = selected.setdefault(layer, [])
+        for expert in _hottest_first(values):
+            if _total([values[i] for i in chosen]) >= options.top_p or not values[expert]:
+                break
+            chosen.append(expert)
     return selected
 
 
-_STRATEGIES = {"uniform": _uniform, "greedy": _greedy, "coverage": _coverage, "random": _random}
+def _random(scores: _Scores, options: _Options) -> _Selected:
+    selected = {}
+    for layer, values in scores.items():
+        generator = random.Random(f"{options.seed}:{layer}")
+        # Of the module's functions only random() is promised to give the same numbers in every Python version.
+        draws = [generator.random() for _ in values]
+        selected[layer] = _hottest_first(draws)[: options.budgets[layer]]
+    return selected
+
+
+_STRATEGIES = {
+    "uniform": _uniform,
+    "greedy": _greedy,
+    "coverage": _coverage,
+    "cumulative": _cumulative,
+    "random": _random,
+}
 
 
 def known_strategies() -> tuple[str, ...]:
@@ -253,6 +303,20 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
             shares[layer] = _total([values[expert] for expert in experts]) / total if total else 0.0
         return shares
 
+    def hottest_first(self, profile: RoutingProfile, score: str = "count") -> dict[str, list[int]]:
+        """The selected experts of each layer by falling score, ties by rising id: the order they were selected in.
+
+        Args:
+            profile: a profile with the selection's layers and experts.
+            score: the score to sort by.
+
+        Raises:
+            SieveError: if the profile lacks a selected layer or expert, or the score.
+        """
+        self.coverage(profile, score)  # checks that the two go together
+        scores = layer_scores(profile, score)
+        return {layer: [e for e in _hottest_first(scores[layer]) if e in experts] for layer, experts in self.items()}
+
     def jaccard(self, other: Mapping[str, Iterable[int]]) -> float:
         """How far two selections agree: the experts of both over the experts of either, as the mean over layers.
 
@@ -297,6 +361,7 @@ def select_experts(
     score: str = "count",
     coverage: float = 0.6,
     seed: int = 0,
+    top_p: float | None = None,
 ) -> ExpertSelection:
     """Select the experts to adapt in each layer (MoE-Sieve; greedy: Appendix C, random: §6).
 
@@ -311,11 +376,16 @@ def select_experts(
         strategy: `uniform`: each layer's highest scores, as many as its budget. `greedy`: as many in all as `uniform`
             takes, given out one by one to the expert with the largest share of its own layer's score, ties to the
             earlier layer, and at least one a layer. `coverage`: the fewest of each layer that hold the share
-            `coverage` of its score; no budget. `random`: as many as `uniform` but drawn with `seed`, a control.
-        score: `count` (tokens routed), `mass` (summed gate weight) or a name given to `register_score`.
+            `coverage` of its score; no budget. `cumulative`: each layer's highest scores until their sum, not their
+            share, reaches `top_p`, the expert that reaches it included; no budget; for scores that are averages
+            (ESFT, arXiv 2407.01906). `random`: as many as `uniform` but drawn with `seed`, a control.
+        score: `count` (tokens routed), `mass` (summed gate weight), `esft_gate` or `esft_token` (gate weight, or
+            1/top-k of each selection, as the mean over samples of the mean over a sample's tokens), or a name given to
+            `register_score`.
         coverage: target of the strategy `coverage`, in (0, 1].
         seed: of the strategy `random`, any whole number; each layer's draw depends on it and the layer's name, and
             neither uses nor changes the state of a global generator.
+        top_p: target of the strategy `cumulative`, in (0, 1]; None is 0.1 for `esft_gate` and 0.2 for `esft_token`.
 
     Returns:
         The selection, with all layers of the profile in their order.
@@ -323,7 +393,7 @@ def select_experts(
     Raises:
         SieveError: if an option is out of range, the profile lacks the score, or no token reached any layer.
     """
-    validate_selection_options(top_k_frac, top_k, strategy, score, coverage)
+    validate_selection_options(top_k_frac, top_k, strategy, score, coverage, top_p)
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise SieveError(f"received seed={reprlib.repr(seed)}, expected a whole number: pass one such as 0")
     scores = layer_scores(profile, score)
@@ -352,8 +422,22 @@ def select_experts(
             UserWarning,
             stacklevel=2,
         )
-    selected = _STRATEGIES[strategy](reached, budgets, float(coverage), int(seed))
+    options = _Options(budgets, float(coverage), float(top_p or _TOP_P.get(score, 1.0)), int(seed))
+    if strategy == "cumulative":
+        _warn_of_small_sums(reached, score, options.top_p)
+    selected = _STRATEGIES[strategy](reached, options)
     return ExpertSelection({layer: selected.get(layer, ()) for layer in scores})
+
+
+def _warn_of_small_sums(scores: _Scores, score: str, top_p: float) -> None:
+    small = [layer for layer, values in scores.items() if _total(values) < top_p]
+    if small:
+        warnings.warn(
+            f"the {score} of all experts together stays below top_p={top_p:g} in {quoted(small)}, so that every expert "
+            "with a score above 0 is selected there: lower top_p if fewer should be adapted",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def hottest_experts(profile: RoutingProfile, sizes: Mapping[str, int], *, score: str = "count") -> ExpertSelection:
@@ -376,7 +460,9 @@ def hottest_experts(profile: RoutingProfile, sizes: Mapping[str, int], *, score:
 # --- options --------------------------------------------------------------------------------------------------------
 
 
-def validate_selection_options(top_k_frac: Any, top_k: Any, strategy: Any, score: Any, coverage: Any) -> None:
+def validate_selection_options(
+    top_k_frac: Any, top_k: Any, strategy: Any, score: Any, coverage: Any, top_p: Any = None
+) -> None:
     """Check the options of `select_experts` as far as that is possible without a profile.
 
     Args:
@@ -385,6 +471,7 @@ def validate_selection_options(top_k_frac: Any, top_k: Any, strategy: Any, score
         strategy: must be one of `known_strategies()`.
         score: must be one of `known_scores()`.
         coverage: must be a number in (0, 1].
+        top_p: must be None or a number in (0, 1].
 
     Raises:
         SieveError: for the first option that is not so. All are checked, also those that the strategy does not use.
@@ -398,6 +485,18 @@ def validate_selection_options(top_k_frac: Any, top_k: Any, strategy: Any, score
     _check_name("strategy", strategy, _STRATEGIES)
     check_score(score)
     check_share("coverage", coverage, "the share of each layer's score to capture, such as 0.6")
+    if top_p is not None:
+        check_share("top_p", top_p, "the sum of scores to reach in each layer, such as 0.2, or to None")
+    if strategy == "cumulative" and score in _TOTALS:
+        raise SieveError(
+            f"received strategy='cumulative' with score={score!r}, expected a score that is an average, since sums of "
+            "this one grow with the data: use score='esft_token' or 'esft_gate', or strategy='coverage' for a share"
+        )
+    if strategy == "cumulative" and top_p is None and score not in _TOP_P:
+        raise SieveError(
+            f"received strategy='cumulative' with score={score!r} and no top_p, expected a number above 0 and at most "
+            "1: set it to the sum of scores to reach in each layer"
+        )
 
 
 def check_score(score: Any) -> None:

@@ -201,7 +201,8 @@ def check_against_reference(
     before = [type(module) for module in model.modules()]
     adapted = get_peft_model(model, config(model, batch, **options))
     mask = adapted.peft_config["default"].selected_experts
-    plain = get_peft_model(reference, config(reference, batch, calib_dataset=None, selected_experts=mask))
+    given = {**options, "calib_dataset": None, "selected_experts": mask}
+    plain = get_peft_model(reference, config(reference, batch, **given))
     for peft_model in (adapted, plain):
         randomize_adapters(peft_model)
     assert {p.dtype for n, p in adapted.named_parameters() if "lora_" in n} == {torch.float32}

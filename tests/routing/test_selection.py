@@ -26,7 +26,7 @@ from peft_sieve.routing.selection import (
     validate_selection_options,
 )
 
-STRATEGIES = ("uniform", "greedy", "coverage", "random")
+STRATEGIES = ("uniform", "greedy", "coverage", "random")  # which any score can be used with
 
 
 def profile_of(*rows, mass=None, **options) -> RoutingProfile:
@@ -327,7 +327,7 @@ def test_a_registered_score_can_be_used_everywhere(scores_restored):
     chosen = select_experts(profile, score="mean_weight", top_k=1)
     assert chosen["layers.0"] == (1,)
     assert chosen.coverage(profile, "mean_weight")["layers.0"] == pytest.approx(0.8 / 1.1)
-    assert known_scores() == ("count", "mass", "mean_weight")
+    assert known_scores() == ("count", "mass", "esft_gate", "esft_token", "mean_weight")
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_a_score_must_give_one_finite_number_an_expert(scores_restored, values):
 def test_a_score_needs_a_name_and_a_function(scores_restored, name, function):
     with pytest.raises(SieveError, match=r"received .*expected"):
         register_score(name, function)
-    assert known_scores() == ("count", "mass")
+    assert known_scores() == ("count", "mass", "esft_gate", "esft_token")
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -364,12 +364,18 @@ WRONG_OPTIONS = [
         ({"top_k": value}, rf"top_k={re.escape(repr(value))}, expected a whole number of at least 1 or None: set it")
         for value in (0, -3, 2.0, float("nan"), True, "2", [2])
     ],
-    ({"strategy": "gredy"}, "strategy='gredy', expected one of 'uniform', 'greedy', 'coverage', 'random': .*'greedy'"),
+    (
+        {"strategy": "gredy"},
+        "strategy='gredy', expected one of 'uniform', 'greedy', 'coverage', 'cumulative', 'random': .*'greedy'",
+    ),
     ({"strategy": "Uniform"}, "did you mean 'uniform'"),
     ({"strategy": "zzz"}, "strategy='zzz', expected one of .*: choose one of them"),
     ({"strategy": None}, "strategy=None, expected one of"),
     ({"strategy": ["greedy"]}, "expected one of"),
-    ({"score": "counts"}, "score='counts', expected one of 'count', 'mass': did you mean 'count'"),
+    (
+        {"score": "counts"},
+        "score='counts', expected one of 'count', 'mass', 'esft_gate', 'esft_token': did you mean 'count'",
+    ),
     ({"score": 3}, "score=3, expected one of"),
 ]
 DEFAULTS = {"top_k_frac": 0.25, "top_k": None, "strategy": "uniform", "score": "count", "coverage": 0.6}
@@ -388,9 +394,9 @@ def test_wrong_options_are_refused_with_and_without_a_profile(options, message):
 
 def test_good_options_are_accepted():
     assert validate_selection_options(**DEFAULTS) is None
-    for strategy in known_strategies():
+    for strategy in STRATEGIES:
         validate_selection_options(np.float32(0.5), np.int64(3), strategy, "mass", 1)
-    assert known_strategies() == STRATEGIES
+    assert set(known_strategies()) == {*STRATEGIES, "cumulative"}
     profile = profile_of([1, 2, 3, 4])
     assert select_experts(profile, top_k=np.int64(2), top_k_frac=np.float32(1))["layers.0"] == (2, 3)
 

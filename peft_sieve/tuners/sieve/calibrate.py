@@ -34,6 +34,7 @@ def calibrate(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer])
         "score": config.score,
         "coverage": config.coverage,
         "seed": config.calib_seed,
+        "top_p": config.top_p,
     }
     calibration = on_every_rank(lambda: _read(config, model))
     stability: dict[str, float] | None = None
@@ -60,6 +61,8 @@ def calibrate(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer])
         "coverage": {path: round(coverage[path], 4) for path in config.selected_experts},
         "peft_sieve_version": package_version(),
     }
+    if config.top_p is not None:
+        config.calibration["top_p"] = config.top_p
     if stability is not None:
         config.calibration["stability"] = {path: round(stability[path], 4) for path in config.selected_experts}
         config.calibration["stability_threshold"] = config.calib_stability

@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME
 from ...errors import SieveError
 from ...files import replaced_when_done
 from ...moe.families import PROJECTIONS
-from ...routing.selection import validate_selection_options
+from ...routing.selection import check_share, validate_selection_options
 from ...routing.until_stable import check_stability
 
 # Held by the object, never by a dataclass field: PEFT serialises with `dataclasses.asdict`, which deep-copies fields.
@@ -57,15 +57,22 @@ class SieveLoraConfig(LoraConfig):
         top_k_frac: share of each layer's routed experts to adapt, in (0, 1]; `max(1, round(top_k_frac * num_experts))`.
         top_k: the same as a count; wins over `top_k_frac`.
         strategy: "uniform", "greedy" (same total budget, largest coverage gain first, Appendix C), "coverage" (fewest
-            experts per layer that reach `coverage`) or "random" (control).
-        score: "count" (tokens routed) or "mass" (summed gate weight).
+            experts per layer that reach `coverage`), "cumulative" (highest scores of each layer until their sum reaches
+            `top_p`; ESFT, arXiv 2407.01906) or "random" (control).
+        score: "count" (tokens routed), "mass" (summed gate weight), "esft_gate" or "esft_token" (the same as averages
+            over samples).
         coverage: target of the "coverage" strategy, in (0, 1].
+        top_p: target of the "cumulative" strategy, in (0, 1]; None is 0.1 for "esft_gate" and 0.2 for "esft_token".
         expert_projections: which of "gate_proj", "up_proj", "down_proj" get an adapter; None is all.
         train_attention: adapt the attention, which every token passes. `target_modules`, if given, replaces this and
             the next two for linear layers (a router whose weight is a bare parameter, as in most models of
             transformers 5, still follows `train_router`).
         train_router: adapt the router.
         train_shared_experts: adapt the shared experts.
+        expert_tuning: "lora", or "full": the selected experts' own weights are trained, as a difference to the base's
+            that has their shape and begins at zero; r, alpha and dropout do not apply to them (ESFT, arXiv 2407.01906).
+        hellori_density: HELLoRI (arXiv 2605.18795): A of the experts' adapters is frozen, and of B only this share, in
+            (0, 1], drawn with `hellori_seed`, is trained, the rest being zero. None trains all of both.
         calib_dataset: what to profile the routing on: Hub id or local file, `datasets.Dataset`, list of strings or
             dicts (`text`, `messages`, `prompt` + `completion`, `input_ids`), or model-ready batches. Runtime only.
         calib_tokenizer: tokenizer, or a name or path of one; None takes the one saved with the model. Runtime only.
@@ -92,15 +99,21 @@ class SieveLoraConfig(LoraConfig):
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of every adapter."})
     top_k_frac: float = field(default=0.25, metadata={"help": "Share of each layer's routed experts to adapt."})
     top_k: int | None = field(default=None, metadata={"help": "Experts to adapt per layer; wins over top_k_frac."})
-    strategy: str = field(default="uniform", metadata={"help": "uniform, greedy, coverage or random."})
-    score: str = field(default="count", metadata={"help": "count (tokens routed) or mass (summed gate weight)."})
+    strategy: str = field(default="uniform", metadata={"help": "uniform, greedy, coverage, cumulative or random."})
+    score: str = field(default="count", metadata={"help": "count, mass, esft_gate or esft_token."})
     coverage: float = field(default=0.6, metadata={"help": "Target of the coverage strategy."})
+    top_p: float | None = field(default=None, metadata={"help": "Target of the cumulative strategy."})
     expert_projections: list[str] | None = field(
         default=None, metadata={"help": "Which of gate_proj, up_proj, down_proj get an adapter; None is all."}
     )
     train_attention: bool = field(default=True, metadata={"help": "Adapt the attention projections."})
     train_router: bool = field(default=True, metadata={"help": "Adapt the router."})
     train_shared_experts: bool = field(default=True, metadata={"help": "Adapt the shared experts."})
+    expert_tuning: str = field(default="lora", metadata={"help": "lora, or full for the experts' own weights."})
+    hellori_density: float | None = field(
+        default=None, metadata={"help": "Train this share of the expert adapters' B, and nothing of their A (HELLoRI)."}
+    )
+    hellori_seed: int = field(default=0, metadata={"help": "Seed of the share that hellori_density trains."})
     calib_split: str = field(default="train", metadata={"help": "Split of the calibration data set."})
     calib_samples: int = field(default=512, metadata={"help": "Samples to profile at most."})
     calib_max_length: int = field(default=2048, metadata={"help": "Tokens per sample at most."})
@@ -126,7 +139,8 @@ class SieveLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType("SIEVE_LORA")
         vars(self).update(zip(RUNTIME_ONLY, (calib_dataset, calib_tokenizer, calib_formatting_func), strict=True))
-        validate_selection_options(self.top_k_frac, self.top_k, self.strategy, self.score, self.coverage)
+        validate_selection_options(self.top_k_frac, self.top_k, self.strategy, self.score, self.coverage, self.top_p)
+        self._check_expert_tuning()
         if self.calib_stability is not None:
             check_stability("calib_stability", self.calib_stability)
         self.expert_projections = _checked_projections(self.expert_projections)
@@ -171,6 +185,22 @@ class SieveLoraConfig(LoraConfig):
             if not fine or (whole and value < 1):
                 expected = "a positive whole number" if whole else "a number"
                 raise SieveError(f"{name}[{key!r}] is {_shown(value)}, expected {expected}: pass one")
+
+    def _check_expert_tuning(self) -> None:
+        if self.expert_tuning not in ("lora", "full"):
+            raise SieveError(f"expert_tuning is {_shown(self.expert_tuning)}, expected 'lora' or 'full': pass one")
+        if isinstance(self.hellori_seed, bool) or not isinstance(self.hellori_seed, int):
+            raise SieveError(
+                f"hellori_seed is {_shown(self.hellori_seed)}, expected a whole number: pass one such as 0"
+            )
+        if self.hellori_density is None:
+            return
+        check_share("hellori_density", self.hellori_density, "the share of B to train, such as 0.1, or to None")
+        if self.expert_tuning == "full":
+            raise SieveError(
+                "hellori_density was given with expert_tuning='full', expected 'lora', since it is a share of a "
+                "factor that full tuning has not: leave one of them out"
+            )
 
     # The data set, the tokenizer and the function stay with the object, are shared by its copies, and go no further.
 

@@ -24,6 +24,7 @@ from ...moe.grouped import Groups
 from ...moe.scratch import scratch
 from ...moe.stacks import ExpertStacks
 from ...moe.workers import for_each
+from .full_delta import FullDelta
 from .low_rank import LowRank
 
 
@@ -41,8 +42,8 @@ class ExpertPlan:
 
     chunks: Sequence[Chunk]
     stacks_again: Callable[[], AbstractContextManager[ExpertStacks]]
-    first_adapters: Sequence[LowRank] = field(default_factory=list)
-    down_adapters: Sequence[LowRank] = field(default_factory=list)
+    first_adapters: Sequence[LowRank | FullDelta] = field(default_factory=list)
+    down_adapters: Sequence[LowRank | FullDelta] = field(default_factory=list)
     keep: bool = True
 
     def __post_init__(self) -> None:
@@ -53,7 +54,7 @@ class ExpertPlan:
         """How many tensors the forward of a chunk leaves for its backward."""
         return 1 + len(self.first_adapters) + len(self.down_adapters) + (stacks.post_norm is not None)
 
-    def _groups(self, adapters: Sequence[LowRank]) -> list[list[tuple[LowRank, Groups]]]:
+    def _groups(self, adapters: Sequence[LowRank | FullDelta]) -> list[list[tuple[LowRank | FullDelta, Groups]]]:
         """For each chunk, the adapters and their ranges in it; made once, since ranges remember what they dropped."""
         return [
             [(adapter, chunk.groups.select(adapter.slots, adapter.ids)) for adapter in adapters]

@@ -16,13 +16,15 @@ class AdapterPlan:
 
     Attributes:
         experts: ascending ids of the adapted experts; position in here is the expert's slot.
-        ranks: projection -> rank.
+        ranks: projection -> rank; its output width if the experts are fully tuned.
         relative_scaling: projection -> its scaling as a multiple of the layer's.
+        full: whether the experts get differences of full size in place of low-rank factors.
     """
 
     experts: tuple[int, ...]
     ranks: dict[str, int]
     relative_scaling: dict[str, float]
+    full: bool = False
 
 
 class ExpertFactors(nn.Module):
@@ -31,11 +33,23 @@ class ExpertFactors(nn.Module):
     `weight` has shape (slots, rank, features): `features` is the input width for A and the output width for B, and the
     ranks of several projections (gate, then up) lie one after the other. Both factors keep the wide axis last, so the
     grouped products take them as they are.
+
+    `kept`, if there is one, says which entries are used and trained; the others count as zero.
     """
+
+    kept: torch.Tensor | None
 
     def __init__(self, num_slots: int, rank: int, features: int, device: torch.device | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_slots, rank, features, device=device))
+        self.register_buffer("kept", None, persistent=False)
+
+    def used(self) -> torch.Tensor:
+        """The weight, zero where it is not kept; so is its gradient."""
+        if self.kept is None:
+            return self.weight
+        self.kept = self.kept.to(self.weight.device)
+        return self.weight * self.kept
 
     def allocate(self, device: torch.device) -> None:
         """Give factors made on the meta device memory, without values."""
@@ -44,6 +58,13 @@ class ExpertFactors(nn.Module):
 
     def extra_repr(self) -> str:
         return "slots={}, rank={}, features={}".format(*self.weight.shape)
+
+
+class ExpertDeltas(ExpertFactors):
+    """Differences to the weights of all adapted experts of a layer, for the projections that share an input.
+
+    `weight` has shape (slots, out, in): the outputs of several projections (gate, then up) lie one after the other.
+    """
 
 
 class ExpertSlots(nn.Module):

@@ -19,6 +19,7 @@ from ...moe.families import FusedExperts
 from ...moe.placement import onloaded
 from ...moe.stacks import ExpertStacks
 from .expert_function import ExpertFunction, ExpertPlan
+from .full_delta import FullDelta
 from .layer import INPUT_PROJECTIONS, SieveExpertLayer
 from .low_rank import LowRank, Part
 from .mixed import each_adapter
@@ -91,7 +92,8 @@ class FusedSieveExperts(SieveExpertLayer):
         adapters: list[str],
     ) -> torch.Tensor:
         factors: list[torch.Tensor] = []
-        first_adapters, down_adapters = [], []
+        first_adapters: list[LowRank | FullDelta] = []
+        down_adapters: list[LowRank | FullDelta] = []
         for name in adapters:
             first_adapters += self._low_rank(name, "lora_gate_up", INPUT_PROJECTIONS, stacks.columns, factors)
             down_adapters += self._low_rank(name, "lora_down", ("down_proj",), stacks.columns, factors)
@@ -120,12 +122,13 @@ class FusedSieveExperts(SieveExpertLayer):
         group: tuple[str, ...],
         columns: Mapping[str, slice],
         factors: list[torch.Tensor],
-    ) -> list[LowRank]:
-        """One adapter's share in one product, its factors added to `factors`; none if it adapts no projection there."""
-        if adapter_name not in getattr(self, f"{name}_A"):
-            return []
+    ) -> list[LowRank | FullDelta]:
+        """One adapter's share in one product, its tensors added to `factors`; none if it adapts no projection there."""
         plan = self.plans[adapter_name]
-        factors += [getattr(self, f"{name}_{side}")[adapter_name].weight for side in "AB"]
+        held = [getattr(self, f"{name}_{kind}") for kind in (["delta"] if plan.full else "AB")]
+        if adapter_name not in held[0]:
+            return []
+        factors += [modules[adapter_name].used() for modules in held]
         parts, start = [], 0
         for projection in group:
             if projection in plan.ranks:
@@ -133,9 +136,12 @@ class FusedSieveExperts(SieveExpertLayer):
                 scaling = self.scaling[adapter_name] * plan.relative_scaling[projection]
                 parts.append(Part(ranks, columns[projection], scaling))
                 start = ranks.stop
+        slots = {expert: slot for slot, expert in enumerate(plan.experts)}
+        if plan.full:
+            return [FullDelta(slots, self.slots_module(adapter_name).ids, parts, len(factors) - 1)]
         return [
             LowRank(
-                slots={expert: slot for slot, expert in enumerate(plan.experts)},
+                slots=slots,
                 ids=self.slots_module(adapter_name).ids,
                 parts=parts,
                 dropout=_drawn(self.lora_dropout[adapter_name]),

@@ -17,7 +17,8 @@ from ...moe.placement import execution_device, first_tensor, is_offloaded, onloa
 from ...moe.quantised import quantisation_of
 from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
-from .factors import AdapterPlan, ExpertFactors, ExpertSlots, initialize, slots_of
+from .factors import AdapterPlan, ExpertDeltas, ExpertFactors, ExpertSlots, initialize, slots_of
+from .hellori import random_share
 from .targets import adapted_projections, by_pattern
 
 # The projections that read the layer's input share one packed A; down_proj has its own.
@@ -32,12 +33,16 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         layer: its description.
 
     Per adapter it holds `lora_gate_up_A`, `lora_gate_up_B`, `lora_down_A`, `lora_down_B` (`ExpertFactors`, only those
-    of the adapted projections) and `lora_experts` (`ExpertSlots`).
+    of the adapted projections) and `lora_experts` (`ExpertSlots`); one that tunes the experts fully holds
+    `lora_gate_up_delta` and `lora_down_delta` (`ExpertDeltas`) in place of the factors.
     """
 
     # Whether `forward` is what the model calls, and takes `adapter_names`, one for each token.
     supports_mixed_batches = False
-    adapter_layer_names = ("lora_gate_up_A", "lora_gate_up_B", "lora_down_A", "lora_down_B")
+    adapter_layer_names = (
+        *("lora_gate_up_A", "lora_gate_up_B", "lora_down_A", "lora_down_B"),
+        *("lora_gate_up_delta", "lora_down_delta"),
+    )
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_experts", "plans")
 
     def __init__(self, base_layer: nn.Module, layer: MoELayer) -> None:
@@ -87,13 +92,18 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         self.r[adapter_name] = config.r
         self.lora_alpha[adapter_name] = config.lora_alpha
         self.scaling[adapter_name] = scaling
+        if config.expert_tuning == "full":
+            self._plan_full(adapter_name)
         self.use_rslora[adapter_name] = config.use_rslora
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_experts[adapter_name] = ExpertSlots(self.shape.num_experts, experts)
         # Filled where they are used: those of a large model take a while on the CPU.
         device = torch.device("meta") if without_values else execution_device(self.get_base_layer())
         for name, group in (("lora_gate_up", INPUT_PROJECTIONS), ("lora_down", ("down_proj",))):
-            self._add_factors(adapter_name, name, group, config.init_lora_weights, device)
+            add = self._add_deltas if self.plans[adapter_name].full else self._add_factors
+            add(adapter_name, name, group, config.init_lora_weights, device)
+        if config.hellori_density is not None:
+            self._train_a_share(adapter_name, config.hellori_density, config.hellori_seed)
         self._unverified.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         dtype = first_tensor(self.get_base_layer()).dtype
@@ -117,6 +127,44 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             initialize(factor_a, factor_b, ranks, init)
         getattr(self, f"{name}_A")[adapter_name] = factor_a
         getattr(self, f"{name}_B")[adapter_name] = factor_b
+
+    def _plan_full(self, adapter_name: str) -> None:
+        """As planned, but with differences of full size, which neither rank nor alpha scales."""
+        plan = self.plans[adapter_name]
+        widths = {projection: self.shape.projections[projection][1] for projection in plan.ranks}
+        self.plans[adapter_name] = AdapterPlan(plan.experts, widths, dict.fromkeys(widths, 1.0), full=True)
+        # So that `set_scale` is a factor on the difference.
+        self.r[adapter_name], self.lora_alpha[adapter_name] = 1, 1
+        self.scaling[adapter_name], self.use_rslora[adapter_name] = 1.0, False
+
+    def _add_deltas(
+        self, adapter_name: str, name: str, group: Sequence[str], init: bool | str, device: torch.device
+    ) -> None:
+        plan = self.plans[adapter_name]
+        found = [projection for projection in group if projection in plan.ranks]
+        if not found:
+            return
+        in_features = self.shape.projections[found[0]][0]
+        deltas = ExpertDeltas(len(plan.experts), sum(plan.ranks[p] for p in found), in_features, device)
+        if not deltas.weight.is_meta:
+            bound = 1 / math.sqrt(in_features) if init is False else 0.0
+            nn.init.uniform_(deltas.weight.data, -bound, bound) if bound else nn.init.zeros_(deltas.weight.data)
+        getattr(self, f"{name}_delta")[adapter_name] = deltas
+
+    def _train_a_share(self, adapter_name: str, density: float, seed: int) -> None:
+        """HELLoRI: all of A is frozen, and all of B but a share (`random_share`)."""
+        experts = self.plans[adapter_name].experts
+        for name in ("lora_gate_up", "lora_down"):
+            if adapter_name in getattr(self, f"{name}_B"):
+                factor = getattr(self, f"{name}_B")[adapter_name]
+                shape = factor.weight.shape[1], factor.weight.shape[2]
+                factor.kept = random_share(experts, shape, density, seed=seed, name=f"{self.path}.{name}_B")
+                if not factor.weight.is_meta:
+                    factor.weight.data.mul_(factor.kept.to(factor.weight.device))
+        # A new mapping: PEFT's is one for all layers.
+        self.frozen_peft_weight_names = self.frozen_peft_weight_names | {
+            adapter_name: ("lora_gate_up_A", "lora_down_A")
+        }
 
     def allocate(self, adapter_name: str) -> None:
         """Give memory to the factors of an adapter that was added without values."""
@@ -174,16 +222,29 @@ class SieveExpertLayer(nn.Module, LoraLayer):
     def factors(self, adapter_name: str, projection: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """One projection's factors: A (slots, rank, in), B (slots, rank, out) and the scaling; None if not adapted."""
         plan = self.plans[adapter_name]
-        if projection not in plan.ranks:
+        if projection not in plan.ranks or plan.full:
             return None
+        name, rows = self._packed(adapter_name, projection)
+        scaling = self.scaling[adapter_name] * plan.relative_scaling[projection]
+        a, b = (getattr(self, f"{name}_{side}")[adapter_name].used()[:, rows] for side in "AB")
+        return a, b, scaling
+
+    def full_delta(self, adapter_name: str, projection: str) -> tuple[torch.Tensor, float] | None:
+        """One projection's difference of full size, (slots, out, in), and the scaling; None if it has none."""
+        plan = self.plans[adapter_name]
+        if projection not in plan.ranks or not plan.full:
+            return None
+        name, rows = self._packed(adapter_name, projection)
+        return getattr(self, f"{name}_delta")[adapter_name].weight[:, rows], self.scaling[adapter_name]
+
+    def _packed(self, adapter_name: str, projection: str) -> tuple[str, slice]:
+        """Which group of packed tensors holds a projection, and where."""
+        ranks = self.plans[adapter_name].ranks
         group, name = (
             (("down_proj",), "lora_down") if projection == "down_proj" else (INPUT_PROJECTIONS, "lora_gate_up")
         )
-        start = sum(plan.ranks.get(p, 0) for p in group[: group.index(projection)])
-        rows = slice(start, start + plan.ranks[projection])
-        scaling = self.scaling[adapter_name] * plan.relative_scaling[projection]
-        a, b = (getattr(self, f"{name}_{side}")[adapter_name].weight[:, rows] for side in "AB")
-        return a, b, scaling
+        start = sum(ranks.get(p, 0) for p in group[: group.index(projection)])
+        return name, slice(start, start + ranks[projection])
 
     def with_deltas(self, projection: str, expert: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """What one projection of one expert gives with the active adapters.
@@ -197,11 +258,16 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         """
         for name in self.applied_adapters():
             slots = self.plans[name].experts
-            factors = self.factors(name, projection)
-            if factors is None or expert not in slots:
+            factors, full = self.factors(name, projection), self.full_delta(name, projection)
+            if (factors is None and full is None) or expert not in slots:
                 continue
-            a, b, scaling = factors
             slot = slots.index(expert)
+            if full is not None:
+                delta, scaling = full
+                output = output + scaling * (x.to(output) @ delta[slot].to(output).T)
+                continue
+            assert factors is not None
+            a, b, scaling = factors
             # In the type of the output, under autocast the lower one, and where that is.
             inner = self.lora_dropout[name](x).to(output) @ a[slot].to(output).T  # (rows, rank)
             output = output + scaling * (inner @ b[slot].to(output))
@@ -215,10 +281,14 @@ class SieveExpertLayer(nn.Module, LoraLayer):
 
     def get_delta_weight(self, adapter_name: str, projection: str, expert: int) -> torch.Tensor:
         """What the adapter adds to one projection of one adapted expert: (out, in), in float32 or wider."""
+        slot = self.plans[adapter_name].experts.index(expert)
+        full = self.full_delta(adapter_name, projection)
+        if full is not None:
+            weight, scaling = full
+            return scaling * weight[slot].detach().to(torch.promote_types(weight.dtype, torch.float32))
         factors = self.factors(adapter_name, projection)
         assert factors is not None
         a, b, scaling = factors
-        slot = self.plans[adapter_name].experts.index(expert)
         dtype = torch.promote_types(a.dtype, torch.float32)
         return scaling * (b[slot].detach().to(dtype).T @ a[slot].detach().to(dtype))
 

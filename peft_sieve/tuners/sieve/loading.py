@@ -156,6 +156,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
     for path, layer in sieve_layers(model):
         if adapter_name in layer.plans:
             _check_slots(given.get(path + SLOTS_KEY), path, layer, adapter_name)
+            _check_kept(given, path, layer, adapter_name)
         elif path + SLOTS_KEY in given:
             raise SieveError(
                 f"the weights hold experts of {path}, and adapter '{adapter_name}' selects none there, expected the "
@@ -191,6 +192,13 @@ def check_hotswap(
     Raises:
         SieveError: and nothing was swapped.
     """
+    configs: Any = model.peft_config
+    held = configs[adapter_name]
+    if any(c.expert_tuning != "lora" or c.hellori_density is not None for c in (config, held)):
+        raise SieveError(
+            "one of the adapters to swap has expert_tuning='full' or a hellori_density, expected low-rank factors that "
+            "are trained whole, since only those are swapped: use load_adapter and set_adapter instead"
+        )
     if config.rank_pattern or config.alpha_pattern:
         raise SieveError(
             "the adapter to swap in has a rank_pattern or an alpha_pattern, expected one rank and one alpha, since "
@@ -220,6 +228,20 @@ def _check_slots(slots: torch.Tensor | None, path: str, layer: SieveExpertLayer,
             f"'{adapter_name}' selects {expected} of {layer.shape.num_experts}, expected the same mask: resume with "
             "the configuration of the checkpoint (its adapter_config.json), or start a new run"
         )
+
+
+def _check_kept(given: Mapping[str, torch.Tensor], path: str, layer: SieveExpertLayer, adapter_name: str) -> None:
+    """What the adapter does not use of a factor must be zero in the weights (HELLoRI)."""
+    for name in layer.adapter_layer_names:
+        held, key = getattr(layer, name), f"{path}.{name}.weight"
+        kept = held[adapter_name].kept if adapter_name in held else None
+        if kept is None or key not in given or given[key].shape != kept.shape:
+            continue
+        if bool(given[key].cpu()[~kept.cpu()].any()):
+            raise SieveError(
+                f"the weights hold values in {key} outside the share that hellori_density and hellori_seed of adapter "
+                f"'{adapter_name}' leave, expected zeros there: load them under the configuration they were saved with"
+            )
 
 
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...] | None]]:

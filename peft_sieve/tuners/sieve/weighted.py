@@ -53,6 +53,7 @@ def weighted_config(
         rank_pattern={},
         alpha_pattern={},
         init_lora_weights=True,
+        hellori_density=None,
         selected_experts={path: sorted(ids) for path, ids in mask.items()},
         expert_projections=[p for p in PROJECTIONS if any(p in (c.expert_projections or PROJECTIONS) for c in chosen)],
         train_router=any(isinstance(module, ExactParamWrapper) for _, module in plain),
@@ -199,6 +200,11 @@ def _check(
 
 
 def _check_low_rank(name: str, config: SieveLoraConfig) -> None:
+    if config.expert_tuning != "lora":
+        raise SieveError(
+            f"adapter '{name}' has expert_tuning={config.expert_tuning!r}, expected only low-rank factors for a "
+            "weighted sum: activate the adapters at once with set_adapter instead"
+        )
     neutral: dict[str, Any] = {"modules_to_save": None, "trainable_token_indices": None, "bias": "none"}
     for field, value in neutral.items():
         given = getattr(config, field)
