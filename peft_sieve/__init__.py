@@ -22,23 +22,29 @@ from .routing.profiling import profile_routing  # noqa: E402
 from .routing.selection import ExpertSelection, register_score, select_experts  # noqa: E402
 from .routing.stability import selection_stability, subsample_stability  # noqa: E402
 from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
+from .tuners.lora_moe import LoraMoeConfig, LoraMoeModel  # noqa: E402
 from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
 from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
 
 if TYPE_CHECKING:
     from .interop.drift_callback import RoutingDriftCallback
+    from .interop.pruning_callback import ExpertPruningCallback
 
 registration.register("SIEVE_LORA", SieveLoraConfig, SieveLoraModel)
+registration.register("LORA_MOE", LoraMoeConfig, LoraMoeModel)
 registration.wrap_peft()
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterSummary",
+    "ExpertPruningCallback",
     "ExpertSelection",
     "ExpertsShape",
     "ExportedLora",
     "FusedExperts",
+    "LoraMoeConfig",
+    "LoraMoeModel",
     "MoEFamily",
     "ModuleExperts",
     "NarrowedLora",
@@ -71,4 +77,8 @@ def __getattr__(name: str) -> Any:
         from .interop.drift_callback import RoutingDriftCallback
 
         return RoutingDriftCallback
+    if name == "ExpertPruningCallback":
+        from .interop.pruning_callback import ExpertPruningCallback
+
+        return ExpertPruningCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

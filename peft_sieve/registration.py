@@ -24,7 +24,7 @@ from .files import replaced_when_done
 
 # Methods whose adapters belong to a mask of experts: what is wrapped below is wrapped for them.
 SIEVE_TYPES = ("SIEVE_LORA",)
-PEFT_TYPES = (*SIEVE_TYPES,)
+PEFT_TYPES = (*SIEVE_TYPES, "LORA_MOE")
 
 
 def add_peft_types() -> None:
@@ -52,8 +52,9 @@ def register(peft_type: str, config_cls: type, model_cls: type) -> None:
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[method] = config_cls
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[method] = model_cls
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[method] = model_cls.prefix  # type: ignore[attr-defined]
-    swap = peft.utils.hotswap
-    swap.CONFIG_KEYS_TO_CHECK[method] = swap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+    if peft_type in SIEVE_TYPES:
+        swap = peft.utils.hotswap
+        swap.CONFIG_KEYS_TO_CHECK[method] = swap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
 
 
 def wrap_peft() -> None:
