@@ -44,8 +44,8 @@ def refuse_several_processes() -> None:
     if world > 1:
         raise SieveError(
             f"LoRA experts are to be pruned under {world} processes, expected one, since their wrappers hold the "
-            "shapes before pruning: train up to the pruning in one process and go on from its checkpoint in several, or "
-            "set prune_step=None and prune_ratio=None"
+            "shapes before pruning: train up to the pruning in one process and go on from its checkpoint in several, "
+            "or set prune_step=None and prune_ratio=None"
         )
 
 

@@ -246,10 +246,7 @@ def test_bad_settings(bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (
-            lambda s: s.pop("base_model.model.model.layers.0.mlp.up_proj.lora_usage.experts"),
-            "hold no model.layers.0.mlp",
-        ),
+        (lambda s: s.pop("base_model.model.model.layers.0.mlp.up_proj.lora_usage.experts"), "hold no model.layers"),
         (lambda s: s.update({k: v[:-1] for k, v in s.items() if "lora_A" in k}), "with lora_A of shape"),
         (lambda s: s.update({k: v[:-1] for k, v in s.items() if k.endswith("usage.tokens")}), "of 3 with"),
         (lambda s: s.update({k: v + 1 for k, v in s.items() if k.endswith("usage.experts")}), "expected some of 4"),
