@@ -113,7 +113,7 @@ def test_the_balance_loss_spreads_the_tokens() -> None:
     layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
     model(**batch)
     with torch.no_grad():
-        layer.lora_router["default"].weight[2] += inputs[0].flatten(0, 1).mean(0)
+        layer.lora_router["default"].weight[2] += 20 * inputs[0].flatten(0, 1).mean(0)
     losses = []
     for _ in range(60):
         model(**batch)
