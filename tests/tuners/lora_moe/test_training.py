@@ -107,7 +107,7 @@ def test_the_balance_loss_spreads_the_tokens() -> None:
     model = adapted(std=0.5, top_k=1, target_modules=target, balance_loss_coef=1.0).train()
     (layer,) = layers_of(model).values()
     # One expert is everybody's favourite.
-    optimizer = optimizer_of(model, lr=3e-2)
+    optimizer = optimizer_of(model, lr=0.1)
     batch = padded_batch(model, batch=8)
     inputs: list[torch.Tensor] = []
     layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
