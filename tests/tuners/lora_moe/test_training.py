@@ -122,4 +122,4 @@ def test_the_balance_loss_spreads_the_tokens() -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[0] > 1.3 and losses[-1] < 1.05
+    assert losses[0] > 1.9 and losses[-1] < 1.2
