@@ -12,11 +12,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import Trainer
+from trl import DPOConfig, DPOTrainer
 
 from peft_sieve import ExpertPruningCallback, LoraMoeConfig, SieveError
 from tests.models import small_olmoe, small_tokenizer
-from tests.test_training import Recording, assert_same, copied, plain_trainer, sft_trainer
-from tests.trl.scripts import questions
+from tests.test_training import Recording, assert_same, copied, plain_trainer, settings, sft_trainer
+from tests.trl.scripts import preferences, questions
 from tests.tuners.lora_moe.models import layers_of
 
 LAST_STEP, PRUNE_STEP = 5, 3
@@ -40,20 +41,20 @@ def tokens() -> Dataset:
 
 
 def config_of(**changes: Any) -> LoraMoeConfig:
-    settings = {"r": 2, "num_experts": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    return LoraMoeConfig(**{**settings, "prune_step": PRUNE_STEP, "prune_threshold": 1.05, **changes})
+    common = {"r": 2, "num_experts": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    return LoraMoeConfig(**{**common, "prune_step": PRUNE_STEP, "prune_threshold": 1.05, **changes})
 
 
 def trainer_of(
-    kind: str, data: Dataset, folder: Path, callback: bool = True, changes: Any = None, seed: int = 0, **settings: Any
+    kind: str, data: Dataset, folder: Path, callback: bool = True, changes: Any = None, seed: int = 0, **others: Any
 ) -> Any:
-    settings = {"per_device_train_batch_size": 2, "max_steps": LAST_STEP, **settings}
+    others = {"per_device_train_batch_size": 2, "max_steps": LAST_STEP, **others}
     config = config_of(**(changes or {}))
     torch.manual_seed(seed)
     if kind == "sft":
-        trainer = sft_trainer(config, data, folder, **{"bf16": False, "gradient_checkpointing": False, **settings})
+        trainer = sft_trainer(config, data, folder, **{"bf16": False, "gradient_checkpointing": False, **others})
     else:
-        trainer = plain_trainer(get_peft_model(small_olmoe(), config), data, folder, **settings)
+        trainer = plain_trainer(get_peft_model(small_olmoe(), config), data, folder, **others)
     if callback:
         trainer.add_callback(ExpertPruningCallback(trainer))
     return trainer
@@ -103,6 +104,31 @@ def test_sft_without_the_callback_warns(tokens: Dataset, tmp_path: Path) -> None
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "the balance loss")
         trainer.train()
+
+
+def test_a_loss_made_outside_the_model(tmp_path: Path) -> None:
+    """DPO: it gets the balance loss of the trained forward, and the reference, the adapter off, counts nothing."""
+    losses, balance = {}, 0.0
+    for coef in (0.0, 2.0):
+        torch.manual_seed(0)
+        trainer = DPOTrainer(
+            small_olmoe(),
+            args=DPOConfig(**settings(tmp_path, max_steps=1, learning_rate=0.0, bf16=False, max_length=48)),
+            train_dataset=preferences(4),
+            processing_class=small_tokenizer(),
+            peft_config=config_of(balance_loss_coef=coef, lora_dropout=0.0, prune_step=1),
+        )
+        trainer.add_callback(ExpertPruningCallback(trainer))
+        forwards: list[torch.Tensor] = []
+        inner = trainer.model.get_base_model()
+        inner.register_forward_hook(lambda *_, t=trainer, f=forwards: f.append(t.model.auxiliary_loss().detach()))
+        trainer.train()
+        losses[coef] = trainer.state.log_history[0]["loss"]
+        balance = float(forwards[-1])
+    assert len(forwards) == 2  # the reference's and its own
+    assert balance > 2.0
+    assert losses[2.0] - losses[0.0] == pytest.approx(balance, abs=2e-3)
+    assert trainer.model.peft_config["default"].kept_experts is not None
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -125,6 +126,23 @@ def test_transformers_loads_it_by_itself(tmp_path: Path) -> None:
     plain = tiny_model("olmoe")
     plain.load_adapter(str(tmp_path))
     assert logits(plain).equal(want)
+
+
+def test_over_quantised_layers(tmp_path: Path) -> None:
+    def fresh() -> nn.Module:
+        model = dense_model()
+        for path, module in list(model.model.named_modules()):
+            if isinstance(module, nn.Linear):
+                small = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
+                small.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+                parent, _, name = path.rpartition(".")
+                setattr(model.model.get_submodule(parent), name, small.to("cpu"))
+        return model
+
+    model = trained(fresh())
+    assert len(layers_of(model)) == 14 and model.peft_config["default"].kept_experts is not None
+    model.save_pretrained(tmp_path)
+    assert logits(PeftModel.from_pretrained(fresh(), tmp_path)).equal(logits(model))
 
 
 def test_modules_to_save(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_sieve import LoraMoeConfig, SieveError
@@ -23,6 +23,7 @@ FACTORS = ("lora_A", "lora_B", "lora_router")
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2),
     "amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True, foreach=False),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
     "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
     "two groups": lambda p: torch.optim.AdamW([{"params": p[::2], "lr": 1e-2}, {"params": p[1::2], "lr": 2e-2}]),
 }
@@ -165,10 +166,15 @@ def test_only_the_adapter_in_training_is_pruned() -> None:
 
 
 def test_the_configuration_that_was_passed_stays_as_it_was() -> None:
+    """So that it can be used for another run."""
     config = LoraMoeConfig(**SMALL, prune_step=1)
     for _ in range(2):
-        model = adapted(dense_model(), **{**SMALL, "prune_step": 1})
-        assert model.peft_config["default"].kept_experts is None
+        model = get_peft_model(dense_model(), config).train()
+        assert all(len(layer.plans["default"].experts) == 4 for layer in layers_of(model).values())
+        optimizer = optimizer_of(model)
+        step(model, optimizer, padded_batch(model))
+        assert model.update_and_prune(1, optimizer)
+        assert model.peft_config["default"].kept_experts is not None
     assert config.kept_experts is None and config.target_modules is None
 
 
