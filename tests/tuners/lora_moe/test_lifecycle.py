@@ -142,7 +142,9 @@ def test_over_quantised_layers(tmp_path: Path) -> None:
     model = trained(fresh())
     assert len(layers_of(model)) == 14 and model.peft_config["default"].kept_experts is not None
     model.save_pretrained(tmp_path)
-    assert logits(PeftModel.from_pretrained(fresh(), tmp_path)).equal(logits(model))
+    loaded = PeftModel.from_pretrained(fresh(), tmp_path, is_trainable=True).train()
+    batch = token_batch(model)  # with gradients: without, kernels for the CPU want layers in multiples of 64
+    assert loaded(**batch).logits.equal(model(**batch).logits)
 
 
 def test_modules_to_save(tmp_path: Path) -> None:
