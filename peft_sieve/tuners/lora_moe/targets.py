@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ...errors import SieveError
 from ...moe.families import family_of
 from ...moe.linear import is_linear
-from ...moe.topology import base_modules, find_moe_layers
+from ...moe.topology import base_modules, find_moe_layers, read_weights
 from .config import LoraMoeConfig
 
 
@@ -56,22 +56,29 @@ def resolve_targets(config: LoraMoeConfig, model: nn.Module) -> None:
 
 
 def _all_linears(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
-    """All linear layers but the output layer, routers, and what is inside routed experts."""
+    """All linear layers that are called and learn, but the output layer, routers, and what is inside routed experts."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    left_out: list[str] = [path for path, module in modules.items() if module is output]
-    if any(family_of(module) is not None for module in modules.values()):
-        for layer in find_moe_layers(model):
-            left_out += [layer.experts_path, *(router.path for router in layer.routers)]
-            # Of the block, the shared experts alone: a gate with one output routes, too.
-            block = layer.path.rpartition(".")[0]
-            left_out += [
-                path
-                for path, module in modules.items()
-                if path.startswith(f"{block}.") and is_linear(module) and path not in layer.shared_linears
-            ]
+    left_out = {path for path, module in modules.items() if module is output}
+    is_moe = any(family_of(module) is not None for module in modules.values())
+    layers = find_moe_layers(model) if is_moe else []
+    # In a layer whose weight is read instead of being called an adapter would not be seen.
+    left_out |= set(read_weights(model, layers))
+    for layer in layers:
+        left_out |= {layer.experts_path, *(router.path for router in layer.routers)}
+        block = layer.path.rpartition(".")[0]
+        # Of one output: the gate of a shared expert, which is a router, too.
+        left_out |= {
+            path
+            for path, module in modules.items()
+            if path.startswith(f"{block}.") and is_linear(module) and getattr(module, "out_features", None) == 1
+        }
     inside = tuple(f"{path}." for path in left_out)
     return {
         path
         for path, module in modules.items()
-        if is_linear(module) and path not in left_out and not path.startswith(inside)
+        if is_linear(module)
+        and path not in left_out
+        and not path.startswith(inside)
+        # An indexer picks keys without gradients: an adapter in it would never learn.
+        and "indexer" not in path.split(".")
     }

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_sieve import LoraMoeConfig, SieveError
-from tests.models import randomize_adapters, tiny_model, token_batch
+from tests.models import CONFIGS, randomize_adapters, tiny_model, token_batch
 from tests.tuners.lora_moe.models import SMALL, adapted, dense_model, layers_of, optimizer_of, padded_batch
 
 
@@ -71,6 +71,22 @@ def test_the_default_takes_attention_and_shared_experts_and_no_router() -> None:
     }
     left = layers_of(adapted("dense", exclude_modules=["q_proj", "mlp.up_proj"]))
     assert len(left) == 10 and not any(path.endswith(("q_proj", "up_proj")) for path in left)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_architectures(name: str, tmp_path: Path) -> None:
+    """With the default targets every factor and router learns; pruned, saved and loaded."""
+    model = adapted(tiny_model(name), std=0.1, prune_step=1, prune_threshold=1.1).train()
+    paths = layers_of(model)
+    assert not [p for p in paths if p.endswith((".gate", ".router", "lm_head")) or ".experts." in p or "mixer.in" in p]
+    optimizer = optimizer_of(model)
+    model(**padded_batch(model)).loss.backward()
+    still = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not still
+    optimizer.step()
+    assert model.update_and_prune(1, optimizer)
+    model.save_pretrained(tmp_path)
+    assert logits(PeftModel.from_pretrained(tiny_model(name), tmp_path)).equal(logits(model))
 
 
 def test_a_new_adapter_changes_nothing() -> None:
