@@ -66,8 +66,8 @@ class ExpertPruningCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prune, if the step has come: before the Trainer saves what it has after this step."""
-        model = self._model()
-        update_and_prune(model, model.peft_config, state.global_step, self.trainer.optimizer, state.max_steps)  # type: ignore[arg-type]
+        model: Any = self._model()
+        update_and_prune(model, model.peft_config, state.global_step, self.trainer.optimizer, state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the trainer its method back."""

@@ -120,9 +120,15 @@ class RoutingRecord:
         Per layer it is `experts * sum(share of the selections * mean probability)` over the experts, which is 1 when
         all are used alike; these are averaged (Switch Transformers, arXiv 2101.03961, eq. 4).
         """
+        coefs = [s.layer.plans[s.adapter_name].balance_loss_coef for s in seen]
+        if any(coef and not s.probabilities.requires_grad for coef, s in zip(coefs, seen, strict=True)):
+            raise SieveError(
+                "the routers of the LoRA experts run without gradients in training, expected gradients for the balance "
+                "loss: call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False}), or "
+                "set balance_loss_coef=0"
+            )
         losses = []
-        for s in seen:
-            plan = s.layer.plans[s.adapter_name]
+        for coef, s in zip(coefs, seen, strict=True):
             tokens, experts = s.probabilities.shape
             top_k = s.expert_ids.shape[-1]
             real = self._mask
@@ -132,19 +138,13 @@ class RoutingRecord:
             flat = s.expert_ids.flatten()
             counts = flat.new_zeros(experts).scatter_add_(0, flat, real.repeat_interleave(top_k).to(flat.dtype))
             s.layer.usage(s.adapter_name).tokens.add_(counts)
-            if not plan.balance_loss_coef:
+            if not coef:
                 continue
-            if not s.probabilities.requires_grad:
-                raise SieveError(
-                    "the routers of the LoRA experts run without gradients in training, expected gradients for the "
-                    "balance loss: call gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': "
-                    "False}), or set balance_loss_coef=0"
-                )
             with torch.autocast(s.probabilities.device.type, enabled=False):
                 weights = real.to(s.probabilities.dtype)
                 mean = weights @ s.probabilities / weights.sum().clamp(min=1)  # (experts,)
                 shares = counts.to(mean.dtype) / counts.sum().clamp(min=1)
-                losses.append(plan.balance_loss_coef * experts * (shares * mean).sum())
+                losses.append(coef * experts * (shares * mean).sum())
         if not losses:
             return None
         return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
