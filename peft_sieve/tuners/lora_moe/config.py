@@ -37,7 +37,7 @@ class LoraMoeConfig(PeftConfig):
         prune_step: number of optimizer steps after which the experts are pruned. Wins over `prune_ratio`.
         prune_ratio: the same as a share of all steps, in (0, 1), default 0.1. With None in both, nothing is pruned.
         prune_threshold: an expert stays if its share of the layer's routed tokens is at least `prune_threshold /
-            num_experts`, default 0.8. Two stay at least, the most used ones.
+            num_experts`, default 0.9. Two stay at least, the most used ones.
         kept_experts: path of a layer -> ids of the experts that it kept. Filled by pruning, and saved.
 
     Raises:
@@ -59,7 +59,7 @@ class LoraMoeConfig(PeftConfig):
     prune_step: int | None = field(default=None, metadata={"help": "Optimizer steps before pruning."})
     prune_ratio: float | None = field(default=0.1, metadata={"help": "Share of the steps before pruning."})
     prune_threshold: float = field(
-        default=0.8, metadata={"help": "An expert stays with this multiple of the uniform share of tokens."}
+        default=0.9, metadata={"help": "An expert stays with this multiple of the uniform share of tokens."}
     )
     kept_experts: dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Layer path -> ids of the experts kept by pruning."}
