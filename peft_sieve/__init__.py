@@ -22,26 +22,32 @@ from .routing.profiling import profile_routing  # noqa: E402
 from .routing.selection import ExpertSelection, register_score, select_experts  # noqa: E402
 from .routing.stability import selection_stability, subsample_stability  # noqa: E402
 from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
-from .tuners.perft import PerftConfig, PerftModel  # noqa: E402
 from .tuners.hellora import hellora_config, warm_up_profile  # noqa: E402
+from .tuners.lora_moe import LoraMoeConfig, LoraMoeModel  # noqa: E402
+from .tuners.perft import PerftConfig, PerftModel  # noqa: E402
 from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
 from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
 
 if TYPE_CHECKING:
     from .interop.drift_callback import RoutingDriftCallback
+    from .interop.pruning_callback import ExpertPruningCallback
 
 registration.register("SIEVE_LORA", SieveLoraConfig, SieveLoraModel)
 registration.register("PERFT", PerftConfig, PerftModel)
+registration.register("LORA_MOE", LoraMoeConfig, LoraMoeModel)
 registration.wrap_peft()
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterSummary",
+    "ExpertPruningCallback",
     "ExpertSelection",
     "ExpertsShape",
     "ExportedLora",
     "FusedExperts",
+    "LoraMoeConfig",
+    "LoraMoeModel",
     "MoEFamily",
     "ModuleExperts",
     "NarrowedLora",
@@ -78,4 +84,8 @@ def __getattr__(name: str) -> Any:
         from .interop.drift_callback import RoutingDriftCallback
 
         return RoutingDriftCallback
+    if name == "ExpertPruningCallback":
+        from .interop.pruning_callback import ExpertPruningCallback
+
+        return ExpertPruningCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

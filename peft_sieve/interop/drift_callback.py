@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from ..routing.profile_data import RoutingProfile
 from ..routing.profiling import unwrapped
 from ..routing.selection import ExpertSelection, check_score
 from ..tuners.sieve.layer import SieveExpertLayer
+from .trainer_methods import wrap_method
 
 _ADVICE = "train with per_device_train_batch_size=1, or leave RoutingDriftCallback out"
 # What the Trainer's own entry of a training log has, and those of evaluations and of the end do not.
@@ -73,19 +73,12 @@ class RoutingDriftCallback(TrainerCallback):
             )
         self._restore.close()
         self._counts = _TrainingCounts(self.trainer)
-        self._replace("compute_loss", self._counted)
-        self._replace("log", self._with_drift)
+        self._restore.callback(wrap_method(self.trainer, "compute_loss", self._counted))
+        self._restore.callback(wrap_method(self.trainer, "log", self._with_drift))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the Trainer its methods back."""
         self._restore.close()
-
-    def _replace(self, name: str, wrapper: Callable[..., Any]) -> None:
-        """Put `wrapper`, called with the method before the arguments, around a method of this trainer alone."""
-        method = getattr(self.trainer, name)
-        before = vars(self.trainer).get(name)
-        setattr(self.trainer, name, functools.wraps(method)(functools.partial(wrapper, method)))
-        self._restore.callback(_set_back, self.trainer, name, before)
 
     def _counted(self, compute_loss: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # The backward, with what checkpointing computes again, comes after this call.
@@ -215,10 +208,3 @@ def _backbone(model: nn.Module) -> nn.Module:
     backbone = getattr(model, "base_model", model)
     assert isinstance(backbone, nn.Module)
     return backbone
-
-
-def _set_back(trainer: Trainer, name: str, before: Any) -> None:
-    if before is None:
-        delattr(trainer, name)
-    else:
-        setattr(trainer, name, before)

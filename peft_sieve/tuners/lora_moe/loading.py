@@ -1,0 +1,78 @@
+"""Saved weights decide the shapes: a checkpoint from before or after pruning fits an adapter that is at another point.
+
+Trainer loads a checkpoint into an adapter that is there already, and PEFT then ignores the checkpoint's configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ...errors import SieveError
+from .config import LoraMoeConfig
+from .layer import LoraMoeLayer
+from .pruning import lora_moe_layers
+
+_USAGE = ".lora_usage."
+_PREFIX = "base_model.model."
+
+
+def fit_to_weights(
+    model: nn.Module, config: LoraMoeConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> None:
+    """Give an adapter the experts that the weights, which are to be loaded, belong to.
+
+    Args:
+        config: of the adapter; its `kept_experts` becomes that of the weights.
+        state_dict: checkpoint keys, without adapter names.
+
+    Raises:
+        SieveError: the weights belong to other layers, ranks or numbers of experts; nothing was changed.
+    """
+    given = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
+    layers = {
+        path.removeprefix(_PREFIX): layer for path, layer in lora_moe_layers(model) if adapter_name in layer.plans
+    }
+    foreign = sorted({key.partition(_USAGE)[0] for key in given if _USAGE in key} - set(layers))
+    if foreign:
+        raise SieveError(
+            f"the weights hold LoRA experts of {foreign[0]} ({len(foreign)} such layers), which adapter "
+            f"'{adapter_name}' does not target, expected the same layers: load them with the configuration they were "
+            "saved with"
+        )
+    found = {path: _checked(path, layer, adapter_name, given) for path, layer in layers.items()}
+    for path, (experts, pruned) in found.items():
+        plan = layers[path].plans[adapter_name]
+        if (list(plan.experts), plan.pruned) != (experts, pruned):
+            layers[path].reshape(adapter_name, experts, pruned)
+    pruned_now = any(pruned for _, pruned in found.values())
+    config.kept_experts = {path: experts for path, (experts, _) in found.items()} if pruned_now else None
+
+
+def _checked(
+    path: str, layer: LoraMoeLayer, adapter_name: str, given: Mapping[str, torch.Tensor]
+) -> tuple[list[int], bool]:
+    """Ids of the experts of one layer's weights, and whether they were pruned."""
+    plan = layer.plans[adapter_name]
+    names = ("lora_usage.experts", "lora_usage.pruned", "lora_usage.tokens")
+    factors = ("lora_A.weight", "lora_B.weight", "lora_router.weight")
+    for name in (*names, *factors):
+        if f"{path}.{name}" not in given:
+            raise SieveError(
+                f"the weights hold no {path}.{name}, expected it for adapter '{adapter_name}': load them with the "
+                "configuration they were saved with"
+            )
+    experts, pruned, tokens = (given[f"{path}.{name}"].tolist() for name in names)
+    sizes = [tuple(given[f"{path}.{name}"].shape) for name in factors]
+    width = len(experts) * plan.r
+    expected = [(width, layer.in_features), (layer.out_features, width), (len(experts), layer.in_features)]
+    inside = sorted(set(experts)) == experts and all(0 <= expert < plan.num_experts for expert in experts)
+    if len(tokens) != plan.num_experts or sizes != expected or not inside or pruned not in ([0], [1]):
+        raise SieveError(
+            f"the weights of {path} are experts {experts} of {len(tokens)} with lora_A of shape {sizes[0]}, "
+            f"expected some of {plan.num_experts} experts of rank {plan.r}: load them with the configuration they were "
+            "saved with"
+        )
+    return experts, pruned == [1]
