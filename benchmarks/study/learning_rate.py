@@ -2,6 +2,7 @@
 
     python -m benchmarks.study.learning_rate --data FOLDER
     python -m benchmarks.study.learning_rate --data FOLDER --condition hot_25   # would another one suit it better?
+    python -m benchmarks.study.learning_rate --data FOLDER --method epng        # of methods.py
 
 Nothing that the study evaluates on is read here, and the seed is none of the study's.
 """
@@ -20,12 +21,11 @@ from examples.quickstart import MODEL  # first: it chooses the CPU, one thread a
 from datasets import disable_progress_bars
 from transformers import AutoTokenizer
 
-from peft_sieve import profile_routing
-
 from .conditions import conditions
+from .methods import METHODS, run_method
+from .run import LoadedTask, run_condition
 from .settings import Settings
-from .tasks import TASKS, TaskData, load
-from .training import base_model, run
+from .tasks import TASKS, TaskData
 
 RATES = (2e-3, 5e-3, 1e-2)
 SEED = 1000
@@ -41,18 +41,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     names = list(conditions(Settings()))
-    parser.add_argument("--condition", choices=names, default="all", metavar="NAME", help=", ".join(names))
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--condition", choices=names, default="all", metavar="NAME", help=", ".join(names))
+    what.add_argument("--method", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other, nothing to act on
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     for task in TASKS.values():
-        data = left_out(load(task, args.data, tokenizer, Settings()), Settings().held_out)
-        profile = profile_routing(base_model(), data.calibration, tokenizer=tokenizer, progress=False)
         for rate in RATES:
-            settings = dataclasses.replace(Settings(), learning_rate=rate)
-            row = run(data, profile, conditions(settings)[args.condition], SEED, tokenizer, settings)
-            print(f"{task.name:12} {rate:g}   loss {row['loss']:.4f}   {row['seconds']} s", flush=True)
+            at = LoadedTask(task, args.data, dataclasses.replace(Settings(), learning_rate=rate), tokenizer)
+            at.data = left_out(at.data, at.settings.held_out)
+            if args.method:
+                row = run_method(dataclasses.replace(METHODS[args.method], learning_rate=rate), at, SEED)
+            else:
+                row = run_condition(conditions(at.settings)[args.condition], at, SEED)
+            what_ran = args.method or args.condition
+            print(f"{what_ran:12} {task.name:12} {rate:g}   loss {row['loss']:.4f}   {row['seconds']} s", flush=True)
 
 
 if __name__ == "__main__":

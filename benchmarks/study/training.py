@@ -86,6 +86,11 @@ def _with_adapters(settings: Settings, selected_experts: Mask) -> PeftModel:
     return get_peft_model(base_model(), config)
 
 
+def order_of_rows(data: TaskData, seed: int, settings: Settings) -> list[int]:
+    """The training rows that a run sees, batch after batch."""
+    return random.Random(f"{seed}:order").sample(range(len(data.train)), settings.steps * settings.batch_size)
+
+
 def train(
     model: PeftModel,
     data: TaskData,
@@ -105,9 +110,8 @@ def train(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.steps)
-    order = random.Random(f"{seed}:order").sample(range(len(data.train)), settings.steps * settings.batch_size)
     with selection.watching() if selection else nullcontext():
-        batches = data.train.select(order).iter(batch_size=settings.batch_size)
+        batches = data.train.select(order_of_rows(data, seed, settings)).iter(batch_size=settings.batch_size)
         for step, batch in enumerate(batches, start=1):
             inputs, in_completion = tokenized(tokenizer, batch)
             labels = inputs["input_ids"].masked_fill(~in_completion, -100)
