@@ -136,7 +136,7 @@ def main_table(finished: Sequence[Row], task: str, labels: Mapping[str, str]) ->
             _gain_kept(of_task, name),
         ]
         cells += _tested(compared[name]) if name in compared else ["", "", "", ""]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return lines
 
 
@@ -148,14 +148,14 @@ def questions_table(finished: Sequence[Row], tasks: Sequence[str], labels: Mappi
     for task in tasks:
         for comparison in compare(losses(finished, task), QUESTIONS).values():
             named = f"{labels[comparison.candidate]} minus {labels[comparison.reference]}"
-            lines.append(_line([TASKS[task].label, named, *_tested(comparison)]))
+            lines.append(line([TASKS[task].label, named, *_tested(comparison)]))
     return lines
 
 
 def number_table(finished: Sequence[Row], tasks: Sequence[str], labels: Mapping[str, str]) -> list[str]:
     """The hottest experts by their number: their share of the tokens, and of what all experts gain."""
     headings = [f"{TASKS[task].label}: {what}" for task in tasks for what in ("tokens", "gain kept")]
-    lines = [_line(["experts trained", *headings]), _line(["---"] * (1 + len(headings)))]
+    lines = [line(["experts trained", *headings]), line(["---"] * (1 + len(headings)))]
     for name in HOTTEST:
         cells = [labels[name]]
         for task in tasks:
@@ -163,7 +163,7 @@ def number_table(finished: Sequence[Row], tasks: Sequence[str], labels: Mapping[
             if runs:
                 cells += [f"{_mean(runs, 'coverage'):.0%}", _gain_kept(losses(finished, task), name)]
         if len(cells) > 1:
-            lines.append(_line(cells))
+            lines.append(line(cells))
     return lines
 
 
@@ -178,14 +178,14 @@ def untrained_table(finished: Sequence[Row], tasks: Sequence[str]) -> list[str]:
         none, full = ([row for row in of_task if row["condition"] == name] for name in (NO_EXPERT, REFERENCE))
         values = [_mean(of_task, "untrained_loss"), _mean(none, "loss"), _mean(full, "loss")]
         cells = [TASKS[task].label, *(f"{value:.3f}" for value in values), f"{_mean(full, 'whole'):.1%}"]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return lines
 
 
 def _tested(comparison: Comparison) -> list[str]:
     low, high = comparison.paired.confidence_interval
     interval = f"{comparison.paired.mean_difference:+.4f}, {low:+.4f} to {high:+.4f}"
-    return [interval, _p(comparison.p_value), _p(comparison.tost_p_value), comparison.verdict]
+    return [interval, p_value(comparison.p_value), p_value(comparison.tost_p_value), comparison.verdict]
 
 
 def _gain_kept(of_task: Mapping[str, Mapping[int, float]], name: str) -> str:
@@ -195,7 +195,7 @@ def _gain_kept(of_task: Mapping[str, Mapping[int, float]], name: str) -> str:
     return f"{(none - this) / (none - full):.0%}"
 
 
-def _p(value: float) -> str:
+def p_value(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -207,7 +207,7 @@ def _plain(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

@@ -44,12 +44,14 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--condition", choices=names, default="all", metavar="NAME", help=", ".join(names))
     what.add_argument("--method", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, metavar="RATE", help="default: %(default)s")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other, nothing to act on
     disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    for task in TASKS.values():
-        for rate in RATES:
+    for task in (TASKS[name] for name in args.tasks):
+        for rate in args.rates:
             at = LoadedTask(task, args.data, dataclasses.replace(Settings(), learning_rate=rate), tokenizer)
             at.data = left_out(at.data, at.settings.held_out)
             if args.method:

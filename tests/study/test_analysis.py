@@ -11,6 +11,7 @@ import pytest
 from benchmarks.study import rows
 from benchmarks.study.analysis import against_full, compare, complete_seeds, fill, losses, main_table, parts_of
 from benchmarks.study.conditions import conditions
+from benchmarks.study.methods_table import comparison
 from benchmarks.study.settings import Settings
 
 LABELS = {name: condition.label for name, condition in conditions(Settings()).items()}
@@ -62,6 +63,20 @@ def test_the_main_table() -> None:
     assert hot[5][1:] == "0.0000, -0.0025 to +0.0025"  # of a mean that rounding leaves a sign
     assert hot[6:] == ["1.000", "<0.001", "within the margin |"]
     assert none[4:6] == ["0%", "+0.0200, -0.0048 to +0.0448"]
+
+
+def test_the_table_of_methods() -> None:
+    finished = [
+        {**row(name, seed, loss), "trainable_at_start": 5000, "learning_rate": 5e-3}
+        for name, values in (("hot_25", FULL), ("uniform", NONE))
+        for seed, loss in values.items()
+    ]
+    about, _, *table = comparison(finished, {"hot_25": "hot 25%", "uniform": "uniform", "epng": "not run"})
+    assert about == "6 runs: 2 methods, 1 tasks, 3 seeds."
+    assert table[2:] == [
+        "| hot 25% | 5,000 | 0.005 | 1.6000 |",
+        "| uniform | 5,000 | 0.005 | 1.6200: -0.0048 to +0.0448, p 0.074, open |",
+    ]
 
 
 def test_only_complete_seeds_count() -> None:
