@@ -201,7 +201,9 @@ class Journey:
     def _check_expert_gradients(self, layer: MoELayer, received: torch.Tensor) -> None:
         adapter = self.expert_layer(layer.path)
         plan = adapter.plans["default"]
-        for name in adapter.adapter_layer_names:
+        factors = [name for name in adapter.adapter_layer_names if "default" in getattr(adapter, name)]
+        assert factors, f"{layer.path}: no factors"
+        for name in factors:
             gradient = getattr(adapter, name)["default"].weight.grad
             for slot, expert in enumerate(plan.experts):
                 tokens, learns = int(received[expert]), gradient is not None and bool(gradient[slot].any())
