@@ -25,6 +25,25 @@ class AdapterPlan:
     relative_scaling: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Pack:
+    """Factors of one rank for some of a layer's experts, for the projections that share an input.
+
+    Attributes:
+        experts: whose they are, in their order.
+        ids: the same on the layer's device, (experts,).
+        ranks: projection -> rank; the projections' ranks lie one after the other.
+        a: (experts, ranks, in).
+        b: (experts, ranks, out).
+    """
+
+    experts: tuple[int, ...]
+    ids: torch.Tensor
+    ranks: dict[str, int]
+    a: torch.Tensor
+    b: torch.Tensor
+
+
 class ExpertFactors(nn.Module):
     """Low-rank factors of all adapted experts of a layer, for the projections that share an input.
 
@@ -74,18 +93,19 @@ def slots_of(num_experts: int, experts: Sequence[int]) -> torch.Tensor:
 
 
 def initialize(
-    factor_a: ExpertFactors, factor_b: ExpertFactors, ranks: Sequence[int], init_lora_weights: bool | str
+    factor_a: torch.Tensor, factor_b: torch.Tensor, ranks: Sequence[int], init_lora_weights: bool | str
 ) -> None:
     """Fill the factors as PEFT fills those of a linear layer.
 
     Args:
+        factor_a, factor_b: (slots, ranks, features), without a gradient.
         ranks: rank of each projection packed in the factors.
         init_lora_weights: True: A uniform in +-1/sqrt(in), B zero; "gaussian": A normal with deviation 1/rank, B zero;
             False: both uniform, so that the adapter is not a no-op (for debugging).
     """
     start = 0
     for rank in ranks:
-        a, b = factor_a.weight.data[:, start : start + rank], factor_b.weight.data[:, start : start + rank]
+        a, b = factor_a[:, start : start + rank], factor_b[:, start : start + rank]
         if init_lora_weights == "gaussian":
             nn.init.normal_(a, std=1 / rank)
         else:
