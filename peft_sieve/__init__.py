@@ -1,6 +1,6 @@
 """peft_sieve: fine-tune Mixture-of-Experts models by adapting only the experts that a task uses.
 
-Importing it registers the PEFT method SIEVE_LORA.
+Importing it registers the PEFT methods SIEVE_LORA and SIEVE_EPNG.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,19 +22,25 @@ from .routing.profiling import profile_routing  # noqa: E402
 from .routing.selection import ExpertSelection, register_score, select_experts  # noqa: E402
 from .routing.stability import selection_stability, subsample_stability  # noqa: E402
 from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
+from .tuners.epng import EpngConfig, EpngModel  # noqa: E402
 from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
 from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
 
 if TYPE_CHECKING:
     from .interop.drift_callback import RoutingDriftCallback
+    from .interop.epng_callback import EpngCallback
 
 registration.register("SIEVE_LORA", SieveLoraConfig, SieveLoraModel)
+registration.register("SIEVE_EPNG", EpngConfig, EpngModel)
 registration.wrap_peft()
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterSummary",
+    "EpngCallback",
+    "EpngConfig",
+    "EpngModel",
     "ExpertSelection",
     "ExpertsShape",
     "ExportedLora",
@@ -67,7 +73,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "RoutingDriftCallback":  # needs transformers' Trainer, which takes a while to import
+    # These need transformers' Trainer, which takes a while to import.
+    if name == "EpngCallback":
+        from .interop.epng_callback import EpngCallback
+
+        return EpngCallback
+    if name == "RoutingDriftCallback":
         from .interop.drift_callback import RoutingDriftCallback
 
         return RoutingDriftCallback

