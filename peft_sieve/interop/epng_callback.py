@@ -1,4 +1,4 @@
-"""A callback for transformers' `Trainer` that drives EPnG: importance after every step, and updates when they are due."""
+"""A callback for transformers' `Trainer` that drives EPnG: importance after every step, updates when they are due."""
 
 from __future__ import annotations
 

@@ -32,6 +32,6 @@ def orthogonal_rows(old: torch.Tensor, count: int, generator: torch.Generator) -
 
 
 def generator_for(*what: object) -> torch.Generator:
-    """Random numbers of their own for what these values name: a resumed run draws the same, and nobody else's change."""
+    """Random numbers for what these values name: a resumed run draws the same, and nobody else's numbers change."""
     digest = hashlib.sha256("/".join(map(str, what)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

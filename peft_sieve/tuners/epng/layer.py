@@ -269,12 +269,9 @@ class EpngExpertLayer(SieveExpertLayer):
         for name, group in FACTOR_GROUPS.items():
             move = RowMove.between(before, after, group)
             for side in "AB":
-                values, *others = tensors.get(f"{name}_{side}", [None])
-                if values is None:
-                    continue
-                move.apply(values, new_rows.get(name) if side == "A" else None)
-                for tensor in others:
-                    move.apply(tensor)
+                for index, tensor in enumerate(tensors.get(f"{name}_{side}", ())):
+                    # The factor itself comes first.
+                    move.apply(tensor, new_rows.get(name) if side == "A" and index == 0 else None)
         self.plans[adapter_name] = after
         slots = self.slots_module(adapter_name)
         slots.record(step, before, after)

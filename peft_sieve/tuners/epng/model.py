@@ -81,7 +81,8 @@ class EpngModel(SieveLoraModel):
         layers = {path: layer for path, layer in epng_layers(self.model).items() if name in layer.plans}
         if not layers:
             raise SieveError(
-                f"the ledger of adapter {name!r} was asked for, expected one of {sorted(self.peft_config)}: pass its name"
+                f"the ledger of adapter {name!r} was asked for, expected one of "
+                f"{sorted(self.peft_config)}: pass its name"
             )
         config = self.peft_config[name]
         assert isinstance(config, EpngConfig)
@@ -172,8 +173,8 @@ class EpngModel(SieveLoraModel):
             SieveError: always.
         """
         raise SieveError(
-            "add_weighted_adapter was called for EPnG adapters, expected adapters of one rank for all experts: activate "
-            "several at once with set_adapter, or merge one after the other"
+            "add_weighted_adapter was called for EPnG adapters, expected adapters of one rank for all experts: "
+            "activate several at once with set_adapter, or merge one after the other"
         )
 
 

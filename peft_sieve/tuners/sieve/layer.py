@@ -198,7 +198,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         return a[slot], b[slot], scaling
 
     def packs(self, adapter_name: str, name: str) -> list[Pack]:
-        """The factors in packs of one rank: of `lora_gate_up` or `lora_down`; none if no projection is adapted there."""
+        """The factors of `lora_gate_up` or `lora_down` in packs of one rank; none if no projection is adapted there."""
         if adapter_name not in getattr(self, f"{name}_A"):
             return []
         plan = self.plans[adapter_name]

@@ -77,8 +77,8 @@ def read_config_file(path: str) -> dict[str, Any] | None:
         if "selected_experts" not in content and not _has_slots(folder):
             return None
         raise SieveError(
-            f"{path} has peft_type {content.get('peft_type')!r}, expected {' or '.join(map(repr, SIEVE_TYPES))}, since it "
-            "belongs to selected experts: save or download the adapter again"
+            f"{path} has peft_type {content.get('peft_type')!r}, expected {' or '.join(map(repr, SIEVE_TYPES))}, since "
+            "it belongs to selected experts: save or download the adapter again"
         )
     _check_weights_file(content, folder)
     return content
