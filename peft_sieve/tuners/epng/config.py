@@ -107,6 +107,16 @@ class EpngConfig(SieveLoraConfig):
         """The blocks that every expert starts with."""
         return self.r // self.rank_block
 
+    def blocks_in(self, path: str) -> list[int]:
+        """The blocks of each selected expert of one layer."""
+        experts = (self.selected_experts or {}).get(path, [])
+        return (self.expert_blocks or {}).get(path) or [self.first_blocks] * len(experts)
+
+    @property
+    def update_steps(self) -> list[int]:
+        """The steps of the updates so far that moved ranks."""
+        return sorted({step for entries in (self.ledger or {}).values() for step, _, _ in entries})
+
     def _check_share(self, name: str, with_zero: bool, with_one: bool) -> None:
         value = getattr(self, name)
         number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -103,8 +103,7 @@ class EpngExpertLayer(SieveExpertLayer):
 
     def _new_plan(self, plan: AdapterPlan, config: SieveLoraConfig) -> AdapterPlan:
         assert isinstance(config, EpngConfig)
-        blocks = (config.expert_blocks or {}).get(self.path) or [config.first_blocks] * len(plan.experts)
-        return RaggedPlan.of(plan, blocks, block_ranks(plan.ranks, config, self.path))
+        return RaggedPlan.of(plan, config.blocks_in(self.path), block_ranks(plan.ranks, config, self.path))
 
     def _new_slots(self, adapter_name: str, config: SieveLoraConfig) -> ExpertSlots:
         assert isinstance(config, EpngConfig)
