@@ -91,16 +91,6 @@ class EpngExpertLayer(SieveExpertLayer):
         super().__init__(base_layer, layer)
         self.traffic = self._new_counter()
 
-    def update_layer(
-        self, adapter_name: str, experts: Sequence[int], config: SieveLoraConfig, without_values: bool = False
-    ) -> None:
-        if not isinstance(config, EpngConfig):
-            raise SieveError(
-                f"adapter '{adapter_name}' of a {type(config).__name__} was put beside one of an EpngConfig, expected "
-                "adapters of one method in a model: load it on a base model of its own"
-            )
-        super().update_layer(adapter_name, experts, config, without_values)
-
     def _new_plan(self, plan: AdapterPlan, config: SieveLoraConfig) -> AdapterPlan:
         assert isinstance(config, EpngConfig)
         return RaggedPlan.of(plan, config.blocks_in(self.path), block_ranks(plan.ranks, config, self.path))

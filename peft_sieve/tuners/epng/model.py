@@ -12,7 +12,6 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.topology import MoELayer
-from ..sieve.layer import SieveExpertLayer
 from ..sieve.loading import in_base_model, saved_bookkeeping
 from ..sieve.model import SieveLoraModel, layer_class_of
 from ..sieve.targets import ranks_and_alphas
@@ -123,12 +122,6 @@ class EpngModel(SieveLoraModel):
     def _checked_layers(self, config: EpngConfig) -> tuple[list[MoELayer], list[MoELayer]]:
         layers, wanted = super()._checked_layers(config)
         for layer in wanted:
-            module = self.model.get_submodule(layer.path)
-            if isinstance(module, SieveExpertLayer) and not isinstance(module, EpngExpertLayer):
-                raise SieveError(
-                    f"an EpngConfig was put beside a sieve adapter on {layer.path}, expected adapters of one method in "
-                    "a model: load it on a base model of its own"
-                )
             ranks, _ = ranks_and_alphas(config, layer.path, layer.family, layer.shape, layer.experts)
             block_ranks(ranks, config, layer.path)
         return layers, wanted

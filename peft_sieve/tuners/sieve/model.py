@@ -85,7 +85,7 @@ class SieveLoraModel(LoraModel):
         """The MoE layers of the model, and those of them whose experts may be adapted."""
         layers = find_moe_layers(self.model)
         for layer in layers:
-            self._layer_class(layer)
+            self._check_layer_class(layer)
             _refuse_parallel(layer)
             refuse_storage(layer.experts, layer.path, layer.family.dequantises)
         if config.selected_experts is not None:
@@ -153,6 +153,14 @@ class SieveLoraModel(LoraModel):
             # As PEFT: an additional adapter does not become trainable by being added.
             wrapper.requires_grad_(False)
         setattr(parent, name, wrapper)
+
+    def _check_layer_class(self, layer: MoELayer) -> None:
+        layer_class, module = self._layer_class(layer), self.model.get_submodule(layer.path)
+        if isinstance(module, SieveExpertLayer) and type(module) is not layer_class:
+            raise SieveError(
+                f"the experts of {layer.path} hold an adapter of another method (a {type(module).__name__}), expected "
+                "adapters of one method in a model: load it on a base model of its own"
+            )
 
     @staticmethod
     def _layer_class(layer: MoELayer) -> type[SieveExpertLayer]:
