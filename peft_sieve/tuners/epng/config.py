@@ -10,6 +10,7 @@ from peft import PeftType
 
 from ...errors import SieveError
 from ..sieve.config import SieveLoraConfig
+from .ledger import blocks_after
 
 # How whole-number options may be: their smallest value, and whether None is one, too.
 _COUNTS = {
@@ -148,6 +149,13 @@ class EpngConfig(SieveLoraConfig):
                 raise SieveError(
                     f"ledger[{path!r}] is no list of [step, expert, blocks] for a layer of expert_blocks, expected "
                     f"one: {advice}"
+                )
+        for path, numbers in blocks.items():
+            held = dict(zip(mask[path], numbers, strict=True))
+            if blocks_after(held, ledger.get(path, ()), self.first_blocks) != held:
+                raise SieveError(
+                    f"expert_blocks[{path!r}] is {numbers!r}, expected what its ledger comes to from "
+                    f"{self.first_blocks} for each expert: {advice}"
                 )
 
 

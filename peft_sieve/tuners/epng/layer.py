@@ -21,6 +21,7 @@ from ..sieve.parallel import ParallelSieveExperts
 from .allocation import AllocationRule, share_of
 from .config import EpngConfig
 from .growth import generator_for, orthogonal_rows
+from .ledger import Rows, blocks_after, first_experts
 from .ragged import RaggedFactors, RaggedPlan, RowMove
 from .states import tensors_by_row
 
@@ -34,21 +35,26 @@ class RankedSlots(ExpertSlots):
     `blocks`, int32, (num_experts,): the blocks of each expert, 0 without an adapter. `importance`, float64,
     (num_experts,): gate weight of the tokens routed to each, decayed. `ledger`, int32, (events, 3): step, expert, its
     blocks from then on. `ids` are in the order of the factors' rows.
+
+    `plan`, and `first` and `first_blocks`, the experts that were adapted at the beginning and the blocks of each then,
+    are there on the meta device, too.
     """
 
     blocks: torch.Tensor
     importance: torch.Tensor
     ledger: torch.Tensor
 
-    def __init__(self, num_experts: int, plan: RaggedPlan, ledger: Sequence[Sequence[int]]) -> None:
+    def __init__(self, num_experts: int, plan: RaggedPlan, ledger: Rows, first_blocks: int) -> None:
         super().__init__(num_experts, plan.experts)
         self.register_buffer("blocks", torch.zeros(num_experts, dtype=torch.int32, device="cpu"))
         self.register_buffer("importance", torch.zeros(num_experts, dtype=torch.float64, device="cpu"))
         self.register_buffer("ledger", _ledger_tensor(ledger))
+        self.first, self.first_blocks = first_experts(plan.experts, ledger), first_blocks
         self.show(plan)
 
     def show(self, plan: RaggedPlan) -> None:
         """Take over the experts and blocks of a plan."""
+        self.plan = plan
         device = self.slots.device
         new = ExpertSlots(self.slots.numel(), plan.experts)
         self.slots = new.slots.to(device)
@@ -60,6 +66,17 @@ class RankedSlots(ExpertSlots):
         now = after.blocks_of
         rows = [[step, e, now.get(e, 0)] for e, number in before.blocks_of.items() if now.get(e, 0) != number]
         self.ledger = torch.cat((self.ledger, _ledger_tensor(rows).to(self.ledger.device)))
+
+    def blocks_in(self, saved: Mapping[str, torch.Tensor]) -> dict[int, int] | None:
+        """Adapted expert -> its blocks, of saved bookkeeping that updates of this adapter can have come to."""
+        if any(name not in saved for name in _BOOKKEEPING) or saved["blocks"].numel() != self.slots.numel():
+            return None
+        if saved["ledger"].dim() != 2 or saved["ledger"].shape[1] != 3:
+            return None
+        blocks = {expert: number for expert, number in enumerate(saved["blocks"].tolist()) if number}
+        played = blocks_after(self.first, saved["ledger"].tolist(), self.first_blocks)
+        same_budget = sum(blocks.values()) == len(self.first) * self.first_blocks
+        return blocks if blocks == played and same_budget else None
 
     def check(self, saved: Mapping[str, torch.Tensor], adapter_name: str, path: str) -> None:
         """Refuse weights whose rows belong to other ranks, or that lack what resuming needs.
@@ -73,7 +90,7 @@ class RankedSlots(ExpertSlots):
                 f"the weights hold no {path}.lora_experts.{missing[0]}, expected it beside the factors, since it says "
                 "whose they are: save or download the adapter again"
             )
-        if not torch.equal(saved["blocks"].cpu(), self.blocks.cpu()):
+        if self.blocks_in(saved) != self.plan.blocks_of:
             raise SieveError(
                 f"the weights of adapter '{adapter_name}' in {path} have other ranks by expert than the adapter, "
                 "expected the same: load adapter_config.json and weights of one save"
@@ -98,7 +115,7 @@ class EpngExpertLayer(SieveExpertLayer):
     def _new_slots(self, adapter_name: str, config: SieveLoraConfig) -> ExpertSlots:
         assert isinstance(config, EpngConfig)
         ledger = (config.ledger or {}).get(self.path, ())
-        return RankedSlots(self.shape.num_experts, self.plan(adapter_name), ledger)
+        return RankedSlots(self.shape.num_experts, self.plan(adapter_name), ledger, config.first_blocks)
 
     def _add_factors(
         self, adapter_name: str, name: str, group: Sequence[str], init: bool | str, device: torch.device
@@ -287,16 +304,8 @@ class EpngExpertLayer(SieveExpertLayer):
         Args:
             saved: the layer's bookkeeping.
         """
-        if any(name not in saved for name in _BOOKKEEPING) or saved["blocks"].numel() != self.shape.num_experts:
-            return None
-        plan, ledger = self.saved_state(adapter_name)
-        blocks = {e: n for e, n in enumerate(saved["blocks"].tolist()) if n > 0}
-        if saved["ledger"].dim() != 2 or saved["ledger"].shape[1] != 3:
-            return None
-        same_budget = sum(blocks.values()) == sum(plan.blocks)
-        if not same_budget or _first_experts(blocks, saved["ledger"]) != _first_experts(plan.blocks_of, ledger):
-            return None
-        return plan.moved_to(blocks), saved["ledger"]
+        blocks = self.slots_module(adapter_name).blocks_in(saved)
+        return None if blocks is None else (self.plan(adapter_name).moved_to(blocks), saved["ledger"])
 
 
 class EpngFusedExperts(EpngExpertLayer, FusedSieveExperts):
@@ -354,10 +363,5 @@ def blocks_tensor(num_experts: int, plan: RaggedPlan) -> torch.Tensor:
     return blocks
 
 
-def _ledger_tensor(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+def _ledger_tensor(rows: Rows) -> torch.Tensor:
     return torch.tensor([list(row) for row in rows], dtype=torch.int32, device="cpu").view(-1, 3)
-
-
-def _first_experts(blocks: Mapping[int, int], ledger: torch.Tensor) -> set[int]:
-    """Those that were adapted at the beginning: what is left, and what was pruned."""
-    return {*blocks, *(expert for _, expert, _ in ledger.tolist())}

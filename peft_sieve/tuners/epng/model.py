@@ -192,8 +192,9 @@ def _ranks_of(
         for layer, own in before:
             layer.set_state(adapter_name, *own)
         raise
-    for layer, _ in found:
-        show_state(config, layer, adapter_name)
+    for layer, state in found:
+        if state is not None:
+            show_state(config, layer.path, *state)
 
 
 class _Book:

@@ -14,6 +14,7 @@ from ...errors import SieveError
 from ...routing.distributed import gathered, rank_and_world
 from .config import EpngConfig
 from .layer import EpngExpertLayer
+from .ragged import RaggedPlan
 
 Layers = dict[str, EpngExpertLayer]
 
@@ -97,20 +98,19 @@ def _update(layers: Layers, name: str, config: EpngConfig, step: int) -> None:
     new_rows = gathered({path: layers[path].new_rows(name, blocks, seed) for path, blocks in moved.items()})[0]
     for path, blocks in moved.items():
         layers[path].move(name, blocks, new_rows[path], tensors[path], step)
-        show_state(config, layers[path], name)
+        show_state(config, path, *layers[path].saved_state(name))
 
 
-def show_state(config: EpngConfig, layer: EpngExpertLayer, name: str) -> None:
+def show_state(config: EpngConfig, path: str, plan: RaggedPlan, ledger: torch.Tensor) -> None:
     """Have an adapter's configuration say what one of its layers holds now."""
-    plan, ledger = layer.saved_state(name)
     if not ledger.numel() and config.expert_blocks is None:
         return
-    config.selected_experts = {**(config.selected_experts or {}), layer.path: list(plan.experts)}
-    config.expert_blocks = {**(config.expert_blocks or {}), layer.path: list(plan.blocks)}
-    config.ledger = {**(config.ledger or {}), layer.path: ledger.tolist()}
-    if config.calibration and layer.path in config.calibration.get("coverage", {}):
+    config.selected_experts = {**(config.selected_experts or {}), path: list(plan.experts)}
+    config.expert_blocks = {**(config.expert_blocks or {}), path: list(plan.blocks)}
+    config.ledger = {**(config.ledger or {}), path: ledger.tolist()}
+    if config.calibration and path in config.calibration.get("coverage", {}):
         # That of experts which are not all there any more.
-        coverage = {path: share for path, share in config.calibration["coverage"].items() if path != layer.path}
+        coverage = {other: share for other, share in config.calibration["coverage"].items() if other != path}
         config.calibration = {**config.calibration, "coverage": coverage}
 
 

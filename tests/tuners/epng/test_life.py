@@ -113,8 +113,13 @@ def test_merged_into_a_checkpoint(tmp_path: Path) -> None:
     assert model.ledger()
     model.save_pretrained(tmp_path / "adapter")
     merge_checkpoint(tmp_path / "adapter", TINY_OLMOE, tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert_same(logits(merged), logits(model.merge_and_unload()), "merged", rtol=1e-4, atol=1e-4)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    # The checkpoint keeps its type, which is lower than that of the model trained here.
+    expected, plain = model.merge_and_unload().state_dict(), small_olmoe().state_dict()
+    assert merged.keys() == expected.keys()
+    for name, weight in merged.items():
+        assert_same(weight, expected[name].to(weight.dtype), name, rtol=1e-2, atol=1e-3)
+    assert any(not torch.allclose(weight.float(), plain[name], rtol=2e-2) for name, weight in merged.items())
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert len(epng_layers(loaded)) == 6
 
@@ -191,13 +196,14 @@ def test_a_copy_counts_for_itself() -> None:
 
 
 def swap_blocks(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
-    settings["expert_blocks"][PATH].reverse()
+    blocks = settings["expert_blocks"][PATH]
+    blocks.append(blocks.pop(0))  # some differ, so this is not what was there
 
 
 def swap_blocks_tensor(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
     key = next(key for key in tensors if PATH in key and key.endswith("lora_experts.blocks"))
     used = tensors[key] > 0
-    tensors[key][used] = tensors[key][used].flip(0)
+    tensors[key][used] = tensors[key][used].roll(1)
 
 
 def drop_importance(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -> None:
@@ -209,7 +215,7 @@ def too_few_blocks(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -
 
 
 EDITS: list[tuple[Callable[..., None], str, str]] = [
-    (swap_blocks, "other ranks by expert|belongs? to experts", ""),
+    (swap_blocks, "expected what its ledger comes to", ""),
     (swap_blocks_tensor, "other ranks by expert", ""),
     (drop_importance, "hold no .*lora_experts.importance", ""),
     (too_few_blocks, "a positive whole number for each of the", ""),
@@ -224,7 +230,6 @@ def test_files_that_do_not_belong_together_are_refused(
     weights, settings = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
     tensors, content = load_file(weights), json.loads(settings.read_text())
     assert len(set(content["expert_blocks"][PATH])) > 1
-    assert content["expert_blocks"][PATH] != content["expert_blocks"][PATH][::-1]
     edit(tensors, content)
     save_file(tensors, weights)
     settings.write_text(json.dumps(content))
