@@ -1,8 +1,9 @@
 """peft_sieve: fine-tune Mixture-of-Experts models by adapting only the experts that a task uses.
 
-Importing it registers the PEFT method SIEVE_LORA.
+Importing it registers the PEFT methods SIEVE_LORA, SIEVE_EPNG, PERFT and LORA_MOE.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import registration
@@ -22,6 +23,7 @@ from .routing.profiling import profile_routing  # noqa: E402
 from .routing.selection import ExpertSelection, register_score, select_experts  # noqa: E402
 from .routing.stability import selection_stability, subsample_stability  # noqa: E402
 from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
+from .tuners.epng import EpngConfig, EpngModel  # noqa: E402
 from .tuners.hellora import hellora_config, warm_up_profile  # noqa: E402
 from .tuners.lora_moe import LoraMoeConfig, LoraMoeModel  # noqa: E402
 from .tuners.perft import PerftConfig, PerftModel  # noqa: E402
@@ -30,17 +32,22 @@ from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
 
 if TYPE_CHECKING:
     from .interop.drift_callback import RoutingDriftCallback
+    from .interop.epng_callback import EpngCallback
     from .interop.pruning_callback import ExpertPruningCallback
 
 registration.register("SIEVE_LORA", SieveLoraConfig, SieveLoraModel)
 registration.register("PERFT", PerftConfig, PerftModel)
 registration.register("LORA_MOE", LoraMoeConfig, LoraMoeModel)
+registration.register("SIEVE_EPNG", EpngConfig, EpngModel)
 registration.wrap_peft()
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdapterSummary",
+    "EpngCallback",
+    "EpngConfig",
+    "EpngModel",
     "ExpertPruningCallback",
     "ExpertSelection",
     "ExpertsShape",
@@ -79,13 +86,15 @@ __all__ = [
 ]
 
 
+# These need transformers' Trainer, which takes a while to import.
+_CALLBACKS = {
+    "EpngCallback": "epng_callback",
+    "ExpertPruningCallback": "pruning_callback",
+    "RoutingDriftCallback": "drift_callback",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "RoutingDriftCallback":  # needs transformers' Trainer, which takes a while to import
-        from .interop.drift_callback import RoutingDriftCallback
-
-        return RoutingDriftCallback
-    if name == "ExpertPruningCallback":
-        from .interop.pruning_callback import ExpertPruningCallback
-
-        return ExpertPruningCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _CALLBACKS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".interop.{_CALLBACKS[name]}", __name__), name)

@@ -23,7 +23,7 @@ from .errors import SieveError
 from .files import replaced_when_done
 
 # Methods whose adapters belong to a mask of experts: what is wrapped below is wrapped for them.
-SIEVE_TYPES = ("SIEVE_LORA",)
+SIEVE_TYPES = ("SIEVE_LORA", "SIEVE_EPNG")
 PEFT_TYPES = (*SIEVE_TYPES, "PERFT", "LORA_MOE")
 CARD_TYPES = (*SIEVE_TYPES, "PERFT")
 

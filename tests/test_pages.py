@@ -30,6 +30,7 @@ ELSEWHERE = {
     "docs/custom-architectures.md": "tests/test_custom_architectures.py",
     "docs/hub.md": "tests/test_pages.py",
     "docs/methods/dmep.md": "tests/tuners/lora_moe/test_page.py",
+    "docs/methods/epng.md": "tests/tuners/epng/test_page.py",
     "docs/methods/esft.md": "tests/tuners/test_esft_and_hellora_pages.py",
     "docs/methods/hellora.md": "tests/tuners/test_esft_and_hellora_pages.py",
     "docs/methods/perft.md": "tests/tuners/perft/test_page.py",

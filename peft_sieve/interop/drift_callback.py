@@ -11,10 +11,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..errors import SieveError
-from ..routing.counting import DispatchCounter, Watched, token_mask, watching
+from ..routing.counting import DispatchCounter, Watched, see_mask, watching
 from ..routing.distributed import summed
 from ..routing.drift import routing_drift
-from ..routing.encoder_decoder import decoder_layers, decoder_mask
+from ..routing.encoder_decoder import decoder_layers
 from ..routing.profile_data import RoutingProfile
 from ..routing.profiling import unwrapped
 from ..routing.selection import ExpertSelection, check_score
@@ -171,12 +171,8 @@ class _TrainingCounts:
         return layer.family, layer, parent, on_dispatch
 
     def _see_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        masks = token_mask(kwargs.get("attention_mask")), token_mask(decoder_mask(kwargs))
-        for path, counter in self.counters.items():
-            mask = masks[path in self.in_decoder]
-            # What the model is given counts; what it hands on inside may have been turned into one mask per query.
-            if mask is not None or module is self.model:
-                counter.real = mask
+        # What the model is given counts; what it hands on inside may have been turned into one mask per query.
+        see_mask(self.counters, self.in_decoder, kwargs, given=module is self.model)
 
 
 def _trained_adapter(trainer: Trainer, layers: list[SieveExpertLayer]) -> str:

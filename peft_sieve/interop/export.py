@@ -20,6 +20,7 @@ from ..moe.families import FusedExperts
 from ..moe.module_experts import ModuleExperts
 from ..moe.parallel_experts import ParallelExperts
 from ..moe.topology import MoELayer
+from ..registration import SIEVE_TYPES
 from ..tuners.sieve.config import SieveLoraConfig
 from .opened import OpenedAdapter, open_adapter
 from .plain_layouts import per_expert, stacked
@@ -136,7 +137,8 @@ def _checked_output(output_dir: str | os.PathLike[str]) -> Path:
     if output.exists() and not output.is_dir():
         raise SieveError(f"output_dir {str(output)!r} is a file, expected a folder or a path for one: pass another")
     config = output / CONFIG_NAME
-    if config.exists() and '"SIEVE_LORA"' in config.read_text(errors="replace"):
+    text = config.read_text(errors="replace") if config.exists() else ""
+    if any(f'"{name}"' in text for name in SIEVE_TYPES):
         raise SieveError(
             f"output_dir {str(output)!r} holds a sparse adapter, which the export would replace, expected another "
             "folder: pass one"

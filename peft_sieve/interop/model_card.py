@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 
+from ..tuners.epng.config import EpngConfig
 from ..tuners.perft.config import PerftConfig
 from ..tuners.sieve.config import SieveLoraConfig
 
@@ -72,8 +73,7 @@ def _section(model: PeftModel, adapter_name: str, config: SieveLoraConfig) -> st
         f"## Sparse expert adapter{_suffix(adapter_name)}",
         "",
         f"{_method(config)} for {_linked(_base_name(model))} on {adapted} of {total} routed experts, "
-        "chosen by how often the task routes to them (MoE-Sieve, "
-        "[arXiv 2603.24044](https://arxiv.org/abs/2603.24044)), made with `peft_sieve`. "
+        f"{_choice(config)}, made with `peft_sieve`. "
         f"{_size(model, adapter_name)}.",
         "",
         *LOADING,
@@ -83,7 +83,7 @@ def _section(model: PeftModel, adapter_name: str, config: SieveLoraConfig) -> st
 
 
 def _method(config: SieveLoraConfig) -> str:
-    return f"LoRA (rank {config.r})" if config.expert_tuning == "lora" else "Full tuning"
+    return f"LoRA ({_ranks(config)})" if config.expert_tuning == "lora" else "Full tuning"
 
 
 def _perft_section(model: PeftModel, adapter_name: str, config: PerftConfig) -> str:
@@ -126,6 +126,25 @@ def _selection(config: SieveLoraConfig | PerftConfig) -> list[str]:
     return [*_calibration(config), "| layer | experts | coverage |", "| --- | --- | --- |", *rows]
 
 
+def _ranks(config: SieveLoraConfig) -> str:
+    if not isinstance(config, EpngConfig) or not config.expert_blocks:
+        return f"rank {config.r}"
+    ranks = [n * config.rank_block for path in config.selected_experts or {} for n in config.blocks_in(path)]
+    return f"rank {min(ranks)} to {max(ranks)}, {config.r} at the start"
+
+
+def _choice(config: SieveLoraConfig) -> str:
+    """How the experts and their ranks came about."""
+    if isinstance(config, EpngConfig):
+        return (
+            "pruned and grown by the routing during training at a fixed number of parameters (EPnG, "
+            "[arXiv 2607.01789](https://arxiv.org/abs/2607.01789))"
+        )
+    return (
+        "chosen by how often the task routes to them (MoE-Sieve, [arXiv 2603.24044](https://arxiv.org/abs/2603.24044))"
+    )
+
+
 def _base_name(model: PeftModel) -> str:
     return getattr(model.get_base_model(), "name_or_path", "") or "the base model"
 
@@ -142,6 +161,8 @@ def _is_repository(name: str) -> bool:
 def _calibration(config: SieveLoraConfig | PerftConfig) -> list[str]:
     known: dict[str, Any] = config.calibration or {}
     if not known:
+        if isinstance(config, EpngConfig):
+            return []
         return ["The experts were given by hand or by an earlier calibration.", ""]
     text = (
         f"Calibrated on {known.get('samples')} samples ({known.get('tokens'):,} tokens) of `{known.get('dataset')}`, "

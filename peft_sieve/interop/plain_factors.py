@@ -22,25 +22,27 @@ class ExpertFactors:
 
     def __init__(self, layer: MoELayer, adapted: SieveExpertLayer | None, name: str, rank: int, like: torch.Tensor):
         self.layer, self.shape, self.rank, self.like = layer, layer.shape, rank, like
+        self.adapted, self.name = adapted, name
         self.experts = adapted.plans[name].experts if adapted is not None else ()
-        factors = {p: adapted.factors(name, p) if adapted is not None else None for p in layer.shape.projections}
-        self.factors = {p: found for p, found in factors.items() if found is not None}
 
     def a(self, projection: str, expert: int) -> torch.Tensor:
         """(rank, in)"""
         result = self.like.new_zeros(self.rank, self.shape.projections[projection][0])
-        if projection in self.factors and expert in self.experts:
-            a, _, _ = self.factors[projection]
-            result[: a.shape[1]] = a[self.experts.index(expert)].detach()
+        if (factors := self._factors(projection, expert)) is not None:
+            a, _, _ = factors
+            result[: a.shape[0]] = a.detach()
         return result
 
     def b(self, projection: str, expert: int) -> torch.Tensor:
         """(out, rank), the scaling in it"""
         result = self.like.new_zeros(self.shape.projections[projection][1], self.rank)
-        if projection in self.factors and expert in self.experts:
-            _, b, scaling = self.factors[projection]
-            result[:, : b.shape[1]] = _scaled(b[self.experts.index(expert)].detach().T, scaling)
+        if (factors := self._factors(projection, expert)) is not None:
+            _, b, scaling = factors
+            result[:, : b.shape[0]] = _scaled(b.detach().T, scaling)
         return result
+
+    def _factors(self, projection: str, expert: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        return None if self.adapted is None else self.adapted.expert_factors(self.name, projection, expert)
 
     def stacked_a(self, parameter: str) -> torch.Tensor:
         """PEFT's A of a stack, (matrices * ranks, in), a matrix after the other."""

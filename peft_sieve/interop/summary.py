@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from ..errors import SieveError
 from ..moe.families import PROJECTIONS
 from ..table import UNKNOWN, Table
+from ..tuners.epng.config import EpngConfig
 from ..tuners.sieve.config import SieveLoraConfig
-from ..tuners.sieve.loading import SLOTS_KEY, broken_weights
+from ..tuners.sieve.loading import BOOKKEEPING_KEY, broken_weights
 from .opened import sieve_config
 
 _PREFIX = "base_model.model."
@@ -34,9 +35,11 @@ class LayerSummary:
         experts: adapted ids, ascending.
         num_experts: how many there are, None if not recorded.
         coverage: share of the layer's score that they received at calibration, None if not recorded.
-        ranks: "gate_up" (both together) and "down" -> rank, those that are adapted; the output width where the
-            experts are fully tuned.
+        ranks: "gate_up" (both together) and "down" -> rank, those that are adapted; the highest where experts differ,
+            and the output width where they are fully tuned.
         num_parameters: numbers in the factors, or in the differences of full size.
+        lowest_ranks: as `ranks`, the lowest.
+        all_experts_parameters: numbers in the factors if all experts had some; None if their number is not recorded.
     """
 
     path: str
@@ -45,6 +48,8 @@ class LayerSummary:
     coverage: float | None
     ranks: dict[str, int]
     num_parameters: int
+    lowest_ranks: dict[str, int]
+    all_experts_parameters: int | None
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class AdapterSummary:
         all_experts_parameters: numbers in the experts' factors if all experts of these layers had one; None if the
             number of experts is not recorded.
         calibration: where the mask came from, {} if not recorded.
+        update_steps: the optimizer steps at which training moved ranks from expert to expert (EPnG).
     """
 
     adapter: str
@@ -102,6 +108,7 @@ class AdapterSummary:
     dtypes: tuple[str, ...]
     all_experts_parameters: int | None
     calibration: dict[str, Any]
+    update_steps: tuple[int, ...] = ()
 
     @property
     def expert_parameters(self) -> int:
@@ -120,7 +127,7 @@ class AdapterSummary:
                 layer.path,
                 f"{len(layer.experts)} of {'?' if layer.num_experts is None else layer.num_experts}",
                 UNKNOWN if layer.coverage is None else f"{layer.coverage:.1%}",
-                ", ".join(f"{group} {rank}" for group, rank in layer.ranks.items()),
+                ", ".join(f"{group} {_range(layer.lowest_ranks[group], rank)}" for group, rank in layer.ranks.items()),
                 f"{layer.num_parameters:,}",
                 " ".join(map(str, layer.experts)),
             )
@@ -144,6 +151,7 @@ class AdapterSummary:
             "revision": self.revision,
             "task": self.task_type,
             "LoRA": f"rank {self.r}, {scaling}",
+            "ranks moved": f"at steps {', '.join(map(str, self.update_steps))}" if self.update_steps else None,
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
             "projections": ", ".join(self.expert_projections),
@@ -184,14 +192,14 @@ def inspect_adapter(adapter: str | os.PathLike[str]) -> AdapterSummary:
         with safe_open(weights, "pt") as file:
             tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
             shapes = {key.removeprefix(_PREFIX): tuple(t.get_shape()) for key, t in tensors.items()}
-            dtypes = tuple(sorted({t.get_dtype() for key, t in tensors.items() if not key.endswith(SLOTS_KEY)}))
+            dtypes = tuple(sorted({t.get_dtype() for key, t in tensors.items() if BOOKKEEPING_KEY not in key}))
     except SafetensorError as error:
         raise broken_weights(weights, error) from error
-    shapes = {key: shape for key, shape in shapes.items() if not key.endswith(SLOTS_KEY)}
+    shapes = {key: shape for key, shape in shapes.items() if BOOKKEEPING_KEY not in key}
     layers = _layers(config, shapes)
     modules = _modules(shapes)
     total = sum(map(_numel, shapes.values()))
-    known = all(layer.num_experts is not None for layer in layers)
+    all_experts = [x.all_experts_parameters for x in layers if x.all_experts_parameters is not None]
     return AdapterSummary(
         adapter=adapter,
         base_model=config.base_model_name_or_path,
@@ -210,10 +218,9 @@ def inspect_adapter(adapter: str | os.PathLike[str]) -> AdapterSummary:
         num_parameters=total,
         num_bytes=weights.stat().st_size,
         dtypes=dtypes,
-        all_experts_parameters=sum(x.num_parameters // len(x.experts) * (x.num_experts or 0) for x in layers)
-        if known
-        else None,
+        all_experts_parameters=sum(all_experts) if len(all_experts) == len(layers) else None,
         calibration=config.calibration or {},
+        update_steps=tuple(config.update_steps) if isinstance(config, EpngConfig) else (),
     )
 
 
@@ -236,24 +243,40 @@ def _weights_file(adapter: str) -> Path:
 
 
 def _layers(config: SieveLoraConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[LayerSummary, ...]:
-    coverage = (config.calibration or {}).get("coverage") or {}
-    found: dict[str, tuple[dict[str, int], int]] = {}
+    packed: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for key, shape in shapes.items():
         if match := _PACKED.match(key):
-            ranks, count = found.get(match["path"], ({}, 0))
-            found[match["path"]] = {**ranks, match["group"]: shape[1]}, count + _numel(shape)
-    return tuple(
-        LayerSummary(
-            path=path,
-            experts=tuple(ids),
-            num_experts=(config.expert_shapes or {}).get(path, [None])[0],
-            coverage=coverage.get(path),
-            ranks=found.get(path, ({}, 0))[0],
-            num_parameters=found.get(path, ({}, 0))[1],
-        )
-        for path, ids in (config.selected_experts or {}).items()
-        if ids
+            packed.setdefault(match["path"], []).append((match["group"], shape))
+    masks = {path: ids for path, ids in (config.selected_experts or {}).items() if ids}
+    return tuple(_layer(config, path, ids, packed.get(path, [])) for path, ids in masks.items())
+
+
+def _layer(
+    config: SieveLoraConfig, path: str, ids: list[int], factors: list[tuple[str, tuple[int, ...]]]
+) -> LayerSummary:
+    # Without ranks that differ, each expert has one block: all of its rank.
+    blocks, first_experts = [1] * len(ids), len(ids)
+    if isinstance(config, EpngConfig):
+        blocks = config.blocks_in(path)
+        first_experts = sum(blocks) // config.first_blocks
+    rows = {group: shape[0] * shape[1] if len(shape) == 3 else shape[0] for group, shape in factors}
+    block_ranks = {group: number // sum(blocks) for group, number in rows.items()}
+    num_parameters = sum(_numel(shape) for _, shape in factors)
+    num_experts = (config.expert_shapes or {}).get(path, [None])[0]
+    return LayerSummary(
+        path=path,
+        experts=tuple(ids),
+        num_experts=num_experts,
+        coverage=((config.calibration or {}).get("coverage") or {}).get(path),
+        ranks={group: max(blocks) * rank for group, rank in block_ranks.items()},
+        num_parameters=num_parameters,
+        lowest_ranks={group: min(blocks) * rank for group, rank in block_ranks.items()},
+        all_experts_parameters=None if num_experts is None else num_parameters // first_experts * num_experts,
     )
+
+
+def _range(lowest: int, highest: int) -> str:
+    return str(highest) if lowest == highest else f"{lowest} to {highest}"
 
 
 def _modules(shapes: dict[str, tuple[int, ...]]) -> tuple[ModuleSummary, ...]:

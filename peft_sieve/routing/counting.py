@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import SieveError
 from ..moe.families import MoEFamily
+from .encoder_decoder import decoder_mask
 from .sample_averages import SampleAverages
 
 _PROFILING_ADVICE = "profile with batch_size=1 (calib_batch_size)"
@@ -65,6 +67,10 @@ class DispatchCounter:
         counts.scatter_add_(0, flat, torch.ones_like(flat))
         mass.scatter_add_(0, flat, expert_weights.reshape(-1).to(torch.float64))
 
+    def mass(self) -> torch.Tensor | None:
+        """Summed gate weights, float64, (num_experts,), where they were counted; None before the first dispatch."""
+        return None if self._sums is None else self._sums[1][:-1]
+
     def totals(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Counts (int64) and mass (float64), each (num_experts,)."""
         if self._sums is None:
@@ -93,3 +99,21 @@ def token_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
     A mask per query, as for packed samples, says nothing of padding.
     """
     return mask.reshape(-1).bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
+
+
+def see_mask(
+    counters: Mapping[str, DispatchCounter], in_decoder: Collection[str], batch: Mapping[str, Any], given: bool
+) -> None:
+    """Tell counters which tokens of the batch that a model is called with are no padding.
+
+    Args:
+        counters: by the path of their layer.
+        in_decoder: paths of the layers that read what a decoder reads.
+        batch: the call's keyword arguments.
+        given: a batch without a mask has no padding; otherwise it says nothing.
+    """
+    masks = token_mask(batch.get("attention_mask")), token_mask(decoder_mask(batch))
+    for path, counter in counters.items():
+        mask = masks[path in in_decoder]
+        if mask is not None or given:
+            counter.real = mask

@@ -122,7 +122,7 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = config.r
         self.perft_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         factors = [ExpertFactors(num_adapters, config.r, self.width) for _ in range(2)]
-        initialize(factors[0], factors[1], [config.r], config.init_weights)
+        initialize(factors[0].weight.data, factors[1].weight.data, [config.r], config.init_weights)
         for name, factor in zip(FACTORS[config.form], factors, strict=True):
             getattr(self, name)[adapter_name] = factor
         if plan.variant == "R":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -24,7 +24,26 @@ class AdapterPlan:
     experts: tuple[int, ...]
     ranks: dict[str, int]
     relative_scaling: dict[str, float]
-    full: bool = False
+    full: bool = field(default=False, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Factors of one rank for some of a layer's experts, for the projections that share an input.
+
+    Attributes:
+        experts: whose they are, in their order.
+        ids: the same on the layer's device, (experts,).
+        ranks: projection -> rank; the projections' ranks lie one after the other.
+        a: (experts, ranks, in).
+        b: (experts, ranks, out).
+    """
+
+    experts: tuple[int, ...]
+    ids: torch.Tensor
+    ranks: dict[str, int]
+    a: torch.Tensor
+    b: torch.Tensor
 
 
 class ExpertFactors(nn.Module):
@@ -82,6 +101,9 @@ class ExpertSlots(nn.Module):
         self.register_buffer("slots", slots_of(num_experts, experts))
         self.register_buffer("ids", torch.tensor(list(experts), dtype=torch.int64, device="cpu"), persistent=False)
 
+    def check(self, saved: Mapping[str, torch.Tensor], adapter_name: str, path: str) -> None:
+        """Refuse saved weights of other ranks than the adapter's; here all have one, which their shapes show."""
+
     def extra_repr(self) -> str:
         return f"adapted={self.ids.numel()}, num_experts={self.slots.numel()}"
 
@@ -95,18 +117,19 @@ def slots_of(num_experts: int, experts: Sequence[int]) -> torch.Tensor:
 
 
 def initialize(
-    factor_a: ExpertFactors, factor_b: ExpertFactors, ranks: Sequence[int], init_lora_weights: bool | str
+    factor_a: torch.Tensor, factor_b: torch.Tensor, ranks: Sequence[int], init_lora_weights: bool | str
 ) -> None:
     """Fill the factors as PEFT fills those of a linear layer.
 
     Args:
+        factor_a, factor_b: (slots, ranks, features), without a gradient.
         ranks: rank of each projection packed in the factors.
         init_lora_weights: True: A uniform in +-1/sqrt(in), B zero; "gaussian": A normal with deviation 1/rank, B zero;
             False: both uniform, so that the adapter is not a no-op (for debugging).
     """
     start = 0
     for rank in ranks:
-        a, b = factor_a.weight.data[:, start : start + rank], factor_b.weight.data[:, start : start + rank]
+        a, b = factor_a[:, start : start + rank], factor_b[:, start : start + rank]
         if init_lora_weights == "gaussian":
             nn.init.normal_(a, std=1 / rank)
         else:

@@ -20,7 +20,7 @@ from ...moe.placement import onloaded
 from ...moe.stacks import ExpertStacks
 from .expert_function import ExpertFunction, ExpertPlan
 from .full_delta import FullDelta
-from .layer import INPUT_PROJECTIONS, SieveExpertLayer
+from .layer import FACTOR_GROUPS, SieveExpertLayer
 from .low_rank import LowRank, Part
 from .mixed import each_adapter
 
@@ -92,13 +92,12 @@ class FusedSieveExperts(SieveExpertLayer):
         adapters: list[str],
     ) -> torch.Tensor:
         factors: list[torch.Tensor] = []
-        first_adapters: list[LowRank | FullDelta] = []
-        down_adapters: list[LowRank | FullDelta] = []
+        first_adapters: list[list[LowRank | FullDelta]] = []
+        down_adapters: list[list[LowRank | FullDelta]] = []
         for name in adapters:
-            first_adapters += self._low_rank(name, "lora_gate_up", INPUT_PROJECTIONS, stacks.columns, factors)
-            down_adapters += self._low_rank(name, "lora_down", ("down_proj",), stacks.columns, factors)
-        for group in (first_adapters, down_adapters):
-            group[-1:] = [replace(adapter, last=True) for adapter in group[-1:]]
+            first_adapters.append(self._low_rank(name, "lora_gate_up", stacks.columns, factors))
+            down_adapters.append(self._low_rank(name, "lora_down", stacks.columns, factors))
+        first, down = _with_last_marked(first_adapters), _with_last_marked(down_adapters)
 
         # The stock forwards differ in how they multiply and in which order they sum. Following the one in use makes an
         # adapter that adds zero change nothing, to the bit.
@@ -108,7 +107,7 @@ class FusedSieveExperts(SieveExpertLayer):
             chunks = device_chunks(dispatch.counts, dispatch.order.numel())
         else:
             chunks = loop_chunks(dispatch.counts, chunk_rows=1 if one_by_one else CHUNK_ROWS)
-        plan = ExpertPlan(chunks, stacks_again, first_adapters, down_adapters, keep=torch.is_grad_enabled())
+        plan = ExpertPlan(chunks, stacks_again, first, down, keep=torch.is_grad_enabled())
         result: torch.Tensor = ExpertFunction.apply(plan, stacks, dispatch, hidden_states, expert_weights, *factors)
         if not stacks.passes_others:
             return result
@@ -119,36 +118,45 @@ class FusedSieveExperts(SieveExpertLayer):
         self,
         adapter_name: str,
         name: str,
-        group: tuple[str, ...],
         columns: Mapping[str, slice],
         factors: list[torch.Tensor],
     ) -> list[LowRank | FullDelta]:
         """One adapter's share in one product, its tensors added to `factors`; none if it adapts no projection there."""
         plan = self.plans[adapter_name]
-        held = [getattr(self, f"{name}_{kind}") for kind in (["delta"] if plan.full else "AB")]
-        if adapter_name not in held[0]:
-            return []
-        factors += [modules[adapter_name].used() for modules in held]
-        parts, start = [], 0
-        for projection in group:
-            if projection in plan.ranks:
-                ranks = slice(start, start + plan.ranks[projection])
-                scaling = self.scaling[adapter_name] * plan.relative_scaling[projection]
-                parts.append(Part(ranks, columns[projection], scaling))
-                start = ranks.stop
-        slots = {expert: slot for slot, expert in enumerate(plan.experts)}
         if plan.full:
-            return [FullDelta(slots, self.slots_module(adapter_name).ids, parts, len(factors) - 1)]
-        return [
-            LowRank(
-                slots=slots,
-                ids=self.slots_module(adapter_name).ids,
-                parts=parts,
-                dropout=_drawn(self.lora_dropout[adapter_name]),
-                a=len(factors) - 2,
-                b=len(factors) - 1,
-            )
-        ]
+            return self._full_delta(adapter_name, name, columns, factors)
+        packs = self.packs(adapter_name, name)
+        # One mask for all: a row belongs to one expert, so to one pack.
+        dropout = _drawn(self.lora_dropout[adapter_name]) if packs else None
+        found: list[LowRank | FullDelta] = []
+        for pack in packs:
+            factors += [pack.a, pack.b]
+            parts = self._parts(adapter_name, pack.ranks, columns)
+            slots = {expert: slot for slot, expert in enumerate(pack.experts)}
+            found.append(LowRank(slots, pack.ids, parts, dropout, a=len(factors) - 2, b=len(factors) - 1))
+        return found
+
+    def _full_delta(
+        self, adapter_name: str, name: str, columns: Mapping[str, slice], factors: list[torch.Tensor]
+    ) -> list[LowRank | FullDelta]:
+        """The same for an adapter that tunes its experts fully."""
+        plan, held = self.plans[adapter_name], getattr(self, f"{name}_delta")
+        if adapter_name not in held:
+            return []
+        factors.append(held[adapter_name].used())
+        ranks = {p: plan.ranks[p] for p in FACTOR_GROUPS[name] if p in plan.ranks}
+        slots = {expert: slot for slot, expert in enumerate(plan.experts)}
+        parts = self._parts(adapter_name, ranks, columns)
+        return [FullDelta(slots, self.slots_module(adapter_name).ids, parts, len(factors) - 1)]
+
+    def _parts(self, adapter_name: str, ranks: Mapping[str, int], columns: Mapping[str, slice]) -> list[Part]:
+        """Which rows of packed tensors belong to which columns of the product, for projections in the order packed."""
+        parts, start = [], 0
+        for projection, rank in ranks.items():
+            scaling = self.scaling[adapter_name] * self.plans[adapter_name].relative_scaling[projection]
+            parts.append(Part(slice(start, start + rank), columns[projection], scaling))
+            start += rank
+        return parts
 
     def _require_frozen(self, experts: nn.Module) -> None:
         if not torch.is_grad_enabled():
@@ -168,6 +176,13 @@ def _add_unchanged(
     tokens = pairs % hidden_states.shape[0]
     rows = hidden_states[tokens] * expert_weights.T.reshape(-1)[pairs].unsqueeze(-1)
     return result.index_add(0, tokens, rows.to(result.dtype))
+
+
+def _with_last_marked(adapters: list[list[LowRank | FullDelta]]) -> list[LowRank | FullDelta]:
+    """What each adapter adds, in order, that of the last one which adds anything marked as such."""
+    groups = [group for group in adapters if group]
+    groups[-1:] = [[replace(share, last=True) for share in group] for group in groups[-1:]]
+    return [share for group in groups for share in group]
 
 
 def _compute_dtype(hidden_states: torch.Tensor) -> torch.dtype:

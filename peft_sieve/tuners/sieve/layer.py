@@ -17,12 +17,14 @@ from ...moe.placement import execution_device, first_tensor, is_offloaded, onloa
 from ...moe.quantised import quantisation_of
 from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
-from .factors import AdapterPlan, ExpertDeltas, ExpertFactors, ExpertSlots, initialize, slots_of
+from .factors import AdapterPlan, ExpertDeltas, ExpertFactors, ExpertSlots, Pack, initialize, slots_of
 from .hellori import random_share
-from .targets import adapted_projections, by_pattern
+from .targets import ranks_and_alphas
 
 # The projections that read the layer's input share one packed A; down_proj has its own.
 INPUT_PROJECTIONS = PROJECTIONS[:2]
+# Name of the packed factors -> the projections in them.
+FACTOR_GROUPS = {"lora_gate_up": INPUT_PROJECTIONS, "lora_down": PROJECTIONS[2:]}
 
 
 class SieveExpertLayer(nn.Module, LoraLayer):
@@ -79,16 +81,10 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         Args:
             without_values: leave the factors on the meta device, for `allocate`, since saved ones will follow.
         """
-        projections = adapted_projections(config, self.path, self.shape)
-        ranks, alphas = {}, {}
-        for name in projections:
-            parameters = self.family.parameter_names(self.get_base_layer(), [name])
-            keys = [*(f"{self.path}.{n}" for n in (name, *parameters)), self.path]
-            ranks[name] = by_pattern(config.rank_pattern, keys, config.r)
-            alphas[name] = by_pattern(config.alpha_pattern, keys, config.lora_alpha)
+        ranks, alphas = ranks_and_alphas(config, self.path, self.family, self.shape, self.get_base_layer())
         scaling = _scaling(config.lora_alpha, config.r, config.use_rslora)
-        relative = {n: _scaling(alphas[n], ranks[n], config.use_rslora) / scaling for n in projections}
-        self.plans[adapter_name] = AdapterPlan(tuple(experts), ranks, relative)
+        relative = {n: _scaling(alphas[n], ranks[n], config.use_rslora) / scaling for n in ranks}
+        self.plans[adapter_name] = self._new_plan(AdapterPlan(tuple(experts), ranks, relative), config)
         self.r[adapter_name] = config.r
         self.lora_alpha[adapter_name] = config.lora_alpha
         self.scaling[adapter_name] = scaling
@@ -96,10 +92,10 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             self._plan_full(adapter_name)
         self.use_rslora[adapter_name] = config.use_rslora
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.lora_experts[adapter_name] = ExpertSlots(self.shape.num_experts, experts)
+        self.lora_experts[adapter_name] = self._new_slots(adapter_name, config)
         # Filled where they are used: those of a large model take a while on the CPU.
         device = torch.device("meta") if without_values else execution_device(self.get_base_layer())
-        for name, group in (("lora_gate_up", INPUT_PROJECTIONS), ("lora_down", ("down_proj",))):
+        for name, group in FACTOR_GROUPS.items():
             add = self._add_deltas if self.plans[adapter_name].full else self._add_factors
             add(adapter_name, name, group, config.init_lora_weights, device)
         if config.hellori_density is not None:
@@ -111,6 +107,12 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             for factors in self._factors_of(adapter_name):
                 factors.to(dtype)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _new_plan(self, plan: AdapterPlan, config: SieveLoraConfig) -> AdapterPlan:
+        return plan
+
+    def _new_slots(self, adapter_name: str, config: SieveLoraConfig) -> ExpertSlots:
+        return ExpertSlots(self.shape.num_experts, self.plans[adapter_name].experts)
 
     def _add_factors(
         self, adapter_name: str, name: str, group: Sequence[str], init: bool | str, device: torch.device
@@ -124,7 +126,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         factor_b = ExpertFactors(len(plan.experts), sum(ranks), out_features, device)
         # On the meta device, saved values follow: drawing some before them would take longer than reading those.
         if not factor_a.weight.is_meta:
-            initialize(factor_a, factor_b, ranks, init)
+            initialize(factor_a.weight.data, factor_b.weight.data, ranks, init)
         getattr(self, f"{name}_A")[adapter_name] = factor_a
         getattr(self, f"{name}_B")[adapter_name] = factor_b
 
@@ -239,12 +241,30 @@ class SieveExpertLayer(nn.Module, LoraLayer):
 
     def _packed(self, adapter_name: str, projection: str) -> tuple[str, slice]:
         """Which group of packed tensors holds a projection, and where."""
-        ranks = self.plans[adapter_name].ranks
-        group, name = (
-            (("down_proj",), "lora_down") if projection == "down_proj" else (INPUT_PROJECTIONS, "lora_gate_up")
-        )
+        ranks, name = self.plans[adapter_name].ranks, group_of(projection)
+        group = FACTOR_GROUPS[name]
         start = sum(ranks.get(p, 0) for p in group[: group.index(projection)])
         return name, slice(start, start + ranks[projection])
+
+    def expert_factors(
+        self, adapter_name: str, projection: str, expert: int
+    ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        """A (rank, in), B (rank, out) and the scaling of one projection of one expert; None if it is not adapted."""
+        factors, slots = self.factors(adapter_name, projection), self.plans[adapter_name].experts
+        if factors is None or expert not in slots:
+            return None
+        a, b, scaling = factors
+        slot = slots.index(expert)
+        return a[slot], b[slot], scaling
+
+    def packs(self, adapter_name: str, name: str) -> list[Pack]:
+        """The factors of `lora_gate_up` or `lora_down` in packs of one rank; none if no projection is adapted there."""
+        if adapter_name not in getattr(self, f"{name}_A"):
+            return []
+        plan = self.plans[adapter_name]
+        ranks = {p: plan.ranks[p] for p in FACTOR_GROUPS[name] if p in plan.ranks}
+        a, b = (getattr(self, f"{name}_{side}")[adapter_name].used() for side in "AB")
+        return [Pack(plan.experts, self.slots_module(adapter_name).ids, ranks, a, b)]
 
     def with_deltas(self, projection: str, expert: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """What one projection of one expert gives with the active adapters.
@@ -257,20 +277,18 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             (rows, out); `output` itself where nothing is added.
         """
         for name in self.applied_adapters():
-            slots = self.plans[name].experts
-            factors, full = self.factors(name, projection), self.full_delta(name, projection)
-            if (factors is None and full is None) or expert not in slots:
-                continue
-            slot = slots.index(expert)
-            if full is not None:
+            full = self.full_delta(name, projection)
+            if full is not None and expert in self.plans[name].experts:
                 delta, scaling = full
-                output = output + scaling * (x.to(output) @ delta[slot].to(output).T)
+                output = output + scaling * (x.to(output) @ delta[self.plans[name].experts.index(expert)].to(output).T)
                 continue
-            assert factors is not None
+            factors = self.expert_factors(name, projection, expert)
+            if factors is None:
+                continue
             a, b, scaling = factors
             # In the type of the output, under autocast the lower one, and where that is.
-            inner = self.lora_dropout[name](x).to(output) @ a[slot].to(output).T  # (rows, rank)
-            output = output + scaling * (inner @ b[slot].to(output))
+            inner = self.lora_dropout[name](x).to(output) @ a.to(output).T  # (rows, rank)
+            output = output + scaling * (inner @ b.to(output))
         return output
 
     # Merging
@@ -281,16 +299,16 @@ class SieveExpertLayer(nn.Module, LoraLayer):
 
     def get_delta_weight(self, adapter_name: str, projection: str, expert: int) -> torch.Tensor:
         """What the adapter adds to one projection of one adapted expert: (out, in), in float32 or wider."""
-        slot = self.plans[adapter_name].experts.index(expert)
         full = self.full_delta(adapter_name, projection)
         if full is not None:
             weight, scaling = full
+            slot = self.plans[adapter_name].experts.index(expert)
             return scaling * weight[slot].detach().to(torch.promote_types(weight.dtype, torch.float32))
-        factors = self.factors(adapter_name, projection)
+        factors = self.expert_factors(adapter_name, projection, expert)
         assert factors is not None
         a, b, scaling = factors
         dtype = torch.promote_types(a.dtype, torch.float32)
-        return scaling * (b[slot].detach().to(dtype).T @ a[slot].detach().to(dtype))
+        return scaling * (b.detach().to(dtype).T @ a.detach().to(dtype))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -372,6 +390,11 @@ class SieveExpertLayer(nn.Module, LoraLayer):
 
     def __repr__(self) -> str:
         return "sieve." + super().__repr__()
+
+
+def group_of(projection: str) -> str:
+    """The name of the packed factors that a projection is in."""
+    return next(name for name, group in FACTOR_GROUPS.items() if projection in group)
 
 
 def _scaling(alpha: float, rank: int, use_rslora: bool) -> float:

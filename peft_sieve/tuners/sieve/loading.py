@@ -20,10 +20,12 @@ from torch import nn
 
 from ...errors import SieveError
 from ...files import finish_interrupted_save
+from ...registration import SIEVE_TYPES
 from .config import SieveLoraConfig
 from .layer import SieveExpertLayer
 
-SLOTS_KEY = ".lora_experts.slots"
+BOOKKEEPING_KEY = ".lora_experts."  # in the keys of tensors that are no factors, but say whose those are
+SLOTS_KEY = f"{BOOKKEEPING_KEY}slots"
 # Methods of this package that have selected experts, too, and look after them themselves.
 OTHER_TYPES = ("PERFT",)
 _WEIGHTS_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -60,7 +62,7 @@ def read_config_file(path: str) -> dict[str, Any] | None:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if "SIEVE_LORA" in text or "selected_experts" in text or _has_slots(folder):
+        if any(name in text for name in SIEVE_TYPES) or "selected_experts" in text or _has_slots(folder):
             raise SieveError(
                 f"{path} is not JSON ({error}), expected the whole file that save_pretrained wrote: save or download "
                 "the adapter again"
@@ -75,12 +77,12 @@ def read_config_file(path: str) -> dict[str, Any] | None:
         return None
     if content.get("peft_type") in OTHER_TYPES:
         return None
-    if content.get("peft_type") != "SIEVE_LORA":
+    if content.get("peft_type") not in SIEVE_TYPES:
         if "selected_experts" not in content and not _has_slots(folder):
             return None
         raise SieveError(
-            f"{path} has peft_type {content.get('peft_type')!r}, expected 'SIEVE_LORA', since it belongs to selected "
-            "experts: save or download the adapter again"
+            f"{path} has peft_type {content.get('peft_type')!r}, expected {' or '.join(map(repr, SIEVE_TYPES))}, since "
+            "it belongs to selected experts: save or download the adapter again"
         )
     _check_weights_file(content, folder)
     return content
@@ -115,7 +117,7 @@ def _check_weights_file(content: dict[str, Any], folder: Path) -> None:
         with safe_open(weights, "pt") as file:
             names = list(file.keys())
             slots = {name: file.get_tensor(name) for name in names if name.endswith(SLOTS_KEY)}
-            types = {name: file.get_slice(name).get_dtype() for name in names if name not in slots}
+            types = {name: file.get_slice(name).get_dtype() for name in names if BOOKKEEPING_KEY not in name}
     except SafetensorError as error:
         raise broken_weights(weights, error) from error
     for name, dtype in types.items():
@@ -124,7 +126,7 @@ def _check_weights_file(content: dict[str, Any], folder: Path) -> None:
     mask = content.get("selected_experts")
     if not isinstance(mask, Mapping):
         return
-    found = {_in_base_model(name.removesuffix(SLOTS_KEY)): _ids(value) for name, value in slots.items()}
+    found = {in_base_model(name.removesuffix(SLOTS_KEY)): _ids(value) for name, value in slots.items()}
     expected = {path: ids for path, ids in mask.items() if ids}
     for path in {**expected, **found}:
         if found.get(path) != expected.get(path):
@@ -152,11 +154,12 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
     Raises:
         SieveError: and nothing was loaded.
     """
-    given = {_in_base_model(key): value for key, value in state_dict.items()}
+    given = {in_base_model(key): value for key, value in state_dict.items()}
     for path, layer in sieve_layers(model):
         if adapter_name in layer.plans:
             _check_slots(given.get(path + SLOTS_KEY), path, layer, adapter_name)
             _check_kept(given, path, layer, adapter_name)
+            layer.slots_module(adapter_name).check(saved_bookkeeping(given, path), adapter_name, path)
         elif path + SLOTS_KEY in given:
             raise SieveError(
                 f"the weights hold experts of {path}, and adapter '{adapter_name}' selects none there, expected the "
@@ -172,7 +175,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
             )
         if not given[key].is_floating_point():
             raise _wrong_type(key, str(given[key].dtype))
-    foreign = [key for key in given if ".lora_" in key and key not in expected and not key.endswith(SLOTS_KEY)]
+    foreign = [key for key in given if ".lora_" in key and key not in expected and BOOKKEEPING_KEY not in key]
     if foreign:
         raise SieveError(
             f"the weights hold {foreign[0]}, which adapter '{adapter_name}' has not ({len(foreign)} in all), expected "
@@ -244,6 +247,17 @@ def _check_kept(given: Mapping[str, torch.Tensor], path: str, layer: SieveExpert
             )
 
 
+def saved_bookkeeping(state_dict: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """What saved weights say of one layer's experts, by the names that the layer has for it.
+
+    Args:
+        state_dict: keys of the base model.
+        path: of the layer.
+    """
+    prefix = path + BOOKKEEPING_KEY
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+
+
 def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, tuple[int, ...] | None]]:
     """(checkpoint key, shape) of an adapter's factors; no shape where a layer's are spread over processes."""
     for path, layer in model.named_modules():
@@ -259,7 +273,7 @@ def _adapter_tensors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str,
             parameters = factor.named_parameters() if isinstance(factor, nn.Module) else [("", factor)]
             for parameter_name, parameter in parameters:
                 key = ".".join(filter(None, (path, name, parameter_name)))
-                yield _in_base_model(key), None if spread else tuple(getattr(parameter, "ds_shape", parameter.shape))
+                yield in_base_model(key), None if spread else tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def unmap(model: nn.Module, adapter_name: str) -> None:
@@ -277,7 +291,8 @@ def unmap(model: nn.Module, adapter_name: str) -> None:
     for _, expert_layer in sieve_layers(model):
         if adapter_name in expert_layer.plans:
             mapping = expert_layer.slots_module(adapter_name)
-            mapping.slots = mapping.slots.clone()
+            for name, buffer in mapping.named_buffers():
+                setattr(mapping, name, buffer.clone())
 
 
 def check_loaded(model: nn.Module, adapter_name: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -316,7 +331,8 @@ def _wrong_type(key: str, dtype: str) -> SieveError:
     )
 
 
-def _in_base_model(key: str) -> str:
+def in_base_model(key: str) -> str:
+    """The key of an adapter's tensor without what PEFT's wrappers put before it."""
     return key.removeprefix("base_model.model.")
 
 

@@ -22,11 +22,12 @@ from ...moe.placement import onloaded
 from ...moe.quantised import linear_quantisation, refuse_storage
 from ...moe.topology import MoELayer, find_moe_layers, read_weights
 from ...routing.distributed import check_agreement, on_every_rank
-from .agreement import check_at_next_training_forward, stop_checking
+from .agreement import check_at_next_training_forward
 from .calibrate import calibrate
 from .combination import COMBINATION_TYPES
 from .config import SieveLoraConfig
 from .exact import ExactLinear, read_by_weight, with_exact_unmerge
+from .hooks import take_down
 from .layer import SieveExpertLayer
 from .loading import check_state_dict, sieve_layers, weights_follow
 from .mask import check_mask, shape_of
@@ -84,7 +85,7 @@ class SieveLoraModel(LoraModel):
         """The MoE layers of the model, and those of them whose experts may be adapted."""
         layers = find_moe_layers(self.model)
         for layer in layers:
-            _layer_class(layer)
+            self._check_layer_class(layer)
             _refuse_parallel(layer)
             refuse_storage(layer.experts, layer.path, layer.family.dequantises)
         if config.selected_experts is not None:
@@ -145,13 +146,26 @@ class SieveLoraModel(LoraModel):
         if isinstance(target, SieveExpertLayer):
             target.update_layer(adapter_name, experts, config, without_values)
             return
-        wrapper = _layer_class(layer)(target, layer)
+        wrapper = self._layer_class(layer)(target, layer)
         wrapper.set_adapter(self.active_adapters)
         wrapper.update_layer(adapter_name, experts, config, without_values)
         if adapter_name not in self.active_adapters:
             # As PEFT: an additional adapter does not become trainable by being added.
             wrapper.requires_grad_(False)
         setattr(parent, name, wrapper)
+
+    def _check_layer_class(self, layer: MoELayer) -> None:
+        layer_class, module = self._layer_class(layer), self.model.get_submodule(layer.path)
+        if isinstance(module, SieveExpertLayer) and type(module) is not layer_class:
+            raise SieveError(
+                f"the experts of {layer.path} hold an adapter of another method (a {type(module).__name__}), expected "
+                "adapters of one method in a model: load it on a base model of its own"
+            )
+
+    @staticmethod
+    def _layer_class(layer: MoELayer) -> type[SieveExpertLayer]:
+        """The adapter layer for the experts of `layer`."""
+        return layer_class_of(layer)
 
     def _create_and_replace(
         self, lora_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
@@ -265,7 +279,8 @@ class SieveLoraModel(LoraModel):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        stop_checking(self.model)
+        for module in self.model.modules():
+            take_down(module)
         if not (merge and safe_merge):
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         # Before any layer is taken out: one of them may refuse.
@@ -292,7 +307,12 @@ def _router_config(config: SieveLoraConfig, names: list[str]) -> SieveLoraConfig
     return own
 
 
-def _layer_class(layer: MoELayer) -> type[SieveExpertLayer]:
+def layer_class_of(layer: MoELayer) -> type[SieveExpertLayer]:
+    """The adapter layer that a family names.
+
+    Raises:
+        SieveError: it names none.
+    """
     named = getattr(layer.family, "layer_class", None)
     layer_class = pkgutil.resolve_name(named) if isinstance(named, str) else named
     if isinstance(layer_class, type) and issubclass(layer_class, SieveExpertLayer):

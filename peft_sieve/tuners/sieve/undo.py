@@ -13,8 +13,8 @@ from peft.utils import _get_submodules
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .agreement import stop_checking
 from .exact import ExactLinear, ExactParamWrapper
+from .hooks import take_down
 from .layer import SieveExpertLayer
 
 _OURS = (SieveExpertLayer, ExactLinear, ExactParamWrapper)
@@ -41,7 +41,7 @@ def as_before_on_error(model: nn.Module) -> Iterator[None]:
             restore(model, trainable, attributes, names)
             if not any(isinstance(module, SieveExpertLayer) for module in model.modules()):
                 for module in model.modules():
-                    stop_checking(module)
+                    take_down(module)
         raise
 
 
