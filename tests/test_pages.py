@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import peft_sieve
 from tests.hub_standin import HubStandIn
 from tests.models import TINY_OLMOE
 from tests.pages import ROOT, blocks
@@ -84,6 +85,12 @@ def test_no_block_is_left_out(page: Path) -> None:
     if languages & {"python", "sh"} and name not in HERE:
         assert name in ELSEWHERE, "nothing runs this page"
         assert page.name in (ROOT / ELSEWHERE[name]).read_text()
+
+
+def test_the_reference_has_every_public_name() -> None:
+    documented = re.findall(r"^::: peft_sieve\.(?:[\w.]+\.)?(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.M)
+    assert len(set(documented)) == len(documented)
+    assert set(peft_sieve.__all__) <= set(documented)
 
 
 def test_every_linked_file_exists() -> None:

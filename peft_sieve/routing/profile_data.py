@@ -120,7 +120,8 @@ class RoutingProfile:
             num_experts_per_tok: the router's top-k. From it follows `num_tokens`: the largest layer total divided by
                 it, rounded down; without it `num_tokens` is None.
             layer_names: one distinct name a layer; `layers.0`, `layers.1`, ... by default.
-            sample_share, sample_mass: averages over samples, as `counts`, or None when unknown (see `RoutingProfile`).
+            sample_share: average over samples, as `counts`, or None when unknown (see `RoutingProfile`).
+            sample_mass: the same of the gate weights.
 
         Returns:
             The profile, with empty metadata.

@@ -61,7 +61,11 @@ def warm_up_profile(
         fraction: share of the samples, in (0, 1], drawn with `seed`; rounded up.
         config: the settings of LoRA, except for its experts, which are all; None is `SieveLoraConfig()`.
         learning_rate: of AdamW, constant, without weight decay.
-        tokenizer, formatting_func, split, max_length, batch_size: as for `profile_routing`.
+        tokenizer: this and the next four as for `profile_routing`.
+        formatting_func: row -> text, for rows in another form.
+        split: the split to read, where there are several.
+        max_length: tokens of a row; the rest is cut off.
+        batch_size: rows of a step.
         seed: of the samples, their order, the adapter and its dropout.
         progress: show a bar if standard error is a terminal.
 

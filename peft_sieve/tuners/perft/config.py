@@ -44,14 +44,17 @@ class PerftConfig(PeftConfig):
         norm_topk_prob: whether the gates of a token's adapters are made to sum to 1 (R).
         aux_loss_coef: factor of the balance loss of R's router, 0 for none; default 0.01.
         target_modules: None adapts every MoE block; names or a pattern, those MoE blocks that match.
-        exclude_modules, layers_to_transform, layers_pattern: leave some of these out, as in `peft.LoraConfig`.
+        exclude_modules: leaves some of these out, as the next two do, all as in `peft.LoraConfig`.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the list of layers.
         modules_to_save: modules to train whole beside the adapters.
         selected_experts: E only: experts-module path -> ids of the experts that get an adapter; None is all of them.
             Filled by calibration and saved.
         calib_dataset: E only: data to find the hot experts with. This, `calib_tokenizer`, `calib_formatting_func`,
             `calib_split`, `calib_samples`, `calib_max_length`, `calib_batch_size`, `calib_seed`, `calib_stability`,
             `top_k_frac`, `top_k`, `strategy`, `score` and `coverage` are those of `SieveLoraConfig`.
-        calibration, expert_shapes: E only: where the selection came from, and the sizes of the experts it was made for.
+        calibration: E only: where the selection came from.
+        expert_shapes: E only: the sizes of the experts it was made for.
 
     Raises:
         SieveError: an option has a value that cannot work; the text says which one, and what would.
