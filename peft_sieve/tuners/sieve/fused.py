@@ -95,8 +95,8 @@ class FusedSieveExperts(SieveExpertLayer):
         first_adapters: list[list[LowRank | FullDelta]] = []
         down_adapters: list[list[LowRank | FullDelta]] = []
         for name in adapters:
-            first_adapters.append(self._low_rank(name, "lora_gate_up", stacks.columns, factors))
-            down_adapters.append(self._low_rank(name, "lora_down", stacks.columns, factors))
+            first_adapters.append(self._shares(name, "lora_gate_up", stacks.columns, factors))
+            down_adapters.append(self._shares(name, "lora_down", stacks.columns, factors))
         first, down = _with_last_marked(first_adapters), _with_last_marked(down_adapters)
 
         # The stock forwards differ in how they multiply and in which order they sum. Following the one in use makes an
@@ -114,7 +114,7 @@ class FusedSieveExperts(SieveExpertLayer):
         others = dispatch.order[dispatch.expert_ids >= self.shape.num_experts]
         return _add_unchanged(result, hidden_states, expert_weights, others)
 
-    def _low_rank(
+    def _shares(
         self,
         adapter_name: str,
         name: str,
