@@ -55,7 +55,7 @@ def main() -> None:
             at = LoadedTask(task, args.data, dataclasses.replace(Settings(), learning_rate=rate), tokenizer)
             at.data = left_out(at.data, at.settings.held_out)
             if args.method:
-                row = run_method(dataclasses.replace(METHODS[args.method], learning_rates={task.name: rate}), at, SEED)
+                row = run_method(dataclasses.replace(METHODS[args.method], learning_rate=rate), at, SEED)
             else:
                 row = run_condition(conditions(at.settings)[args.condition], at, SEED)
             what_ran = args.method or args.condition

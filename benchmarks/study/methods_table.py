@@ -35,25 +35,23 @@ def comparison(finished: Sequence[Row], labels: Mapping[str, str]) -> list[str]:
     names = [name for name in labels if any(row["condition"] == name for row in whole)]
     others = [name for name in names if name != REFERENCE]
     compared = {task: compare(losses(whole, task), [(name, REFERENCE) for name in others]) for task in tasks}
-    headings = ["method", "parameters", *(TASKS[task].label for task in tasks)]
+    headings = ["method", "parameters", "learning rate", *(TASKS[task].label for task in tasks)]
     lines = [line(headings), line(["---"] * len(headings))]
     for name in names:
         runs = [row for row in whole if row["condition"] == name]
         cells = [
             labels[name],
             f"{statistics.fmean(row['trainable_at_start'] for row in runs):,.0f}",
+            f"{runs[0]['learning_rate']:g}",
         ]
         for task in tasks:
             mean = statistics.fmean(losses(whole, task)[name].values())
-            rate = next(row["learning_rate"] for row in runs if row["task"] == task)
             if name == REFERENCE:
-                cells.append(f"{mean:.4f} at {rate:g}")
+                cells.append(f"{mean:.4f}")
                 continue
             found = compared[task][f"{name} - {REFERENCE}"]
             low, high = found.paired.confidence_interval
-            cells.append(
-                f"{mean:.4f} at {rate:g}: {low:+.4f} to {high:+.4f}, p {p_value(found.p_value)}, {found.verdict}"
-            )
+            cells.append(f"{mean:.4f}: {low:+.4f} to {high:+.4f}, p {p_value(found.p_value)}, {found.verdict}")
         lines.append(line(cells))
     return [f"{len(whole)} runs: {len(names)} methods, {len(tasks)} tasks, {len(seeds)} seeds.", "", *lines]
 

@@ -74,8 +74,8 @@ def test_the_table_of_methods() -> None:
     about, _, *table = comparison(finished, {"hot_25": "hot 25%", "uniform": "uniform", "epng": "not run"})
     assert about == "6 runs: 2 methods, 1 tasks, 3 seeds."
     assert table[2:] == [
-        "| hot 25% | 5,000 | 1.6000 at 0.005 |",
-        "| uniform | 5,000 | 1.6200 at 0.005: -0.0048 to +0.0448, p 0.074, open |",
+        "| hot 25% | 5,000 | 0.005 | 1.6000 |",
+        "| uniform | 5,000 | 0.005 | 1.6200: -0.0048 to +0.0448, p 0.074, open |",
     ]
 
 
