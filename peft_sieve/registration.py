@@ -25,7 +25,6 @@ from .files import replaced_when_done
 # Methods whose adapters belong to a mask of experts: what is wrapped below is wrapped for them.
 SIEVE_TYPES = ("SIEVE_LORA", "SIEVE_EPNG")
 PEFT_TYPES = (*SIEVE_TYPES, "PERFT", "LORA_MOE")
-CARD_TYPES = (*SIEVE_TYPES, "PERFT")
 
 
 def add_peft_types() -> None:
@@ -92,7 +91,7 @@ def _has_sieve(model: PeftModel) -> bool:
 
 def _has_card(model: PeftModel) -> bool:
     """Whether the model card is to say how the adapter is loaded, and what it is."""
-    return any(config.peft_type in CARD_TYPES for config in model.peft_config.values())
+    return any(config.peft_type in PEFT_TYPES for config in model.peft_config.values())
 
 
 def _save_pretrained(
@@ -167,10 +166,11 @@ def _placed_as_it_is(model: Any, is_ours: Callable[[], bool], told: bool = False
 @contextmanager
 def _as_before_on_error(model: Any) -> Iterator[None]:
     """When weights are refused, the adapters that were to have them are not left in the model."""
+    from .tuners.lora_moe import undo as lora_moe
     from .tuners.perft import undo as perft
     from .tuners.sieve import undo as sieve
 
-    with sieve.as_before_on_error(model), perft.as_before_on_error(model):
+    with sieve.as_before_on_error(model), perft.as_before_on_error(model), lora_moe.as_before_on_error(model):
         yield
 
 
@@ -206,14 +206,19 @@ def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, 
 
 
 def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    from .tuners.perft import loading as perft
+    from .tuners.lora_moe.loading import check_loaded as check_lora_moe
+    from .tuners.perft.loading import check_loaded as check_perft
     from .tuners.sieve.loading import check_loaded, explained, unmap
 
     before = set(getattr(self, "peft_config", {}))
+    checks = {**dict.fromkeys(SIEVE_TYPES, check_loaded), "PERFT": check_perft, "LORA_MOE": check_lora_moe}
+
+    def new() -> dict[str, Any]:
+        configs = getattr(self, "peft_config", {})
+        return {name: config for name, config in configs.items() if name not in before}
 
     def ours() -> list[str]:
-        configs = getattr(self, "peft_config", {})
-        return [name for name, c in configs.items() if name not in before and c.peft_type in SIEVE_TYPES]
+        return [name for name, config in new().items() if config.peft_type in SIEVE_TYPES]
 
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
     source = (given.get("peft_model_id"), given.get("peft_config"), given.get("adapter_kwargs") or {})
@@ -227,12 +232,9 @@ def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args
             raise explained(error, path) from error
         for name in ours():
             unmap(self, name)
-            check_loaded(self, name, getattr(loaded, "missing_keys", ()), getattr(loaded, "unexpected_keys", ()))
-        for name, config in getattr(self, "peft_config", {}).items():
-            if name not in before and config.peft_type == "PERFT":
-                perft.check_loaded(
-                    self, name, getattr(loaded, "missing_keys", ()), getattr(loaded, "unexpected_keys", ())
-                )
+        for name, config in new().items():
+            if check := checks.get(config.peft_type):
+                check(self, name, getattr(loaded, "missing_keys", ()), getattr(loaded, "unexpected_keys", ()))
     return loaded
 
 

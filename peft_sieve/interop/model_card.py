@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 
 from ..tuners.epng.config import EpngConfig
+from ..tuners.lora_moe.config import LoraMoeConfig
 from ..tuners.perft.config import PerftConfig
 from ..tuners.sieve.config import SieveLoraConfig
 
@@ -33,29 +36,38 @@ LOADING = (
 )
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What the cards of one configuration class have: tags, a title, and a section for each adapter."""
+
+    tags: tuple[str, ...]
+    title: str
+    section: Callable[[PeftModel, str, Any], str]
+
+
 def add_to_card(model: PeftModel, path: str) -> None:
     """Write the section into the card at `path`, in place of an earlier one."""
     card = ModelCard.load(path)
-    configs = [c for c in model.peft_config.values() if isinstance(c, SieveLoraConfig | PerftConfig)]
-    methods = {"perft" if isinstance(c, PerftConfig) else "lora" for c in configs}
-    card.data["tags"] = sorted({*(card.data.get("tags") or []), *methods, "peft_sieve", "mixture-of-experts"})
+    found = [(name, config, kind) for name, config in model.peft_config.items() if (kind := _kind(config))]
+    tags = {tag for _, _, kind in found for tag in kind.tags}
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), *tags, "peft_sieve"})
     if not _is_repository(str(card.data.get("base_model", "org/name"))):
         # The Hub refuses a card whose base model is a local folder.
         card.data.pop("base_model")
         card.data["tags"] = [tag for tag in card.data["tags"] if not tag.startswith("base_model:")]
-    sections = [
-        _section(model, name, c) if isinstance(c, SieveLoraConfig) else _perft_section(model, name, c)
-        for name, c in model.peft_config.items()
-        if c in configs
-    ]
+    sections = [kind.section(model, name, config) for name, config, kind in found]
     block = "\n\n".join([START, *sections, END])
     text = re.sub(re.escape(START) + ".*?" + re.escape(END), "", card.text, flags=re.DOTALL).strip()
-    before, found, after = text.partition(VERSIONS)
+    before, versions, after = text.partition(VERSIONS)
     if _is_blank(before):
         # It says nothing that the section does not.
-        before = f"# {'Sparse LoRA' if 'lora' in methods else 'PERFT adapters'} for {_base_name(model)}"
-    card.text = f"\n{before.rstrip()}\n\n{block}\n\n{found}{after}".rstrip() + "\n"
+        before = f"# {found[0][2].title} for {_base_name(model)}"
+    card.text = f"\n{before.rstrip()}\n\n{block}\n\n{versions}{after}".rstrip() + "\n"
     card.save(path)
+
+
+def _kind(config: Any) -> _Kind | None:
+    return next((kind for config_type, kind in _KINDS.items() if isinstance(config, config_type)), None)
 
 
 def _is_blank(text: str) -> bool:
@@ -106,6 +118,25 @@ def _perft_section(model: PeftModel, adapter_name: str, config: PerftConfig) -> 
         "",
         *LOADING,
         *(_selection(config) if config.selected_experts else ()),
+    ]
+    return "\n".join(lines)
+
+
+def _lora_moe_section(model: PeftModel, adapter_name: str, config: LoraMoeConfig) -> str:
+    kept = config.kept_experts or {}
+    pruned = ""
+    if kept:
+        left, total = sum(map(len, kept.values())), len(kept) * config.num_experts
+        pruned = f", of which pruning left {left} of {total} in {len(kept)} layers"
+    lines = [
+        f"## LoRA experts{_suffix(adapter_name)}",
+        "",
+        f"{config.num_experts} LoRA experts of rank {config.r} and a router, which picks {config.top_k} of them for "
+        f"each token, around each adapted linear layer of {_linked(_base_name(model))}{pruned} (DMEP, "
+        "[arXiv 2604.26340](https://arxiv.org/abs/2604.26340)), made with `peft_sieve`. "
+        f"{_size(model, adapter_name)}.",
+        "",
+        *LOADING,
     ]
     return "\n".join(lines)
 
@@ -177,3 +208,10 @@ def _row(config: SieveLoraConfig | PerftConfig, path: str) -> str:
     num_experts = (config.expert_shapes or {}).get(path, [0])[0]
     coverage = ((config.calibration or {}).get("coverage") or {}).get(path)
     return f"| {path} | {len(ids)} of {num_experts} | {'' if coverage is None else f'{coverage:.1%}'} |"
+
+
+_KINDS = {
+    SieveLoraConfig: _Kind(("lora", "mixture-of-experts"), "Sparse LoRA", _section),
+    PerftConfig: _Kind(("perft", "mixture-of-experts"), "PERFT adapters", _perft_section),
+    LoraMoeConfig: _Kind(("lora-moe",), "LoRA experts", _lora_moe_section),
+}

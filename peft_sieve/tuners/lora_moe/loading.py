@@ -5,7 +5,7 @@ Trainer loads a checkpoint into an adapter that is there already, and PEFT then 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -49,6 +49,31 @@ def fit_to_weights(
             layers[path].reshape(adapter_name, experts, pruned)
     pruned_now = any(pruned for _, pruned in found.values())
     config.kept_experts = {path: experts for path, (experts, _) in found.items()} if pruned_now else None
+
+
+def check_loaded(model: nn.Module, adapter_name: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuse what transformers' `load_adapter`, which assigns tensors without asking, has loaded.
+
+    Raises:
+        SieveError: tensors are missing or left over, or belong to other experts than the configuration says.
+    """
+    keys = [key for key in (*missing, *unexpected) if ".lora_" in key]
+    if keys:
+        raise SieveError(
+            f"the weights and adapter '{adapter_name}' do not have {keys[0]} in common ({len(keys)} such in all), "
+            "expected the same tensors: load them under the configuration they were saved with"
+        )
+    for path, layer in lora_moe_layers(model):
+        if adapter_name not in layer.plans:
+            continue
+        plan, usage = layer.plans[adapter_name], layer.usage(adapter_name)
+        experts, pruned = tuple(usage.experts.tolist()), bool(usage.pruned)
+        if (experts, pruned) != (plan.experts, plan.pruned):
+            raise SieveError(
+                f"the weights of {path} belong to {'pruned' if pruned else 'unpruned'} experts {list(experts)}, and "
+                f"adapter '{adapter_name}' has {'pruned' if plan.pruned else 'unpruned'} experts {list(plan.experts)}, "
+                "expected the same: load them under the configuration that they were saved with"
+            )
 
 
 def _checked(

@@ -28,6 +28,22 @@ def as_before_on_error(model: nn.Module) -> Iterator[None]:
     Its modules, its other adapters, and what is trainable are as before then. Adapters of other methods are PEFT's
     business.
     """
+    try:
+        with taken_out_on_error(model, _OURS):
+            yield
+    except Exception:
+        if not any(isinstance(module, SieveExpertLayer) for module in model.modules()):
+            for module in model.modules():
+                take_down(module)
+        raise
+
+
+@contextmanager
+def taken_out_on_error(model: nn.Module, layer_types: tuple[type[nn.Module], ...]) -> Iterator[None]:
+    """When the block ends with an exception, take out what wraps modules of `model` since it began.
+
+    Only if a layer of `layer_types` is new, or has an adapter that is.
+    """
     adapters, wrappers = _adapters(model), {id(module) for module in model.modules() if isinstance(module, _WRAPPERS)}
     trainable = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
     attributes = {name: vars(model)[name] for name in ATTRIBUTES if name in vars(model)}
@@ -36,12 +52,10 @@ def as_before_on_error(model: nn.Module) -> Iterator[None]:
     except Exception:
         new = [path for path, m in _outer_wrappers(model) if id(m) not in wrappers]
         names = _adapters(model) - adapters
-        if any(isinstance(m, _OURS) and (id(m) not in wrappers or names & _held(m)) for m in model.modules()):
+        layers = [m for m in model.modules() if isinstance(m, layer_types)]
+        if any(id(m) not in wrappers or names & _held(m) for m in layers):
             _take_out(model, new, names)
             restore(model, trainable, attributes, names)
-            if not any(isinstance(module, SieveExpertLayer) for module in model.modules()):
-                for module in model.modules():
-                    take_down(module)
         raise
 
 
@@ -56,7 +70,7 @@ def _outer_wrappers(model: nn.Module) -> list[tuple[str, Any]]:
 ATTRIBUTES = ("peft_config", "_hf_peft_config_loaded")
 
 
-def _held(layer: BaseTunerLayer) -> set[str]:
+def _held(layer: Any) -> set[str]:
     return layer._get_available_adapters()
 
 
