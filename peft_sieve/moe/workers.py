@@ -85,3 +85,19 @@ def _keep_to_one_core() -> None:
     set_threads = _set_openmp_threads()
     assert set_threads is not None
     set_threads(1)
+    if (set_mkl_threads := _set_mkl_threads()) is not None:
+        set_mkl_threads(1)
+
+
+@cache
+def _set_mkl_threads() -> Callable[[int], int] | None:
+    """MKL's setting of the calling thread, where PyTorch has MKL inside.
+
+    Once a program calls `torch.set_num_threads`, MKL no longer asks OpenMP: then it splits products in every thread.
+    """
+    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    try:
+        # Loaded already: this finds it, and loads nothing.
+        return ctypes.CDLL(os.path.join(folder, "libtorch_cpu.so")).MKL_Set_Num_Threads_Local
+    except (AttributeError, OSError):
+        return None

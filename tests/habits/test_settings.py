@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,10 @@ def test_rank_and_alpha_patterns_by_layer_and_by_projection(tmp_path: Path) -> N
     }
     alphas = {"layers.1.mlp.experts.up_proj": 12, "q_proj": 1, r".*layers.0.mlp.gate": 3}
     base = tiny_model("olmoe")
-    model = adapted(base, rank_pattern=ranks, alpha_pattern=alphas)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model = adapted(base, rank_pattern=ranks, alpha_pattern=alphas)
+    assert not [w for w in seen if "_pattern" in str(w.message)]
     found = layers(model)
     for path in (EXPERTS.format(0), EXPERTS.format(1)):
         assert isinstance(found[path], SieveExpertLayer)
@@ -138,6 +142,17 @@ def test_rank_and_alpha_patterns_by_layer_and_by_projection(tmp_path: Path) -> N
     assert found["model.layers.0.mlp.gate"].scaling["default"] == 3
     assert found["model.layers.1.self_attn.q_proj"].scaling["default"] == 0.5
     trained_and_loaded(model, lambda: tiny_model("olmoe"), tmp_path)
+
+
+def test_a_pattern_that_matches_nothing_adapted_is_told() -> None:
+    """A name of a projection or a router that is left out counts as nothing, too."""
+    text = r"rank_pattern has \['up_proj', 'mlp.gate', 'nope'\], which match nothing"
+    settings = {"expert_projections": ["down_proj"], "train_router": False}
+    with pytest.warns(RuntimeWarning, match=text) as seen:
+        adapted(
+            tiny_model("olmoe"), rank_pattern=dict.fromkeys(("q_proj", "up_proj", "mlp.gate", "nope"), 2), **settings
+        )
+    assert len([w for w in seen if "_pattern" in str(w.message)]) == 1
 
 
 def test_rslora_scales_every_adapter(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ...errors import SieveError
 from ...moe.topology import MoELayer
 from ..sieve.loading import in_base_model, saved_bookkeeping
 from ..sieve.model import SieveLoraModel, layer_class_of
-from ..sieve.targets import ranks_and_alphas
+from ..sieve.patterns import ranks_and_alphas
 from .config import EpngConfig
 from .layer import EpngExpertLayer, block_ranks, epng_class
 from .states import remember_optimizers

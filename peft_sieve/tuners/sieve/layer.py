@@ -19,7 +19,7 @@ from ...moe.topology import MoELayer
 from .config import SieveLoraConfig
 from .factors import AdapterPlan, ExpertDeltas, ExpertFactors, ExpertSlots, Pack, initialize, slots_of
 from .hellori import random_share
-from .targets import ranks_and_alphas
+from .patterns import ranks_and_alphas
 
 # The projections that read the layer's input share one packed A; down_proj has its own.
 INPUT_PROJECTIONS = PROJECTIONS[:2]

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.model import LoraModel, _get_encoder
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import _get_submodules
@@ -32,7 +33,8 @@ from .layer import SieveExpertLayer
 from .loading import check_state_dict, sieve_layers, weights_follow
 from .mask import check_mask, shape_of
 from .mixed import mixed_batch
-from .targets import by_pattern, resolve_targets, router_parameters, wanted_layers
+from .patterns import UNMATCHED_IN_PEFT, by_pattern, expert_names, warn_of_unmatched_patterns
+from .targets import resolve_targets, router_parameters, wanted_layers
 from .tied import refuse_tied_experts
 from .undo import as_before_on_error
 from .weighted import fill_weighted, weighted_config
@@ -94,10 +96,13 @@ class SieveLoraModel(LoraModel):
 
     # Injection
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # PEFT's own layers, too, draw values that the saved ones replace.
-        with no_init_weights() if weights_follow() else nullcontext():
-            super().inject_adapter(*args, **kwargs)
+        with no_init_weights() if weights_follow() else nullcontext(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", UNMATCHED_IN_PEFT)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        warn_of_unmatched_patterns(config, _names_in_patterns(model, adapter_name))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -294,6 +299,19 @@ class SieveLoraModel(LoraModel):
         if any(getattr(module, "merged", False) for module in self.modules()):
             self.unmerge_adapter()
         return super().unload()
+
+
+def _names_in_patterns(model: nn.Module, adapter_name: str) -> Iterator[str]:
+    """All names that `rank_pattern` and `alpha_pattern` may know what an adapter has by."""
+    for path, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or adapter_name not in module._get_available_adapters():
+            continue
+        yield path
+        if isinstance(module, ParamWrapper):
+            yield f"{path}.{module.parameter_name}"
+        elif isinstance(module, SieveExpertLayer):
+            for projection in module.plans[adapter_name].ranks:
+                yield from expert_names(path, module.family, module.get_base_layer(), projection)
 
 
 def _router_config(config: SieveLoraConfig, names: list[str]) -> SieveLoraConfig:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ...errors import SieveError
-from ...moe.families import PROJECTIONS, ExpertsShape, MoEFamily
+from ...moe.families import PROJECTIONS, ExpertsShape
 from ...moe.linear import is_linear
 from ...moe.topology import MoELayer, Router, attention_linears, base_modules
 from .config import SieveLoraConfig
@@ -31,31 +29,6 @@ def adapted_projections(config: SieveLoraConfig, layer_path: str, shape: Experts
     """The projections of one layer's experts that get an adapter."""
     chosen = config.expert_projections or PROJECTIONS
     return [name for name in shape.projections if name in chosen and is_wanted(config, f"{layer_path}.{name}")]
-
-
-def by_pattern(patterns: dict[str, Any] | None, names: Sequence[str], default: Any) -> Any:
-    """A rank or alpha from PEFT's patterns, for what goes by several names: the first name that one matches counts."""
-    patterns = patterns or {}
-    matches = (get_pattern_key(list(patterns), name) for name in names)
-    return next((patterns[match] for match in matches if match in patterns), default)
-
-
-def ranks_and_alphas(
-    config: SieveLoraConfig, path: str, family: MoEFamily, shape: ExpertsShape, experts: nn.Module
-) -> tuple[dict[str, int], dict[str, float]]:
-    """Rank and alpha of each adapted projection of a layer, by its name, its parameter's or the layer's in the
-    patterns.
-
-    Args:
-        path, family, shape: of the layer.
-        experts: its base module.
-    """
-    ranks, alphas = {}, {}
-    for name in adapted_projections(config, path, shape):
-        keys = [*(f"{path}.{n}" for n in (name, *family.parameter_names(experts, [name]))), path]
-        ranks[name] = by_pattern(config.rank_pattern, keys, config.r)
-        alphas[name] = by_pattern(config.alpha_pattern, keys, config.lora_alpha)
-    return ranks, alphas
 
 
 def wanted_layers(config: SieveLoraConfig, layers: list[MoELayer]) -> list[MoELayer]:
