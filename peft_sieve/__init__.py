@@ -20,7 +20,8 @@ from .moe.module_experts import ModuleExperts  # noqa: E402
 from .routing.equivalence import PairedEquivalence, holm_correction, paired_equivalence  # noqa: E402
 from .routing.profile_data import RoutingProfile  # noqa: E402
 from .routing.profiling import profile_routing  # noqa: E402
-from .routing.selection import ExpertSelection, register_score, select_experts  # noqa: E402
+from .routing.scores import register_score  # noqa: E402
+from .routing.selection import ExpertSelection, select_experts  # noqa: E402
 from .routing.stability import selection_stability, subsample_stability  # noqa: E402
 from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
 from .tuners.epng import EpngConfig, EpngModel  # noqa: E402

@@ -17,7 +17,8 @@ from ..routing.drift import routing_drift
 from ..routing.encoder_decoder import decoder_layers
 from ..routing.profile_data import RoutingProfile
 from ..routing.profiling import unwrapped
-from ..routing.selection import ExpertSelection, check_score
+from ..routing.scores import check_score
+from ..routing.selection import ExpertSelection
 from ..tuners.sieve.layer import SieveExpertLayer
 from .trainer_methods import wrap_method
 

@@ -16,8 +16,10 @@ from torch import nn
 from ..errors import SieveError
 from ..moe.topology import find_moe_layers
 from ..routing.comparison import coverage_curves
-from ..routing.profile_data import RoutingProfile, quoted
-from ..routing.selection import experts_per_layer, select_experts
+from ..routing.options import experts_per_layer
+from ..routing.profile_data import RoutingProfile
+from ..routing.profile_values import quoted
+from ..routing.selection import select_experts
 from ..table import Table
 from ..tuners.sieve.config import SieveLoraConfig
 from ..tuners.sieve.loading import sieve_layers

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from peft_sieve.errors import SieveError
-from peft_sieve.routing.profile_data import RoutingProfile, check_profile, quoted
-from peft_sieve.routing.selection import layer_scores, select_experts
+from peft_sieve.routing.profile_data import RoutingProfile, check_profile
+from peft_sieve.routing.profile_values import quoted
+from peft_sieve.routing.scores import layer_scores
+from peft_sieve.routing.selection import select_experts
 from peft_sieve.routing.stability import drawable
 
 

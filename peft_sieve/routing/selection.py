@@ -1,222 +1,21 @@
-"""Which experts to adapt: scores of a routing profile, strategies over the scores, and the selection they make.
-
-Pure functions on numbers. Everything is computed with Python's integers and floats (exact sums, correctly rounded
-quotients, sorting by score and then by id), so that a profile gives the same selection on every platform.
-"""
+"""Which experts to adapt: scores, then a strategy, then the selection. Pure functions on numbers."""
 
 from __future__ import annotations
 
-import difflib
 import math
-import random
 import reprlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from peft_sieve.errors import SieveError
-from peft_sieve.routing.profile_data import RoutingProfile, check_profile, quoted
+from peft_sieve.routing.options import experts_per_layer, validate_selection_options
+from peft_sieve.routing.profile_data import RoutingProfile
+from peft_sieve.routing.profile_values import quoted
+from peft_sieve.routing.scores import TOP_P, hottest_first, layer_scores, total_of
+from peft_sieve.routing.strategies import STRATEGIES, Scores, Targets
 from peft_sieve.table import Table
-
-ScoreFunction = Callable[[RoutingProfile, str], Tensor]
-
-_SCORES: dict[str, ScoreFunction] = {}
-
-
-# --- scores ---------------------------------------------------------------------------------------------------------
-
-
-def register_score(name: str, function: ScoreFunction) -> None:
-    """Add a score by which experts can be selected, or replace the one of that name.
-
-    Args:
-        name: how `select_experts(score=...)` and `SieveLoraConfig(score=...)` call it.
-        function: called as `function(profile, layer_name)`; returns one score an expert, `(num_experts,)`, integer or
-            floating, finite and >= 0, higher for experts that the task uses more. It should depend on its arguments
-            only. It raises `SieveError` if the profile lacks what it needs.
-
-    Raises:
-        SieveError: if the name is not a non-empty string or the function cannot be called.
-    """
-    if not isinstance(name, str) or not name:
-        raise SieveError(f"received {reprlib.repr(name)} as the name of a score, expected a non-empty string: name it")
-    if not callable(function):
-        raise SieveError(
-            f"received {reprlib.repr(function)} as the score {name!r}, expected a function of a profile and a layer "
-            "name: pass the function itself"
-        )
-    _SCORES[name] = function
-
-
-def known_scores() -> tuple[str, ...]:
-    """The names that `score` can take, in the order of their registration."""
-    return tuple(_SCORES)
-
-
-def _count(profile: RoutingProfile, layer: str) -> Tensor:
-    """Tokens routed to each expert (MoE-Sieve §3)."""
-    return profile.counts[layer]
-
-
-def _mass(profile: RoutingProfile, layer: str) -> Tensor:
-    """Gate weight given to each expert, summed over tokens (MoE-Sieve §3)."""
-    if profile.mass is None:
-        raise SieveError(
-            "received score='mass' for a profile that holds no gate weights, expected a profile with mass: "
-            "profile again with gate weights or use score='count'"
-        )
-    return profile.mass[layer]
-
-
-def _esft(what: str, score: str) -> ScoreFunction:
-    def function(profile: RoutingProfile, layer: str) -> Tensor:
-        averages: dict[str, Tensor] | None = getattr(profile, what)
-        if averages is None:
-            raise SieveError(
-                f"received score={score!r} for a profile without averages over samples ({what}), expected one with "
-                "them: profile again with this release, or use score='count' or 'mass'"
-            )
-        return averages[layer]
-
-    return function
-
-
-register_score("count", _count)
-register_score("mass", _mass)
-# ESFT (arXiv 2407.01906): the mean over samples of a sample's mean over tokens, of the gate weight or of 1/top-k for
-# each selected expert.
-register_score("esft_gate", _esft("sample_mass", "esft_gate"))
-register_score("esft_token", _esft("sample_share", "esft_token"))
-
-# What `cumulative` adds up to, if nothing else is said (ESFT §4).
-_TOP_P = {"esft_gate": 0.1, "esft_token": 0.2}
-# Scores that are no averages: their sum over experts grows with the data.
-_TOTALS = ("count", "mass")
-
-
-def layer_scores(profile: RoutingProfile, score: str) -> dict[str, list[float]]:
-    """The score of every expert, layer by layer, as integers or floats.
-
-    Raises:
-        SieveError: if no score has that name, or the profile lacks what it needs.
-    """
-    check_profile(profile)
-    check_score(score)
-    scores = {}
-    for layer, counts in profile.counts.items():
-        values = torch.as_tensor(_SCORES[score](profile, layer)).detach().cpu()
-        if values.shape != counts.shape or bool((values < 0).any()) or not bool(torch.isfinite(values).all()):
-            raise SieveError(
-                f"received from the score {score!r} values of shape {tuple(values.shape)} for layer {layer!r}, "
-                f"expected {counts.numel()} finite numbers of at least 0: correct the registered function"
-            )
-        scores[layer] = values.tolist()
-    return scores
-
-
-def _total(values: Sequence[float]) -> float:
-    """The sum, exact for integers and correctly rounded for floats whatever their order."""
-    return sum(values) if all(isinstance(value, int) for value in values) else math.fsum(values)
-
-
-def _hottest_first(values: Sequence[float]) -> list[int]:
-    """Expert ids by falling score, ties by rising id."""
-    return sorted(range(len(values)), key=lambda expert: (-values[expert], expert))
-
-
-# --- strategies -----------------------------------------------------------------------------------------------------
-# Each takes the scores of the layers that tokens reached, and the options.
-
-_Scores = Mapping[str, Sequence[float]]
-_Selected = Mapping[str, Iterable[int]]
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What strategies go by: experts that each layer may have, and the arguments of `select_experts`."""
-
-    budgets: Mapping[str, int]
-    coverage: float
-    top_p: float
-    seed: int
-
-
-def _uniform(scores: _Scores, options: _Options) -> _Selected:
-    return {layer: _hottest_first(values)[: options.budgets[layer]] for layer, values in scores.items()}
-
-
-def _greedy(scores: _Scores, options: _Options) -> _Selected:
-    # An expert's gain is its share of its layer's score, whatever else is selected. So taking the largest gain again
-    # and again is the same as one sort, and a layer's experts come in falling order by themselves.
-    candidates = [
-        (-values[expert] / total, position, expert, layer)
-        for position, (layer, values) in enumerate(scores.items())
-        for total in [_total(values)]
-        for expert in range(len(values))
-    ]
-    candidates.sort()
-    selected = {layer: [_hottest_first(values)[0]] for layer, values in scores.items()}
-    remaining = sum(options.budgets[layer] for layer in scores) - len(scores)
-    for _, _, expert, layer in candidates:
-        if remaining and expert != selected[layer][0]:
-            selected[layer].append(expert)
-            remaining -= 1
-    return selected
-
-
-def _coverage(scores: _Scores, options: _Options) -> _Selected:
-    selected: dict[str, list[int]] = {}
-    for layer, values in scores.items():
-        total = _total(values)
-        selected[layer] = chosen = []
-        for expert in _hottest_first(values):
-            chosen.append(expert)
-            if _total([values[i] for i in chosen]) / total >= options.coverage:
-                break
-    return selected
-
-
-def _cumulative(scores: _Scores, options: _Options) -> _Selected:
-    selected: dict[str, list[int]] = {}
-    for layer, values in scores.items():
-        chosen = selected.setdefault(layer, [])
-        for expert in _hottest_first(values):
-            if _total([values[i] for i in chosen]) >= options.top_p or not values[expert]:
-                break
-            chosen.append(expert)
-    return selected
-
-
-def _random(scores: _Scores, options: _Options) -> _Selected:
-    selected = {}
-    for layer, values in scores.items():
-        generator = random.Random(f"{options.seed}:{layer}")
-        # Of the module's functions only random() is promised to give the same numbers in every Python version.
-        draws = [generator.random() for _ in values]
-        selected[layer] = _hottest_first(draws)[: options.budgets[layer]]
-    return selected
-
-
-_STRATEGIES = {
-    "uniform": _uniform,
-    "greedy": _greedy,
-    "coverage": _coverage,
-    "cumulative": _cumulative,
-    "random": _random,
-}
-
-
-def known_strategies() -> tuple[str, ...]:
-    """The names that `strategy` can take."""
-    return tuple(_STRATEGIES)
-
-
-# --- the selection --------------------------------------------------------------------------------------------------
 
 
 class ExpertSelection(Mapping[str, tuple[int, ...]]):
@@ -299,8 +98,8 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
                     f"received a profile with {len(values)} experts in layer {layer!r} where expert {experts[-1]} is "
                     "selected, expected more experts than the largest selected id: use a profile of the same model"
                 )
-            total = _total(values)
-            shares[layer] = _total([values[expert] for expert in experts]) / total if total else 0.0
+            total = total_of(values)
+            shares[layer] = total_of([values[expert] for expert in experts]) / total if total else 0.0
         return shares
 
     def hottest_first(self, profile: RoutingProfile, score: str = "count") -> dict[str, list[int]]:
@@ -315,7 +114,7 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
         """
         self.coverage(profile, score)  # checks that the two go together
         scores = layer_scores(profile, score)
-        return {layer: [e for e in _hottest_first(scores[layer]) if e in experts] for layer, experts in self.items()}
+        return {layer: [e for e in hottest_first(scores[layer]) if e in experts] for layer, experts in self.items()}
 
     def jaccard(self, other: Mapping[str, Iterable[int]]) -> float:
         """How far two selections agree: the experts of both over the experts of either, as the mean over layers.
@@ -405,7 +204,7 @@ def select_experts(
                 "expected no more than every layer has: lower top_k or use top_k_frac"
             )
     reached = {
-        layer: values for layer, values in scores.items() if bool(profile.counts[layer].any()) and _total(values) > 0
+        layer: values for layer, values in scores.items() if bool(profile.counts[layer].any()) and total_of(values) > 0
     }
     unreached = [layer for layer in scores if layer not in reached]
     weightless = any(bool(profile.counts[layer].any()) for layer in unreached)
@@ -422,15 +221,15 @@ def select_experts(
             UserWarning,
             stacklevel=2,
         )
-    options = _Options(budgets, float(coverage), float(top_p or _TOP_P.get(score, 1.0)), int(seed))
+    targets = Targets(budgets, float(coverage), float(top_p or TOP_P.get(score, 1.0)), int(seed))
     if strategy == "cumulative":
-        _warn_of_small_sums(reached, score, options.top_p)
-    selected = _STRATEGIES[strategy](reached, options)
+        _warn_of_small_sums(reached, score, targets.top_p)
+    selected = STRATEGIES[strategy](reached, targets)
     return ExpertSelection({layer: selected.get(layer, ()) for layer in scores})
 
 
-def _warn_of_small_sums(scores: _Scores, score: str, top_p: float) -> None:
-    small = [layer for layer, values in scores.items() if _total(values) < top_p]
+def _warn_of_small_sums(scores: Scores, score: str, top_p: float) -> None:
+    small = [layer for layer, values in scores.items() if total_of(values) < top_p]
     if small:
         warnings.warn(
             f"the {score} of all experts together stays below top_p={top_p:g} in {quoted(small)}, so that every expert "
@@ -453,77 +252,8 @@ def hottest_experts(profile: RoutingProfile, sizes: Mapping[str, int], *, score:
     """
     scores = layer_scores(profile, score)
     return ExpertSelection(
-        {layer: _hottest_first(scores[layer])[:size] if any(scores[layer]) else () for layer, size in sizes.items()}
+        {layer: hottest_first(scores[layer])[:size] if any(scores[layer]) else () for layer, size in sizes.items()}
     )
-
-
-# --- options --------------------------------------------------------------------------------------------------------
-
-
-def validate_selection_options(
-    top_k_frac: Any, top_k: Any, strategy: Any, score: Any, coverage: Any, top_p: Any = None
-) -> None:
-    """Check the options of `select_experts` as far as that is possible without a profile.
-
-    Args:
-        top_k_frac: must be a number in (0, 1].
-        top_k: must be None or a whole number of at least 1.
-        strategy: must be one of `known_strategies()`.
-        score: must be one of `known_scores()`.
-        coverage: must be a number in (0, 1].
-        top_p: must be None or a number in (0, 1].
-
-    Raises:
-        SieveError: for the first option that is not so. All are checked, also those that the strategy does not use.
-    """
-    check_share("top_k_frac", top_k_frac, "the share of each layer's experts to adapt, such as 0.25")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
-        raise SieveError(
-            f"received top_k={reprlib.repr(top_k)}, expected a whole number of at least 1 or None: "
-            "set it to the number of experts to adapt in each layer, or use top_k_frac for a share"
-        )
-    _check_name("strategy", strategy, _STRATEGIES)
-    check_score(score)
-    check_share("coverage", coverage, "the share of each layer's score to capture, such as 0.6")
-    if top_p is not None:
-        check_share("top_p", top_p, "the sum of scores to reach in each layer, such as 0.2, or to None")
-    if strategy == "cumulative" and score in _TOTALS:
-        raise SieveError(
-            f"received strategy='cumulative' with score={score!r}, expected a score that is an average, since sums of "
-            "this one grow with the data: use score='esft_token' or 'esft_gate', or strategy='coverage' for a share"
-        )
-    if strategy == "cumulative" and top_p is None and score not in _TOP_P:
-        raise SieveError(
-            f"received strategy='cumulative' with score={score!r} and no top_p, expected a number above 0 and at most "
-            "1: set it to the sum of scores to reach in each layer"
-        )
-
-
-def check_score(score: Any) -> None:
-    """Raise `SieveError` unless `score` is the name of a registered score."""
-    _check_name("score", score, _SCORES)
-
-
-def experts_per_layer(num_experts: int, top_k_frac: float, top_k: int | None = None) -> int:
-    """How many experts of a layer to select: `top_k` if given, else `max(1, round(top_k_frac * num_experts))`."""
-    return max(1, round(float(top_k_frac) * num_experts)) if top_k is None else int(top_k)
-
-
-def check_share(option: str, value: Any, advice: str) -> None:
-    """Raise `SieveError` unless `value` is a number in (0, 1]; `advice` says what to set `option` to."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
-        raise SieveError(
-            f"received {option}={reprlib.repr(value)}, expected a number above 0 and at most 1: set it to {advice}"
-        )
-
-
-def _check_name(option: str, value: Any, known: Iterable[str]) -> None:
-    names = list(known)
-    if isinstance(value, str) and value in names:
-        return
-    near = difflib.get_close_matches(value, names, n=1, cutoff=0.5) if isinstance(value, str) else []
-    advice = f"did you mean {near[0]!r}?" if near else "choose one of them"
-    raise SieveError(f"received {option}={reprlib.repr(value)}, expected one of {quoted(names)}: {advice}")
 
 
 def _ascending_ids(layer: Any, ids: Any) -> tuple[int, ...]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from .calibration import CalibrationData
 from .distributed import gathered, on_every_rank, summed
+from .options import check_share
 from .profile_data import RoutingProfile
-from .selection import check_share
 from .stability import selection_stability
 
 

@@ -15,7 +15,7 @@ import torch
 from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, profile_routing, register_score, select_experts
 from peft_sieve.cli import main
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.routing import selection as selection_module
+from peft_sieve.routing import scores as scores_module
 from peft_sieve.routing.counting import DispatchCounter
 from peft_sieve.routing.sample_averages import SampleAverages
 from tests.models import tiny_model
@@ -87,7 +87,7 @@ def test_a_sum_out_of_reach_is_said() -> None:
 def test_what_cannot_be_summed_up_is_refused(
     options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selection_module, "_SCORES", dict(selection_module._SCORES))
+    monkeypatch.setattr(scores_module, "_SCORES", dict(scores_module._SCORES))
     register_score("own", lambda profile, layer: profile.counts[layer] / profile.counts[layer].sum())
     for call in (lambda **o: select_experts(small([[0.5, 0.5]]), **o), SieveLoraConfig):
         with pytest.raises(SieveError, match=message) as caught:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from peft_sieve.errors import SieveError
-from peft_sieve.routing.profile_data import HEADER_KEY, RoutingProfile
+from peft_sieve.routing.profile_data import RoutingProfile
+from peft_sieve.routing.profile_file import HEADER_KEY
 
 COUNTS = [[3, 0, 5], [4, 4, 0]]
 MASS = [[0.1, 0.0, 1 / 3], [2.5, 1e-300, 0.0]]

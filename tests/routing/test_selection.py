@@ -14,17 +14,12 @@ import pytest
 import torch
 
 from peft_sieve.errors import SieveError
-from peft_sieve.routing import selection as selection_module
+from peft_sieve.routing import scores as scores_module
+from peft_sieve.routing.options import experts_per_layer, validate_selection_options
 from peft_sieve.routing.profile_data import RoutingProfile
-from peft_sieve.routing.selection import (
-    ExpertSelection,
-    experts_per_layer,
-    known_scores,
-    known_strategies,
-    register_score,
-    select_experts,
-    validate_selection_options,
-)
+from peft_sieve.routing.scores import known_scores, register_score
+from peft_sieve.routing.selection import ExpertSelection, select_experts
+from peft_sieve.routing.strategies import known_strategies
 
 STRATEGIES = ("uniform", "greedy", "coverage", "random")  # which any score can be used with
 
@@ -318,7 +313,7 @@ def test_a_layer_whose_score_is_zero_is_empty_and_told_from_an_unreached_one():
 
 @pytest.fixture
 def scores_restored(monkeypatch):
-    monkeypatch.setattr(selection_module, "_SCORES", dict(selection_module._SCORES))
+    monkeypatch.setattr(scores_module, "_SCORES", dict(scores_module._SCORES))
 
 
 def test_a_registered_score_can_be_used_everywhere(scores_restored):

@@ -23,9 +23,9 @@ from ...routing.calibration_sources import ModelBatches, is_model_batch, read_so
 from ...routing.counting import watching
 from ...routing.distributed import rank_and_world
 from ...routing.encoder_decoder import decoder_mask
+from ...routing.options import check_share
 from ...routing.profile_data import RoutingProfile
 from ...routing.profiling import RoutingCounters, check_reached, find_tokenizer, input_device, on_device
-from ...routing.selection import check_share
 from ..sieve.config import SieveLoraConfig
 from ..sieve.undo import as_before_on_error
 

@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME
 from ...errors import SieveError
 from ...files import replaced_when_done
 from ...moe.families import PROJECTIONS
-from ...routing.selection import check_share, validate_selection_options
+from ...routing.options import check_share, validate_selection_options
 from ...routing.until_stable import check_stability
 
 # Held by the object, never by a dataclass field: PEFT serialises with `dataclasses.asdict`, which deep-copies fields.
