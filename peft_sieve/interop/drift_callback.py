@@ -116,9 +116,13 @@ class _TrainingCounts:
         self.layers = [(parent, layer) for parent, layer in self.layers if self.adapter in layer.plans]
         self.score: str = model.peft_config[self.adapter].score
         check_score(self.score)
-        self.mask = ExpertSelection({layer.path: layer.plans[self.adapter].experts for _, layer in self.layers})
         self.counters = self._new_counters()
         self.in_decoder = decoder_layers(unwrapped(model), self.counters)
+
+    @property
+    def mask(self) -> ExpertSelection:
+        """The experts that have an adapter now; EPnG changes them in training."""
+        return ExpertSelection({layer.path: layer.plans[self.adapter].experts for _, layer in self.layers})
 
     @contextmanager
     def counting(self) -> Iterator[None]:

@@ -47,4 +47,4 @@ class EpngCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After the optimizer's step, and before anything is saved."""
         base: Any = unwrapped(kwargs["model"])
-        update_and_allocate(base, base.peft_config, state.global_step)
+        update_and_allocate(base, base.peft_config, state.global_step, kwargs.get("optimizer"))

@@ -13,7 +13,7 @@ class AllocationRule:
     Attributes:
         prune_ratio, grow_ratio: shares of the experts adapted now.
         keep: experts that stay adapted at least.
-        capacity: the most blocks of an expert.
+        capacity: the most blocks of an expert; one that has more, by an earlier rule, does not grow.
     """
 
     prune_ratio: float
@@ -41,7 +41,7 @@ class AllocationRule:
         for count in range(number, 0, -1):
             freed = sum(blocks[expert] for expert in order[:count])
             others = {expert: blocks[expert] for expert in reversed(order[count:])}
-            if freed <= sum(self.capacity - own for own in others.values()):
+            if freed <= sum(max(0, self.capacity - own) for own in others.values()):
                 self._deal(freed, others, share_of(self.grow_ratio, len(blocks)))
                 return dict(sorted(others.items()))
         return dict(sorted(blocks.items()))
@@ -53,7 +53,7 @@ class AllocationRule:
             for expert in [e for e in experts[:growing] if blocks[e] < self.capacity][:freed]:
                 blocks[expert] += 1
                 freed -= 1
-            if all(blocks[expert] == self.capacity for expert in experts[:growing]):
+            if all(blocks[expert] >= self.capacity for expert in experts[:growing]):
                 growing += 1
 
 

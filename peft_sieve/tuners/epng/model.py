@@ -19,7 +19,7 @@ from .config import EpngConfig
 from .layer import EpngExpertLayer, block_ranks, epng_class
 from .states import remember_optimizers
 from .traffic import Traffic
-from .update import epng_layers, show_state, update_and_allocate
+from .update import epng_layers, show_states, update_and_allocate
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class EpngModel(SieveLoraModel):
     `update_and_allocate` after each optimizer step, or has an `EpngCallback` do so.
     """
 
-    def update_and_allocate(self, global_step: int) -> None:
+    def update_and_allocate(self, global_step: int, optimizer: Any = None) -> None:
         """Take account of one optimizer step, and move ranks if the schedule has an update there.
 
         To be called after every `optimizer.step()`, and before saving:
@@ -63,15 +63,19 @@ class EpngModel(SieveLoraModel):
 
         Args:
             global_step: the optimizer's, counted from 1 as the Trainer does.
+            optimizer: the one in use, or accelerate's wrapper of it. Needed only where an update may come before its
+                first step in this process, as after loading its states when a gradient scaler skips the step.
 
         Raises:
             SieveError: no adapter is trained or it is merged; or an update is due, and no routing was counted, the
                 parameters are sharded, or the optimizer's states cannot follow. No rank was moved then.
         """
-        update_and_allocate(self.model, self.peft_config, global_step)
+        update_and_allocate(self.model, self.peft_config, global_step, optimizer)
 
     def ledger(self, adapter_name: str | None = None) -> list[LedgerEntry]:
         """What every update of an adapter moved, by step, and how many parameters there were after it.
+
+        Where a saved adapter was trained again, the steps of the first run come before those of the second.
 
         Args:
             adapter_name: None for the active one.
@@ -88,10 +92,10 @@ class EpngModel(SieveLoraModel):
         books = [_Book(layer, name, config) for layer in layers.values()]
         budget = sum(book.parameters() for book in books)
         entries = []
-        for step in sorted({step for book in books for step in book.events}):
+        for run, step in sorted({moment for book in books for moment in book.events}):
             pruned, grown = {}, {}
             for book in books:
-                changes = book.play(step)
+                changes = book.play(run, step)
                 pruned[book.path] = [expert for expert, blocks in changes.items() if not blocks]
                 grown[book.path] = {e: blocks * config.rank_block for e, blocks in changes.items() if blocks}
             entries.append(
@@ -154,7 +158,7 @@ class EpngModel(SieveLoraModel):
         adapter_name: str,
         state_dict: Mapping[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        with _ranks_of(state_dict, model, config, adapter_name):
+        with _ranks_of(state_dict, model, adapter_name):
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     # Use
@@ -172,9 +176,7 @@ class EpngModel(SieveLoraModel):
 
 
 @contextmanager
-def _ranks_of(
-    state_dict: Mapping[str, torch.Tensor], model: nn.Module, config: EpngConfig, adapter_name: str
-) -> Iterator[None]:
+def _ranks_of(state_dict: Mapping[str, torch.Tensor], model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Give an adapter the ranks of saved weights that training may have come to from its own first ones.
 
     A checkpoint is loaded into the adapter that a new run began with. After an exception in the block all is as before.
@@ -192,9 +194,8 @@ def _ranks_of(
         for layer, own in before:
             layer.set_state(adapter_name, *own)
         raise
-    for layer, state in found:
-        if state is not None:
-            show_state(config, layer.path, *state)
+    configs: Any = model.peft_config
+    show_states(configs, adapter_name, {layer.path: state for layer, state in found if state is not None})
 
 
 class _Book:
@@ -203,18 +204,21 @@ class _Book:
     def __init__(self, layer: EpngExpertLayer, name: str, config: EpngConfig) -> None:
         plan, ledger = layer.saved_state(name)
         self.path = layer.path
-        self.events: dict[int, dict[int, int]] = {}
+        self.events: dict[tuple[int, int], dict[int, int]] = {}  # (run, step) -> expert -> its blocks from then on
+        run = before = 0
         for step, expert, blocks in ledger.tolist():
-            self.events.setdefault(step, {})[expert] = blocks
+            run += step < before  # steps fall only where another run begins
+            before = step
+            self.events.setdefault((run, step), {})[expert] = blocks
         first = {*plan.experts, *(expert for changes in self.events.values() for expert in changes)}
         self.blocks = dict.fromkeys(sorted(first), config.first_blocks)
         self.block_parameters = sum(
             rank * sum(layer.shape.projections[projection]) for projection, rank in plan.block_ranks.items()
         )
 
-    def play(self, step: int) -> dict[int, int]:
+    def play(self, run: int, step: int) -> dict[int, int]:
         """Expert -> its blocks, of those that the update of this step changed."""
-        changes = self.events.get(step, {})
+        changes = self.events.get((run, step), {})
         self.blocks |= changes
         return changes
 

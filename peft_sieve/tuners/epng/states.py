@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ...errors import SieveError
 
-_stepped: WeakSet[Optimizer] = WeakSet()
+_known: WeakSet[Optimizer] = WeakSet()
 _hooked = False
 
 
@@ -24,7 +24,12 @@ def remember_optimizers() -> None:
 
 
 def _remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    _stepped.add(optimizer)
+    _known.add(optimizer)
+
+
+def remember(optimizer: Any) -> None:
+    """Know an optimizer, or the one in accelerate's wrapper, that may not have taken a step."""
+    _known.add(getattr(optimizer, "optimizer", optimizer))
 
 
 def tensors_by_row(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
@@ -36,7 +41,7 @@ def tensors_by_row(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
     found = [parameter.data]
     if parameter.grad is not None:
         found.append(parameter.grad)
-    for optimizer in _stepped:
+    for optimizer in _known:
         for name, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, torch.Tensor) or value.numel() == 1:
                 continue  # a count of steps and the like

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import reduce
 from typing import Any
@@ -15,6 +16,7 @@ from ...routing.distributed import gathered, rank_and_world
 from .config import EpngConfig
 from .layer import EpngExpertLayer
 from .ragged import RaggedPlan
+from .states import remember
 
 Layers = dict[str, EpngExpertLayer]
 
@@ -30,15 +32,16 @@ def trained_adapters(model: nn.Module) -> list[str]:
     return sorted({name for layer in layers for name in layer.active_adapters if layer.is_trained(name)})
 
 
-def update_and_allocate(model: nn.Module, configs: Mapping[str, Any], step: int) -> None:
+def update_and_allocate(model: nn.Module, configs: dict[str, Any], step: int, optimizer: Any = None) -> None:
     """Take account of one optimizer step, and move ranks if an update is due.
 
     Under several processes every one must call it: importance is summed over them, so all move the same.
 
     Args:
         model: with the adapter layers in it.
-        configs: the `EpngConfig` of every adapter, by name.
+        configs: the `EpngConfig` of every adapter, by name; one that changes is replaced by a copy.
         step: the optimizer's, counted from 1 as the Trainer does.
+        optimizer: the one in use, or accelerate's wrapper of it; needed if it has taken no step in this process.
 
     Raises:
         SieveError: no adapter is trained or it is merged; or an update is due, and no routing was counted, the
@@ -56,12 +59,12 @@ def update_and_allocate(model: nn.Module, configs: Mapping[str, Any], step: int)
             "update_and_allocate was called while an adapter is merged, expected adapters apart from the weights: "
             "call unmerge_adapter first"
         )
+    if optimizer is not None:
+        remember(optimizer)
     _add_importance(layers, names, configs)
     for name in names:
         if configs[name].is_update(step):
-            _update(
-                {path: layer for path, layer in layers.items() if layer.is_trained(name)}, name, configs[name], step
-            )
+            _update({path: layer for path, layer in layers.items() if layer.is_trained(name)}, name, configs, step)
 
 
 def _add_importance(layers: Layers, names: list[str], configs: Mapping[str, EpngConfig]) -> None:
@@ -82,7 +85,8 @@ def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
-def _update(layers: Layers, name: str, config: EpngConfig, step: int) -> None:
+def _update(layers: Layers, name: str, configs: dict[str, Any], step: int) -> None:
+    config: EpngConfig = configs[name]
     for layer in layers.values():
         _refuse_sharded(layer)
     if not any(layer.slots_module(name).importance.any() for layer in layers.values()):
@@ -98,11 +102,21 @@ def _update(layers: Layers, name: str, config: EpngConfig, step: int) -> None:
     new_rows = gathered({path: layers[path].new_rows(name, blocks, seed) for path, blocks in moved.items()})[0]
     for path, blocks in moved.items():
         layers[path].move(name, blocks, new_rows[path], tensors[path], step)
-        show_state(config, path, *layers[path].saved_state(name))
+    show_states(configs, name, {path: layers[path].saved_state(name) for path in moved})
 
 
-def show_state(config: EpngConfig, path: str, plan: RaggedPlan, ledger: torch.Tensor) -> None:
-    """Have an adapter's configuration say what one of its layers holds now."""
+def show_states(configs: dict[str, Any], name: str, states: Mapping[str, tuple[RaggedPlan, torch.Tensor]]) -> None:
+    """Have an adapter's configuration say what its layers, by path, hold now.
+
+    It becomes an object of its own: the user may begin again with the one that was given, and TRL gives one to two
+    adapters.
+    """
+    configs[name] = copy.copy(configs[name])
+    for path, (plan, ledger) in states.items():
+        _show_state(configs[name], path, plan, ledger)
+
+
+def _show_state(config: EpngConfig, path: str, plan: RaggedPlan, ledger: torch.Tensor) -> None:
     if not ledger.numel() and config.expert_blocks is None:
         return
     config.selected_experts = {**(config.selected_experts or {}), path: list(plan.experts)}

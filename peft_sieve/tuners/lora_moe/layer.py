@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...errors import SieveError
+from ...moe.placement import execution_device, first_tensor
 from .config import LoraMoeConfig
 from .cutting import Cut, replace_data
 from .record import RoutingRecord
@@ -113,7 +114,18 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_usage[adapter_name] = ExpertUsage(plan)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        dtype = first_tensor(self.get_base_layer()).dtype
+        if dtype.is_floating_point and dtype.itemsize > 1:
+            for module in (factor_a, factor_b, self.lora_router[adapter_name]):
+                module.to(dtype)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # The type stays: PEFT calls this after loading, too, where a half-precision base would round loaded values.
+        device = device or execution_device(self.get_base_layer())
+        for modules in (self.lora_A, self.lora_B, self.lora_router, self.lora_usage):
+            if adapter_name in modules and not any(p.is_meta for p in modules[adapter_name].parameters()):
+                modules[adapter_name].to(device)
 
     # Forward
 

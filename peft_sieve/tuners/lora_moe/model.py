@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...errors import SieveError
+from ..names import check_adapter_name
 from .config import LoraMoeConfig
 from .layer import LoraMoeLayer, refuse_merge
 from .loading import fit_to_weights
@@ -34,8 +34,7 @@ class LoraMoeModel(BaseTuner):
     # Injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # Pruning writes into the configuration, which the caller may use again.
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        check_adapter_name(adapter_name, model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: LoraMoeConfig, model_config: dict[str, Any]) -> LoraMoeConfig:
@@ -77,7 +76,7 @@ class LoraMoeModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LoraMoeConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        fit_to_weights(model, config, adapter_name, state_dict)
+        fit_to_weights(model, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, dict(state_dict))
 
     # Training

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ...errors import SieveError
 from ...routing.counting import token_mask
+from ..forwards import arguments, share_of_step
 
 if TYPE_CHECKING:
     from .layer import LoraMoeLayer
@@ -95,7 +96,7 @@ class RoutingRecord:
         self._loss = None
         is_two = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
         # Of two sequences of one length, which of the masks holds would be a guess.
-        self._mask = None if is_two else token_mask(kwargs.get("attention_mask"))
+        self._mask = None if is_two else token_mask(arguments(module, args, kwargs).get("attention_mask"))
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         self._depth -= 1
@@ -108,11 +109,12 @@ class RoutingRecord:
         self._loss = self._counted(seen)
         if self._loss is None:
             return None
-        loss = _loss_of(outputs, kwargs)
+        given = arguments(module, args, kwargs)
+        loss = _loss_of(outputs, given)
         self._claimed = self.adds_to_outputs and loss is not None
         if loss is None or not self.adds_to_outputs:
             return None
-        return _with_loss(outputs, loss + self._loss.to(loss.device) * _share_of_step(kwargs))
+        return _with_loss(outputs, loss + self._loss.to(loss.device) * share_of_step(module, given))
 
     def _counted(self, seen: list[_Seen]) -> torch.Tensor | None:
         """Add to the layers' counters; the balance loss, None if nobody wants one.
@@ -154,29 +156,15 @@ class RoutingRecord:
         return {**vars(self), "_loss": None, "_seen": [], "_mask": None, "_claimed": True}
 
 
-def _loss_of(outputs: Any, kwargs: dict[str, Any]) -> torch.Tensor | None:
+def _loss_of(outputs: Any, given: dict[str, Any]) -> torch.Tensor | None:
     """The loss that a model has made of its labels, if anybody reads it."""
-    if kwargs.get("fused_lm_head"):  # TRL's, whose trainers read the log probabilities
+    if given.get("fused_lm_head"):  # TRL's, whose trainers read the log probabilities
         return None
     if isinstance(outputs, tuple):
-        loss = outputs[0] if outputs and kwargs.get("labels") is not None else None
+        loss = outputs[0] if outputs and given.get("labels") is not None else None
     else:
         loss = getattr(outputs, "loss", None)
     return loss if isinstance(loss, torch.Tensor) and loss.dim() == 0 else None
-
-
-def _share_of_step(kwargs: dict[str, Any]) -> torch.Tensor | float:
-    """What part of an optimizer step's predicted tokens is in this forward.
-
-    transformers' Trainer passes `num_items_in_batch` for losses that are to be added up, not averaged, over the
-    batches of gradient accumulation.
-    """
-    total, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    if total is None or not isinstance(labels, torch.Tensor):
-        return 1.0
-    shifted = kwargs.get("shift_labels")
-    items = (labels[..., 1:] if shifted is None else shifted).ne(-100).sum()
-    return items / torch.as_tensor(total, device=items.device)
 
 
 def _with_loss(outputs: Any, loss: torch.Tensor) -> Any:

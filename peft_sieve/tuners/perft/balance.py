@@ -7,7 +7,6 @@ whatever reads that loss. A loss made by hand from logits adds `auxiliary_loss(m
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +21,8 @@ from torch import nn
 from ...errors import SieveError
 from ...routing.counting import token_mask
 from ...routing.encoder_decoder import decoder_layers, decoder_mask
+from ..forwards import arguments, share_of_step
 from .mixture import wide_softmax
-
-_IGNORED = -100  # a label that has no loss
 
 
 @dataclass(frozen=True)
@@ -147,19 +145,11 @@ def _end(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output
     _collected.set(None)
     if routed is None:
         return None
-    given = _arguments(model, args, kwargs)
+    given = arguments(model, args, kwargs)
     auxiliary = _last[model] = _Auxiliary(_weighted(model, routed, given))
     if not routed or _added_by_trainer.get():
         return None
     return _with_added(output, auxiliary, given, model)
-
-
-def _arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward by name."""
-    if not args:
-        return kwargs
-    names = [name for name in inspect.signature(model.forward).parameters if name not in ("args", "kwargs")]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _weighted(model: nn.Module, routed: list[_Routed], given: dict[str, Any]) -> torch.Tensor:
@@ -197,25 +187,8 @@ def _with_added(output: Any, auxiliary: _Auxiliary, given: dict[str, Any], model
         return None
     # Some of TRL's trainers have their model compute log-probabilities, and take those, not this loss.
     auxiliary.used = getattr(output, "log_probs", None) is None
-    total = loss + (auxiliary.loss * _share(given, model)).to(loss)
+    total = loss + (auxiliary.loss * share_of_step(model, given)).to(loss)
     if rest is not None:
         return (total, *rest)
     output.loss = total
     return output
-
-
-def _share(given: dict[str, Any], model: nn.Module) -> Any:
-    """The part of the tokens of an optimizer step that this batch has.
-
-    With `num_items_in_batch` a model divides its loss by the labels of all batches of a step, and the shares of these
-    add up to 1. Without it, the loss is a mean, and so is the balance loss.
-    """
-    total = given.get("num_items_in_batch")
-    labels = given.get("shift_labels")
-    if labels is None:
-        labels = given.get("labels")
-        if labels is not None and not getattr(model.config, "is_encoder_decoder", False):
-            labels = labels[..., 1:]
-    if total is None or labels is None:
-        return 1.0
-    return (labels != _IGNORED).sum() / torch.as_tensor(total, device=labels.device).clamp(min=1)

@@ -106,8 +106,8 @@ class PerftConfig(PeftConfig):
         runtime = dict(zip(RUNTIME_ONLY, (calib_dataset, calib_tokenizer, calib_formatting_func), strict=True))
         # Holds what is never saved, under copies and pickling too, and checks what the two have in common.
         self._selection = SieveLoraConfig(**{name: getattr(self, name) for name in SELECTION}, **runtime)
-        self.selected_experts = self._selection.selected_experts
-        self.expert_shapes = self._selection.expert_shapes
+        for name in SELECTION:
+            setattr(self, name, getattr(self._selection, name))
         self._check_choices()
         self._check_numbers()
         self._check_variant()

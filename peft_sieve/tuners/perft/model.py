@@ -12,6 +12,7 @@ from torch import nn
 
 from ...errors import SieveError
 from ...routing.distributed import check_agreement
+from ..names import check_adapter_name
 from ..sieve.calibrate import calibrate
 from ..sieve.mask import check_mask, shape_of
 from ..sieve.targets import exactly, is_wanted
@@ -80,6 +81,10 @@ class PerftModel(BaseTuner):
         return [block for block in blocks if block.layers[0] in layers]
 
     # Injection
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _create_and_replace(
         self,

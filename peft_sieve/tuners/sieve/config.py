@@ -41,6 +41,11 @@ _REFUSED = {
     "lora_ga_config": None,
 }
 _INITS = (True, False, "gaussian")
+# Numbers that may be NumPy's, which JSON does not take.
+_PLAIN: dict[str, type[int] | type[float]] = {
+    "top_k": int,
+    **dict.fromkeys(("top_k_frac", "coverage", "top_p", "hellori_density", "calib_stability"), float),
+}
 
 
 @dataclass
@@ -143,6 +148,10 @@ class SieveLoraConfig(LoraConfig):
         self._check_expert_tuning()
         if self.calib_stability is not None:
             check_stability("calib_stability", self.calib_stability)
+        for name, plain in _PLAIN.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int | float):
+                setattr(self, name, plain(value))
         self.expert_projections = _checked_projections(self.expert_projections)
         self.selected_experts = checked_mask(self.selected_experts)
         self.expert_shapes = _checked_shapes(self.expert_shapes)

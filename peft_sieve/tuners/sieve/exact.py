@@ -2,7 +2,8 @@
 offloaded.
 
 PEFT subtracts what it added, which leaves rounding behind, and moves adapters to where the base weights are, which for
-offloaded ones is nowhere. And its wrapper of a parameter takes no mixed batches; the one here does.
+offloaded ones is nowhere, and to their type, which rounds what was loaded with `low_cpu_mem_usage`. And its wrapper of
+a parameter takes no mixed batches; the one here does.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import torch
 from peft.tuners.lora.layer import Linear, ParamWrapper
 from torch import nn
 
-from ...moe.placement import onloaded, onloaded_for_change
+from ...moe.placement import execution_device, onloaded, onloaded_for_change
 from .mixed import each_adapter
 
 
 class _ExactUnmerge:
     _before_merge: torch.Tensor | None = None
+    _is_new = False
 
     def _base_parameter(self) -> torch.Tensor:
         raise NotImplementedError
@@ -39,9 +41,22 @@ class _ExactUnmerge:
                 self._base_parameter().data.copy_(self._before_merge)
         self._before_merge = None
 
-    def _move_adapter_to_device_of_base_layer(self, *args: Any, **kwargs: Any) -> None:
-        with onloaded(self.get_base_layer()):  # type: ignore[attr-defined]
-            super()._move_adapter_to_device_of_base_layer(*args, **kwargs)  # type: ignore[misc]
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        self._is_new = True
+        try:
+            super().update_layer(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._is_new = False
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        base = self.get_base_layer()  # type: ignore[attr-defined]
+        if self._is_new:  # the base's type is wanted, if nobody says otherwise
+            with onloaded(base):
+                super()._move_adapter_to_device_of_base_layer(adapter_name, device)  # type: ignore[misc]
+            return
+        for factors in (self.lora_A, self.lora_B):  # type: ignore[attr-defined]
+            if adapter_name in factors and not factors[adapter_name].weight.is_meta:
+                factors[adapter_name].to(device or execution_device(base))
 
 
 class ExactLinear(_ExactUnmerge, Linear):

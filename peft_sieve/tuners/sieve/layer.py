@@ -179,6 +179,8 @@ class SieveExpertLayer(nn.Module, LoraLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The type stays: PEFT calls this after loading, too, where a half-precision base would round loaded values.
+        if adapter_name not in self.plans:  # as it calls it for every layer of the model
+            return
         device = device or execution_device(self.get_base_layer())
         for module in (*self._factors_of(adapter_name), self.slots_module(adapter_name)):
             if not any(parameter.is_meta for parameter in module.parameters()):

@@ -23,6 +23,7 @@ from ...moe.placement import onloaded
 from ...moe.quantised import linear_quantisation, refuse_storage
 from ...moe.topology import MoELayer, find_moe_layers, read_weights
 from ...routing.distributed import check_agreement, on_every_rank
+from ..names import check_adapter_name
 from .agreement import check_at_next_training_forward
 from .calibrate import calibrate
 from .combination import COMBINATION_TYPES
@@ -97,6 +98,7 @@ class SieveLoraModel(LoraModel):
     # Injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_adapter_name(adapter_name, model)
         # PEFT's own layers, too, draw values that the saved ones replace.
         with no_init_weights() if weights_follow() else nullcontext(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", UNMATCHED_IN_PEFT)

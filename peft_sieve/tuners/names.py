@@ -1,0 +1,37 @@
+"""Names that an adapter cannot have."""
+
+from __future__ import annotations
+
+from itertools import takewhile
+
+from torch import nn
+
+from ..errors import SieveError
+
+# In the keys of adapters, below what begins with a prefix or holds the copies of a module.
+_OWN = {"base_layer", "base_model", "weight", "bias", "slots", "blocks", "importance", "ledger", "tokens", "pruned"}
+_PREFIXES = ("lora_", "perft_", "modules_to_save")
+
+
+def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+    """Refuse the name of an adapter that is also a part of keys.
+
+    When PEFT saves one adapter it leaves out every key that has another one's name between dots, and so would leave out
+    weights without a word.
+
+    Args:
+        model: that the adapter is to go into.
+
+    Raises:
+        SieveError: it is such a name.
+    """
+    in_base = {part for path, _ in model.named_modules() for part in takewhile(_is_of_base, path.split("."))}
+    if adapter_name in in_base | _OWN or not _is_of_base(adapter_name):
+        raise SieveError(
+            f"the adapter is named {adapter_name!r}, which is a part of the names of weights, expected another name, "
+            "since saving would mistake one for the other: choose one such as 'my_adapter'"
+        )
+
+
+def _is_of_base(part: str) -> bool:
+    return not part.startswith(_PREFIXES)
