@@ -15,7 +15,15 @@ from torch import nn
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from peft_sieve import ExpertSelection, RoutingDriftCallback, SieveError, SieveLoraConfig, profile_routing
+from peft_sieve import (
+    EpngCallback,
+    EpngConfig,
+    ExpertSelection,
+    RoutingDriftCallback,
+    SieveError,
+    SieveLoraConfig,
+    profile_routing,
+)
 from peft_sieve.moe.topology import find_moe_layers
 from peft_sieve.routing.drift import routing_drift
 from tests.deepseek_like import deepseek_like
@@ -375,6 +383,17 @@ def test_other_layouts_count_as_profiling_does(make: Callable[[], nn.Module], tm
     assert logged["routing_coverage"] == pytest.approx(drift.coverage, rel=1e-5)
     routed = max(int(counts.sum()) for counts in profile.counts.values())
     assert logged["routing_tokens"] == routed // profile.num_experts_per_tok
+
+
+def test_the_mask_is_that_of_the_moment(tokens: Dataset, tmp_path: Path) -> None:
+    """EPnG's moves."""
+    given = EpngConfig(r=2, lora_alpha=4, warmup_steps=1, update_interval=1, prune_ratio=0.5, task_type="CAUSAL_LM")
+    trainer = plain(tokens, tmp_path, given, max_steps=3, logging_steps=1)
+    trainer.add_callback(EpngCallback())
+    trainer.add_callback(RoutingDriftCallback(trainer, every=1))
+    trainer.train()
+    coverage = [entry["routing_coverage"] for entry in trainer.state.log_history if "routing_coverage" in entry]
+    assert len(coverage) == 3 and coverage[-1] < 0.95  # of all experts it would be 1
 
 
 def test_what_is_refused(tokens: Dataset, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft.peft_model
 import pytest
 import torch
@@ -820,8 +821,8 @@ def test_loading_draws_no_initial_values_and_rounds_nothing(
     adapted = get_peft_model(model, config)
     randomize_adapters(adapted)
     adapted.save_pretrained(tmp_path)
-    saved = {key: value for key, value in load_file(tmp_path / WEIGHTS).items() if ".experts.lora_" in key}
-    assert saved
+    saved = load_file(tmp_path / WEIGHTS)
+    assert all(any(part in key for key in saved) for part in ("experts.lora_", "q_proj.lora_", "gate.lora_"))
     assert any(value.dtype == torch.float32 and not torch.equal(value, value.bfloat16()) for value in saved.values())
 
     def draw(*args: object) -> None:
@@ -838,3 +839,26 @@ def test_loading_draws_no_initial_values_and_rounds_nothing(
             assert torch.equal(found[key], value if exact else value.bfloat16()), (name, key)
     with pytest.raises(AssertionError, match="initial values were drawn"):
         loaded.add_adapter("third", SieveLoraConfig(selected_experts=config.selected_experts))
+
+
+def test_adapters_on_other_layers_are_loaded_empty_first(tmp_path: Path) -> None:
+    """PEFT then calls every layer, also those that do not have the adapter."""
+    masks = {"default": {"model.layers.0.mlp.experts": [1, 2]}, "second": {"model.layers.1.mlp.experts": [0]}}
+    configs = {name: SieveLoraConfig(r=4, selected_experts=mask) for name, mask in masks.items()}
+    adapted = get_peft_model(tiny_model("olmoe"), configs["default"])
+    adapted.add_adapter("second", configs["second"])
+    randomize_adapters(adapted)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("olmoe"), str(tmp_path), low_cpu_mem_usage=True)
+    loaded.load_adapter(str(tmp_path / "second"), "second", low_cpu_mem_usage=True)
+    for name in masks:
+        want, found = (get_peft_model_state_dict(model, adapter_name=name) for model in (adapted, loaded))
+        assert want.keys() == found.keys() and all(torch.equal(found[key], value) for key, value in want.items())
+
+
+@pytest.mark.parametrize("option", ["top_k_frac", "coverage", "top_p", "hellori_density", "calib_stability", "top_k"])
+def test_numbers_of_numpy_are_saved(option: str, tmp_path: Path) -> None:
+    value = np.int64(2) if option == "top_k" else np.float32(0.25)
+    config = SieveLoraConfig(selected_experts={"model.layers.0.mlp.experts": [1, 2]}, **{option: value})
+    config.save_pretrained(str(tmp_path))
+    assert getattr(PeftConfig.from_pretrained(str(tmp_path)), option) == value

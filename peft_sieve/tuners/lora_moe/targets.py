@@ -14,6 +14,8 @@ from ...moe.linear import is_linear
 from ...moe.topology import base_modules, find_moe_layers, read_weights
 from .config import LoraMoeConfig
 
+_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
 
 def resolve_targets(config: LoraMoeConfig, model: nn.Module) -> None:
     """Fill in `target_modules`, and refuse what cannot be adapted before anything is.
@@ -23,7 +25,7 @@ def resolve_targets(config: LoraMoeConfig, model: nn.Module) -> None:
     """
     modules = base_modules(model)
     if config.target_modules is None:
-        wanted = _all_linears(model, modules)
+        wanted = _all_linears(model, modules) - _heads(config, model, modules)
         config.target_modules = wanted  # type: ignore[assignment]
     else:
         wanted = None
@@ -53,6 +55,14 @@ def resolve_targets(config: LoraMoeConfig, model: nn.Module) -> None:
             f"kept_experts names {foreign[0]}, which is no targeted layer of {type(model).__name__}, expected the "
             "layers of the model that was pruned: load the adapter onto its base model"
         )
+
+
+def _heads(config: LoraMoeConfig, model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
+    """What a classifier has beside its backbone: PEFT trains that whole, and cannot where it has adapters."""
+    if config.task_type not in _CLASSIFIERS or not isinstance(model, PreTrainedModel):
+        return set()
+    backbone = {id(module) for module in model.base_model.modules()}
+    return {path for path, module in modules.items() if id(module) not in backbone}
 
 
 def _all_linears(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:

@@ -68,3 +68,11 @@ def test_the_sum_never_changes(seed: int) -> None:
         assert keep <= len(blocks) <= len(before)
         assert blocks.keys() <= before.keys()
         assert all(before[e] <= n <= capacity for e, n in blocks.items())
+
+
+def test_who_has_more_than_the_capacity_keeps_it_and_does_not_grow() -> None:
+    """Of a run with another `max_rank`."""
+    found = rule(capacity=8)([9.0, 8.0, 7.0, 0.0], {0: 12, 1: 4, 2: 4, 3: 4})
+    assert found == {0: 12, 1: 8, 2: 4}
+    blocks = {0: 12, 1: 8, 2: 8, 3: 4}
+    assert rule(capacity=8)([9.0, 8.0, 7.0, 0.0], blocks) == blocks

@@ -249,3 +249,45 @@ def test_names_and_type() -> None:
     assert EpngConfig().peft_type.value == "SIEVE_EPNG"
     model = adapted()
     assert type(model.base_model) is peft_sieve.EpngModel
+
+
+def test_the_given_configuration_can_begin_again() -> None:
+    given = config()
+    model = get_peft_model(tiny_model("olmoe"), given).train()
+    train(model, optimizer_of(model), 1, 3)
+    assert model.peft_config["default"].ledger and given.ledger is None and given.expert_blocks is None
+    other = get_peft_model(tiny_model("olmoe"), given)
+    assert not other.ledger()
+    assert all(len(layer.plans["default"].experts) == 8 for layer in epng_layers(other).values())
+
+
+def test_a_second_adapter_of_the_same_configuration_is_not_told_of_updates(tmp_path: Path) -> None:
+    """As TRL makes its reference adapter."""
+    model = adapted()
+    model.add_adapter("ref", model.peft_config["default"])
+    train(model, optimizer_of(model), 1, 3)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path, is_trainable=True)
+    loaded.load_adapter(str(tmp_path / "ref"), "ref")
+    # Into adapters that share their configuration, too: what a resumed Trainer does.
+    fresh = adapted()
+    fresh.add_adapter("ref", fresh.peft_config["default"])
+    fresh.load_adapter(str(tmp_path), "default")
+    fresh.load_adapter(str(tmp_path / "ref"), "ref")
+    for found in (loaded, fresh):
+        for name, moved in (("default", True), ("ref", False)):
+            assert found.peft_config[name].to_dict()["ledger"] == model.peft_config[name].to_dict()["ledger"]
+            assert bool(found.peft_config[name].ledger) is moved
+        again = tmp_path / "again"
+        found.save_pretrained(again)
+        PeftModel.from_pretrained(tiny_model("olmoe"), again / "ref")
+        assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("olmoe"), again)), logits(model))
+
+
+def test_the_ledger_of_two_runs_keeps_their_order(tmp_path: Path) -> None:
+    trained().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path, is_trainable=True).train()
+    train(model, optimizer_of(model), 1, 3)
+    ledger = model.ledger()
+    assert [entry.step for entry in ledger] == [2, 4, 2]
+    assert all(entry.parameters == entry.budget for entry in ledger)

@@ -319,3 +319,22 @@ def test_the_schedule() -> None:
     assert steps(warmup_steps=5, update_interval=6) == [5, 11, 17]
     assert steps(warmup_steps=5, update_interval=6, update_until=11) == [5, 11]
     assert steps(warmup_steps=0, update_interval=10) == [0, 10, 20]
+
+
+def test_states_follow_before_the_first_step_of_an_optimizer_that_is_passed() -> None:
+    """Its states were loaded, and a gradient scaler has skipped the step."""
+    first, second = adapted(), adapted()
+    optimizer = optimizer_of(first)
+    train(first, optimizer, 1, 1)
+    second.load_state_dict(first.state_dict())
+    other = optimizer_of(second)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for model, own in ((first, optimizer), (second, other)):
+        batch = token_batch(model, seed=2)
+        model(**batch)
+        model.update_and_allocate(2, own)
+    factors = [p for name, p in first.named_parameters() if ".experts.lora_" in name]
+    others = [p for name, p in second.named_parameters() if ".experts.lora_" in name]
+    assert first.ledger() and len(factors) == len(others) > 0
+    for one, two in zip(factors, others, strict=True):
+        assert torch.equal(optimizer.state[one]["exp_avg"], other.state[two]["exp_avg"])

@@ -304,3 +304,17 @@ def test_weights_that_do_not_belong(change: Any, text: str, tmp_path: Path) -> N
     with pytest.raises(SieveError, match=text):
         model.load_adapter(tmp_path, "default")
     assert logits(model).equal(want)
+
+
+def test_a_mask_that_is_passed_by_position_tells_of_padding() -> None:
+    counts = []
+    for by_position in (False, True):
+        model = adapted(task_type=None).train()
+        batch = padded_batch(model)
+        if by_position:
+            model(batch["input_ids"], batch["attention_mask"])
+        else:
+            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        counts.append([layer.usage("default").tokens.tolist() for layer in layers_of(model).values()])
+    assert counts[0] == counts[1]
+    assert sum(counts[0][0]) == 2 * int(batch["attention_mask"].sum())  # top-2

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -169,3 +169,21 @@ def test_the_comparison_can_fail() -> None:
     with torch.no_grad():
         next(p for p in other.parameters() if p.requires_grad).add_(1)
     assert same(state(model), before) and not same(state(other), before)
+
+
+@pytest.mark.parametrize("base", ["dense", "olmoe"])
+def test_values_loaded_empty_first_keep_their_type(base: str, tmp_path: Path) -> None:
+    """PEFT moves them to their layer's device afterwards, and would round them to its type."""
+
+    def fresh() -> nn.Module:
+        return dense_model(torch.bfloat16) if base == "dense" else tiny_model(base, torch.bfloat16)
+
+    model = adapted(fresh())
+    model.save_pretrained(tmp_path)
+    want = load_file(tmp_path / WEIGHTS)
+    assert any(not torch.equal(value, value.bfloat16()) for value in want.values() if value.is_floating_point())
+    loaded = PeftModel.from_pretrained(fresh(), tmp_path, low_cpu_mem_usage=True)
+    found = get_peft_model_state_dict(loaded)
+    assert want.keys() == found.keys() and all(torch.equal(found[key], value) for key, value in want.items())
+    small = get_peft_model(fresh(), model.peft_config["default"], autocast_adapter_dtype=False)
+    assert all(p.dtype == torch.bfloat16 for p in small.parameters())
