@@ -17,6 +17,8 @@ import peft.mapping
 import peft.utils.hotswap
 from peft import PeftConfig, PeftModel, PeftType
 from peft.config import PeftConfigMixin
+from peft.mapping_func import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from .errors import SieveError
@@ -69,6 +71,11 @@ def wrap_peft() -> None:
     _wrap(PeftModel, "_upload_modified_files", _upload_modified_files)
     _wrap(PeftAdapterMixin, "load_adapter", _load_adapter_in_transformers)
     _wrap(PeftConfigMixin, "from_json_file", _from_json_file)
+    _wrap(PeftAdapterMixin, "add_adapter", _add_adapter_in_transformers)
+    for model_type in {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}:
+        for name, wrapper in (("__init__", _init), ("add_adapter", _add_adapter)):
+            if name in vars(model_type):
+                _wrap(model_type, name, wrapper)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -89,8 +96,8 @@ def _has_sieve(model: PeftModel) -> bool:
     return any(config.peft_type in SIEVE_TYPES for config in model.peft_config.values())
 
 
-def _has_card(model: PeftModel) -> bool:
-    """Whether the model card is to say how the adapter is loaded, and what it is."""
+def _is_of_this_package(model: PeftModel) -> bool:
+    """Whether it has an adapter of a method of this package."""
     return any(config.peft_type in PEFT_TYPES for config in model.peft_config.values())
 
 
@@ -124,7 +131,7 @@ def _carry_over_card(save_directory: str, staging: str) -> None:
 
 def _create_or_update_model_card(original: Callable[..., Any], self: PeftModel, output_dir: str) -> Any:
     result = original(self, output_dir)
-    if _has_card(self):
+    if _is_of_this_package(self):
         from .interop.model_card import add_to_card
 
         add_to_card(self, os.path.join(output_dir, "README.md"))
@@ -135,7 +142,7 @@ def _upload_modified_files(
     original: Callable[..., Any], self: PeftModel, folder: str, *args: Any, **kwargs: Any
 ) -> Any:
     """`push_to_hub` of transformers writes the card of the repository over ours: put our section into that."""
-    if _has_card(self):
+    if _is_of_this_package(self):
         self.create_or_update_model_card(folder)
     return original(self, folder, *args, **kwargs)
 
@@ -147,6 +154,31 @@ def _from_pretrained(original: Callable[..., Any], cls: type, model: Any, *args:
     placed = _placed_as_it_is(model, lambda: _is_ours(given["model_id"], given.get("config"), given.get("kwargs", {})))
     with _as_before_on_error(model), with_weights_to_follow(), placed:
         return original(cls, model, *args, **kwargs)
+
+
+def _init(original: Callable[..., Any], self: PeftModel, *args: Any, **kwargs: Any) -> None:
+    """What `get_peft_model` makes: a setting that fails late must not leave half an adapter behind."""
+    from .tuners.names import check_not_there
+
+    given = inspect.signature(original).bind(self, *args, **kwargs)
+    given.apply_defaults()
+    model, config = given.arguments["model"], given.arguments["peft_config"]
+    if getattr(config, "peft_type", None) not in PEFT_TYPES or not isinstance(model, nn.Module):
+        return original(self, *args, **kwargs)
+    check_not_there(given.arguments["adapter_name"], model)
+    with _as_before_on_error(model):
+        return original(self, *args, **kwargs)
+
+
+def _add_adapter(original: Callable[..., Any], self: PeftModel, *args: Any, **kwargs: Any) -> None:
+    with _as_before_on_error(self) if _is_of_this_package(self) else nullcontext():
+        return original(self, *args, **kwargs)
+
+
+def _add_adapter_in_transformers(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> None:
+    config = inspect.signature(original).bind(self, *args, **kwargs).arguments.get("adapter_config")
+    with _as_before_on_error(self) if getattr(config, "peft_type", None) in PEFT_TYPES else nullcontext():
+        return original(self, *args, **kwargs)
 
 
 def _placed_as_it_is(model: Any, is_ours: Callable[[], bool], told: bool = False) -> AbstractContextManager[None]:
@@ -195,7 +227,7 @@ def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, 
             finish_interrupted_saves(folder)
             result = original(self, model_id, *args, **kwargs)
         except Exception as error:
-            if not _has_sieve(self) or explained(error, folder) is error:
+            if not _is_of_this_package(self) or explained(error, folder) is error:
                 raise
             raise explained(error, folder) from error
         given = inspect.signature(original).bind(self, model_id, *args, **kwargs).arguments
@@ -227,7 +259,7 @@ def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args
             loaded = original(self, *args, **kwargs)
         except Exception as error:
             path = kwargs.get("peft_model_id") or (args[0] if args else None) or "the state dict"
-            if not ours() or explained(error, path) is error:
+            if not checks.keys() & {config.peft_type for config in new().values()} or explained(error, path) is error:
                 raise
             raise explained(error, path) from error
         for name in ours():

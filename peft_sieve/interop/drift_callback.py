@@ -25,6 +25,8 @@ from .trainer_methods import wrap_method
 _ADVICE = "train with per_device_train_batch_size=1, or leave RoutingDriftCallback out"
 # What the Trainer's own entry of a training log has, and those of evaluations and of the end do not.
 _TRAINING_ENTRY = "loss"
+# What is counted instead of averages over samples, which a packed batch does not tell apart.
+_OVER_TOKENS = {"esft_gate": "mass", "esft_token": "count"}
 
 
 class RoutingDriftCallback(TrainerCallback):
@@ -39,7 +41,8 @@ class RoutingDriftCallback(TrainerCallback):
     - `routing_coverage`: share of this traffic that the adapted experts got; mean over layers.
     - `routing_tokens`: how many tokens that is.
 
-    Both go by the score that the adapter was calibrated with. A log with no counted step before it has none of the
+    Both go by the score that the adapter was calibrated with, and by gate weights and counts over all tokens in the
+    place of ESFT's averages over samples. A log with no counted step before it has none of the
     three. The model, its gradients and random numbers are not touched, and nothing waits for the device but the log.
 
     Args:
@@ -114,7 +117,8 @@ class _TrainingCounts:
         ]
         self.adapter = _trained_adapter(trainer, [layer for _, layer in self.layers])
         self.layers = [(parent, layer) for parent, layer in self.layers if self.adapter in layer.plans]
-        self.score: str = model.peft_config[self.adapter].score
+        score: str = model.peft_config[self.adapter].score
+        self.score = _OVER_TOKENS.get(score, score)
         check_score(self.score)
         self.counters = self._new_counters()
         self.in_decoder = decoder_layers(unwrapped(model), self.counters)

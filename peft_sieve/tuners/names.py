@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import SieveError
@@ -30,6 +31,20 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
         raise SieveError(
             f"the adapter is named {adapter_name!r}, which is a part of the names of weights, expected another name, "
             "since saving would mistake one for the other: choose one such as 'my_adapter'"
+        )
+
+
+def check_not_there(adapter_name: str, model: nn.Module) -> None:
+    """Refuse to put an adapter into a model that has one of its name, as a second `get_peft_model` would.
+
+    Raises:
+        SieveError: it has one.
+    """
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    if any(adapter_name in layer._get_available_adapters() for layer in layers):
+        raise SieveError(
+            f"the model has an adapter named {adapter_name!r} already, expected one without it, since the new adapter "
+            "would take its place: load the base model again, call unload() first, or choose another adapter_name"
         )
 
 

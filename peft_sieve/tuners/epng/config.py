@@ -134,7 +134,9 @@ class EpngConfig(SieveLoraConfig):
     def _check_state(self) -> None:
         """What training filled in: of one update, and of this mask."""
         advice = "the adapter_config.json was changed by hand, take it from its source again"
-        mask, blocks, ledger = self.selected_experts or {}, self.expert_blocks or {}, self.ledger or {}
+        mask = self.selected_experts or {}
+        blocks = {} if self.expert_blocks is None else self.expert_blocks
+        ledger = {} if self.ledger is None else self.ledger
         if not isinstance(blocks, Mapping) or not isinstance(ledger, Mapping):
             raise SieveError(
                 f"expert_blocks and ledger are a {type(blocks).__name__} and a {type(ledger).__name__}, expected "

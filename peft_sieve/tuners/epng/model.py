@@ -12,12 +12,12 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.topology import MoELayer
+from ..optimizers import remember_optimizers
 from ..sieve.loading import in_base_model, saved_bookkeeping
 from ..sieve.model import SieveLoraModel, layer_class_of
 from ..sieve.patterns import ranks_and_alphas
 from .config import EpngConfig
 from .layer import EpngExpertLayer, block_ranks, epng_class
-from .states import remember_optimizers
 from .traffic import Traffic
 from .update import epng_layers, show_states, update_and_allocate
 

@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-from weakref import WeakSet
-
 import torch
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ...errors import SieveError
-
-_known: WeakSet[Optimizer] = WeakSet()
-_hooked = False
-
-
-def remember_optimizers() -> None:
-    """From now on, know every optimizer that takes a step, so that a training loop need not name it."""
-    global _hooked
-    if not _hooked:
-        register_optimizer_step_post_hook(_remember)
-        _hooked = True
-
-
-def _remember(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    _known.add(optimizer)
-
-
-def remember(optimizer: Any) -> None:
-    """Know an optimizer, or the one in accelerate's wrapper, that may not have taken a step."""
-    _known.add(getattr(optimizer, "optimizer", optimizer))
+from ..optimizers import states
 
 
 def tensors_by_row(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
@@ -41,8 +17,8 @@ def tensors_by_row(parameter: torch.nn.Parameter) -> list[torch.Tensor]:
     found = [parameter.data]
     if parameter.grad is not None:
         found.append(parameter.grad)
-    for optimizer in _known:
-        for name, value in optimizer.state.get(parameter, {}).items():
+    for optimizer, state in states(parameter):
+        for name, value in state.items():
             if not isinstance(value, torch.Tensor) or value.numel() == 1:
                 continue  # a count of steps and the like
             if value.shape != parameter.shape or not value.is_floating_point():

@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from ...errors import SieveError
 from ...routing.distributed import gathered, rank_and_world
+from ..optimizers import remember
 from .config import EpngConfig
 from .layer import EpngExpertLayer
 from .ragged import RaggedPlan
-from .states import remember
 
 Layers = dict[str, EpngExpertLayer]
 
@@ -47,6 +47,8 @@ def update_and_allocate(model: nn.Module, configs: dict[str, Any], step: int, op
         SieveError: no adapter is trained or it is merged; or an update is due, and no routing was counted, the
             parameters are sharded, or the optimizer's states cannot follow. No rank was moved then.
     """
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise SieveError(f"step is {step!r}, expected the number of optimizer steps so far: pass a whole number")
     layers = epng_layers(model)
     names = trained_adapters(model)
     if not names:

@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftConfig, PeftType
 
 from ...errors import SieveError
+from ..settings import check_names
 
 MIN_KEPT = 2
 
@@ -68,6 +69,7 @@ class LoraMoeConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("LORA_MOE")
+        check_names(self)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):

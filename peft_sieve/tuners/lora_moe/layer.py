@@ -13,6 +13,7 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.placement import execution_device, first_tensor
+from ..optimizers import forget_other_shapes
 from .config import LoraMoeConfig
 from .cutting import Cut, replace_data
 from .record import RoutingRecord
@@ -188,8 +189,13 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         usage.experts = torch.tensor(plan.experts, dtype=torch.int64, device=usage.experts.device)
         usage.pruned = torch.tensor([int(pruned)], device=usage.pruned.device)
 
-    def reshape(self, adapter_name: str, experts: Sequence[int], pruned: bool) -> None:
-        """Make room for other experts' values, which are to be loaded."""
+    def reshape(self, adapter_name: str, experts: Sequence[int], pruned: bool) -> bool:
+        """Make room for other experts' values, which are to be loaded.
+
+        Returns:
+            Whether an optimizer had states of the experts before, which it now has not.
+        """
+        forgotten = False
         r = self.plans[adapter_name].r
         sizes = {
             "lora_A": (len(experts) * r, self.in_features),
@@ -199,7 +205,9 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         for name, size in sizes.items():
             weight = self._parameter(name, adapter_name)
             replace_data(weight, torch.zeros(size, dtype=weight.dtype, device=weight.device))
+            forgotten |= forget_other_shapes(weight)
         self.declare(adapter_name, experts, pruned)
+        return forgotten
 
     def _factor(self, name: str, adapter_name: str) -> nn.Linear:
         linear = getattr(self, name)[adapter_name]

@@ -5,6 +5,7 @@ Trainer loads a checkpoint into an adapter that is there already, and PEFT then 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from .layer import LoraMoeLayer
 from .pruning import keep, lora_moe_layers
 
 _USAGE = ".lora_usage."
+_BOOKKEEPING = ("lora_usage.experts", "lora_usage.pruned", "lora_usage.tokens")
+_FACTORS = ("lora_A.weight", "lora_B.weight", "lora_router.weight")
 _PREFIX = "base_model.model."
 
 
@@ -41,10 +44,25 @@ def fit_to_weights(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
             "saved with"
         )
     found = {path: _checked(path, layer, adapter_name, given) for path, layer in layers.items()}
+    own = {f"{path}.{name}" for path in layers for name in (*_BOOKKEEPING, *_FACTORS)}
+    left_over = sorted(key for key in given if ".lora_" in key and key not in own)
+    if left_over:
+        raise SieveError(
+            f"the weights hold {left_over[0]}, which adapter '{adapter_name}' has not ({len(left_over)} in all), "
+            "expected its own only: load them with the configuration they were saved with"
+        )
+    forgotten = False
     for path, (experts, pruned) in found.items():
         plan = layers[path].plans[adapter_name]
         if (list(plan.experts), plan.pruned) != (experts, pruned):
-            layers[path].reshape(adapter_name, experts, pruned)
+            forgotten |= layers[path].reshape(adapter_name, experts, pruned)
+    if forgotten:
+        warnings.warn(
+            f"the loaded weights are of other experts than adapter '{adapter_name}' had, so its optimizer begins "
+            "anew with these: load a state of the optimizer that belongs to them if there is one",
+            UserWarning,
+            stacklevel=2,
+        )
     pruned_now = any(pruned for _, pruned in found.values())
     configs: Any = model.peft_config
     keep(configs, adapter_name, {path: experts for path, (experts, _) in found.items()} if pruned_now else None)
@@ -80,16 +98,14 @@ def _checked(
 ) -> tuple[list[int], bool]:
     """Ids of the experts of one layer's weights, and whether they were pruned."""
     plan = layer.plans[adapter_name]
-    names = ("lora_usage.experts", "lora_usage.pruned", "lora_usage.tokens")
-    factors = ("lora_A.weight", "lora_B.weight", "lora_router.weight")
-    for name in (*names, *factors):
+    for name in (*_BOOKKEEPING, *_FACTORS):
         if f"{path}.{name}" not in given:
             raise SieveError(
                 f"the weights hold no {path}.{name}, expected it for adapter '{adapter_name}': load them with the "
                 "configuration they were saved with"
             )
-    experts, pruned, tokens = (given[f"{path}.{name}"].tolist() for name in names)
-    sizes = [tuple(given[f"{path}.{name}"].shape) for name in factors]
+    experts, pruned, tokens = (given[f"{path}.{name}"].tolist() for name in _BOOKKEEPING)
+    sizes = [tuple(given[f"{path}.{name}"].shape) for name in _FACTORS]
     width = len(experts) * plan.r
     expected = [(width, layer.in_features), (layer.out_features, width), (len(experts), layer.in_features)]
     inside = sorted(set(experts)) == experts and all(0 <= expert < plan.num_experts for expert in experts)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...errors import SieveError
 from ..names import check_adapter_name
+from ..optimizers import remember_optimizers
 from .config import LoraMoeConfig
 from .layer import LoraMoeLayer, refuse_merge
 from .loading import fit_to_weights
@@ -35,6 +36,7 @@ class LoraMoeModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(adapter_name, model)
+        remember_optimizers()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: LoraMoeConfig, model_config: dict[str, Any]) -> LoraMoeConfig:

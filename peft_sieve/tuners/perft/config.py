@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from peft import PeftConfig, PeftType
 from transformers.activations import ACT2FN
 
 from ...errors import SieveError
+from ..settings import check_flags, check_names
 from ..sieve.config import RUNTIME_ONLY, SieveLoraConfig
 
 VARIANTS = ("R", "E", "D", "S")
@@ -103,6 +105,8 @@ class PerftConfig(PeftConfig):
     def __post_init__(self, calib_dataset: Any, calib_tokenizer: Any, calib_formatting_func: Any) -> None:
         super().__post_init__()
         self.peft_type = PeftType("PERFT")
+        check_names(self)
+        check_flags(self, ("init_weights", "norm_topk_prob"))
         runtime = dict(zip(RUNTIME_ONLY, (calib_dataset, calib_tokenizer, calib_formatting_func), strict=True))
         # Holds what is never saved, under copies and pickling too, and checks what the two have in common.
         self._selection = SieveLoraConfig(**{name: getattr(self, name) for name in SELECTION}, **runtime)
@@ -143,7 +147,7 @@ class PerftConfig(PeftConfig):
         for name, choices in (("variant", VARIANTS), ("form", FORMS)):
             if getattr(self, name) not in choices:
                 raise SieveError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}: pass one")
-        if self.activation not in ACT2FN:
+        if not isinstance(self.activation, str) or self.activation not in ACT2FN:
             raise SieveError(
                 f"activation is {self.activation!r}, expected a name that transformers knows, such as 'silu', 'gelu' "
                 "or 'relu': pass one"
@@ -157,9 +161,9 @@ class PerftConfig(PeftConfig):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SieveError(f"{name} is {value!r}, expected a positive whole number: pass one")
         ranges: dict[str, tuple[Callable[[float], bool], str]] = {
-            "alpha": (bool, "a number other than 0"),
+            "alpha": (lambda value: value != 0 and math.isfinite(value), "a finite number other than 0"),
             "dropout": (lambda value: 0 <= value < 1, "a number in [0, 1)"),
-            "aux_loss_coef": (lambda value: value >= 0, "a number from 0 on"),
+            "aux_loss_coef": (lambda value: 0 <= value < math.inf, "a finite number from 0 on"),
         }
         for name, (fits, expected) in ranges.items():
             value = getattr(self, name)

@@ -24,7 +24,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: Mapping[st
     given = {key.removeprefix("base_model.model."): value for key, value in state_dict.items()}
     layers = perft_layers(model)
     expected = {key: shape for layer in layers for key, shape in layer.tensors(adapter_name).items()}
-    foreign = [key for key in given if f".{CHILD}.perft_" in key and key not in expected]
+    foreign = [key for key in given if (".perft_" in key or ".lora_" in key) and key not in expected]
     for key in (*expected, *foreign):
         found = tuple(given[key].shape) if key in given else None
         if found != expected.get(key):

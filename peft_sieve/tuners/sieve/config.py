@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ...files import replaced_when_done
 from ...moe.families import PROJECTIONS
 from ...routing.options import check_share, validate_selection_options
 from ...routing.until_stable import check_stability
+from ..settings import check_flags, check_names, check_patterns
 
 # Held by the object, never by a dataclass field: PEFT serialises with `dataclasses.asdict`, which deep-copies fields.
 RUNTIME_ONLY = ("calib_dataset", "calib_tokenizer", "calib_formatting_func")
@@ -164,7 +166,7 @@ class SieveLoraConfig(LoraConfig):
     def _refuse_options(self) -> None:
         for name, neutral in _REFUSED.items():
             value = getattr(self, name, neutral)
-            if value != neutral and value:
+            if value not in (neutral, None, False):  # an empty mapping switches on, too
                 raise SieveError(
                     f"{name}={_shown(value)} cannot hold for adapters inside a stack of experts: leave it at {neutral}"
                 )
@@ -178,22 +180,17 @@ class SieveLoraConfig(LoraConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise SieveError(f"{name} is {_shown(value)}, expected a positive whole number: pass one")
-        for name, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
-            self._check_pattern(name, patterns)
-        if isinstance(self.lora_alpha, bool) or not isinstance(self.lora_alpha, int | float) or not self.lora_alpha:
-            raise SieveError(f"lora_alpha is {_shown(self.lora_alpha)}, expected a number other than 0: pass one")
+        check_names(self)
+        check_patterns(self)
+        check_flags(self, ("train_attention", "train_router", "train_shared_experts"))
+        if self.bias not in ("none", "all", "lora_only"):
+            raise SieveError(f"bias is {_shown(self.bias)}, expected 'none', 'all' or 'lora_only': pass one")
+        alpha = self.lora_alpha
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha or not math.isfinite(alpha):
+            raise SieveError(f"lora_alpha is {_shown(alpha)}, expected a finite number other than 0: pass one")
         dropout = self.lora_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
             raise SieveError(f"lora_dropout is {_shown(dropout)}, expected a number in [0, 1): pass one")
-
-    @staticmethod
-    def _check_pattern(name: str, patterns: Any) -> None:
-        for key, value in (patterns or {}).items():
-            whole = name == "rank_pattern"
-            fine = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-            if not fine or (whole and value < 1):
-                expected = "a positive whole number" if whole else "a number"
-                raise SieveError(f"{name}[{key!r}] is {_shown(value)}, expected {expected}: pass one")
 
     def _check_expert_tuning(self) -> None:
         if self.expert_tuning not in ("lora", "full"):
@@ -296,7 +293,7 @@ def _checked_ids(path: str, ids: list[Any]) -> list[int]:
 def _checked_projections(value: Any) -> list[str] | None:
     if value is None:
         return None
-    names = [value] if isinstance(value, str) else list(value)
+    names = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
     unknown = [name for name in names if name not in PROJECTIONS]
     if unknown or not names:
         raise SieveError(

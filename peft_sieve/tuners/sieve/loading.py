@@ -20,14 +20,14 @@ from torch import nn
 
 from ...errors import SieveError
 from ...files import finish_interrupted_save
-from ...registration import SIEVE_TYPES
+from ...registration import PEFT_TYPES, SIEVE_TYPES
 from .config import SieveLoraConfig
 from .layer import SieveExpertLayer
 
 BOOKKEEPING_KEY = ".lora_experts."  # in the keys of tensors that are no factors, but say whose those are
 SLOTS_KEY = f"{BOOKKEEPING_KEY}slots"
-# Methods of this package that have selected experts, too, and look after them themselves.
-OTHER_TYPES = ("PERFT",)
+# Methods of this package that look after their experts themselves.
+OTHER_TYPES = tuple(name for name in PEFT_TYPES if name not in SIEVE_TYPES)
 _WEIGHTS_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 _weights_follow: ContextVar[bool] = ContextVar("_weights_follow", default=False)
 
@@ -62,7 +62,7 @@ def read_config_file(path: str) -> dict[str, Any] | None:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if any(name in text for name in SIEVE_TYPES) or "selected_experts" in text or _has_slots(folder):
+        if any(f'"{name}"' in text for name in PEFT_TYPES) or "selected_experts" in text or _has_slots(folder):
             raise SieveError(
                 f"{path} is not JSON ({error}), expected the whole file that save_pretrained wrote: save or download "
                 "the adapter again"
@@ -76,6 +76,7 @@ def read_config_file(path: str) -> dict[str, Any] | None:
             )
         return None
     if content.get("peft_type") in OTHER_TYPES:
+        _tensors_in(folder)
         return None
     if content.get("peft_type") not in SIEVE_TYPES:
         if "selected_experts" not in content and not _has_slots(folder):
@@ -103,7 +104,11 @@ def _has_slots(folder: Path) -> bool:
         return False
 
 
-def _check_weights_file(content: dict[str, Any], folder: Path) -> None:
+def _tensors_in(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What says whose the weights beside a configuration are, and the types of the others; by name.
+
+    Nothing if the file is not there yet: the Hub's client brings one at a time.
+    """
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.exists():
         if (folder / WEIGHTS_NAME).exists():
@@ -111,15 +116,21 @@ def _check_weights_file(content: dict[str, Any], folder: Path) -> None:
                 f"{folder} holds {WEIGHTS_NAME}, a pickled file, expected {SAFETENSORS_WEIGHTS_NAME}: save the adapter "
                 "with save_pretrained of this package, or download it again"
             )
-        # The Hub's client brings one file at a time.
-        return
+        return {}, {}
     try:
         with safe_open(weights, "pt") as file:
             names = list(file.keys())
             slots = {name: file.get_tensor(name) for name in names if name.endswith(SLOTS_KEY)}
-            types = {name: file.get_slice(name).get_dtype() for name in names if BOOKKEEPING_KEY not in name}
+            return slots, {name: file.get_slice(name).get_dtype() for name in names if BOOKKEEPING_KEY not in name}
     except SafetensorError as error:
         raise broken_weights(weights, error) from error
+
+
+def _check_weights_file(content: dict[str, Any], folder: Path) -> None:
+    slots, types = _tensors_in(folder)
+    if not slots and not types:
+        return
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
     for name, dtype in types.items():
         if ".lora_" in name and not dtype.startswith(("F", "BF")):
             raise _wrong_type(name, dtype)
