@@ -385,6 +385,17 @@ def test_other_layouts_count_as_profiling_does(make: Callable[[], nn.Module], tm
     assert logged["routing_tokens"] == routed // profile.num_experts_per_tok
 
 
+@pytest.mark.parametrize("score", ["esft_gate", "esft_token"])
+def test_averages_over_samples_are_taken_over_tokens(score: str, tokens: Dataset, tmp_path: Path) -> None:
+    logs = []
+    for name in (score, {"esft_gate": "mass", "esft_token": "count"}[score]):
+        trainer = plain(tokens, tmp_path, config(score=name), max_steps=2, logging_steps=1)
+        trainer.add_callback(RoutingDriftCallback(trainer, every=1))
+        trainer.train()
+        logs.append([entry["routing_coverage"] for entry in trainer.state.log_history if "routing_coverage" in entry])
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+
+
 def test_the_mask_is_that_of_the_moment(tokens: Dataset, tmp_path: Path) -> None:
     """EPnG's moves."""
     given = EpngConfig(r=2, lora_alpha=4, warmup_steps=1, update_interval=1, prune_ratio=0.5, task_type="CAUSAL_LM")

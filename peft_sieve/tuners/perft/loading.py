@@ -44,7 +44,7 @@ def check_loaded(model: nn.Module, adapter_name: str, missing: Iterable[str], un
     Raises:
         SieveError: tensors are missing or left over, or belong to other experts than the configuration says.
     """
-    keys = [key for key in (*missing, *unexpected) if f".{CHILD}.perft_" in key]
+    keys = [key for key in (*missing, *unexpected) if ".perft_" in key or ".lora_" in key]
     if keys:
         raise SieveError(
             f"the weights and adapter '{adapter_name}' do not have {keys[0]} in common ({len(keys)} such in all), "

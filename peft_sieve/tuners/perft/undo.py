@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from peft.tuners.tuners_utils import _delete_auxiliary_adapter
+from peft.utils import _get_submodules
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..sieve.undo import ATTRIBUTES, restore
@@ -19,6 +22,7 @@ def as_before_on_error(model: nn.Module) -> Iterator[None]:
     Its modules, its other adapters, and what is trainable are as before then.
     """
     before = {id(layer): set(layer.plans) for layer in perft_layers(model)}
+    wrappers = {id(wrapper) for _, wrapper in _auxiliary(model)}
     trainable = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
     attributes = {name: vars(model)[name] for name in ATTRIBUTES if name in vars(model)}
     try:
@@ -27,6 +31,7 @@ def as_before_on_error(model: nn.Module) -> Iterator[None]:
         new = {name for layer in perft_layers(model) for name in set(layer.plans) - before.get(id(layer), set())}
         if new:
             _take_out(model, new, before)
+            _take_out_auxiliary(model, new, wrappers)
             restore(model, trainable, attributes, new)
         raise
 
@@ -44,3 +49,17 @@ def _take_out(model: nn.Module, names: set[str], before: dict[int, set[str]]) ->
     if not perft_layers(model):
         for module in model.modules():
             stop_adding(module)
+
+
+def _auxiliary(model: nn.Module) -> list[tuple[str, AuxiliaryTrainingWrapper]]:
+    """(path, wrapper) of modules that are trained whole beside adapters."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+
+
+def _take_out_auxiliary(model: nn.Module, names: set[str], before: set[int]) -> None:
+    for path, wrapper in _auxiliary(model):
+        if id(wrapper) not in before:
+            parent, _, name = _get_submodules(model, path)
+            setattr(parent, name, wrapper.original_module)
+    for name in names:
+        _delete_auxiliary_adapter(model, adapter_name=name, new_active_adapters=None)

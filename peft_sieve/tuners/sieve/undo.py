@@ -83,11 +83,9 @@ def _take_out(model: nn.Module, new_wrappers: list[str], names: set[str]) -> Non
     for path in reversed(new_wrappers):
         parent, _, name = _get_submodules(model, path)
         wrapper: Any = getattr(parent, name)
-        if hasattr(wrapper, "unload_and_optionally_merge_module"):
-            inside = wrapper.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
-        else:
-            inside = wrapper.get_base_layer()
-        setattr(parent, name, inside)
+        # PEFT's own unloading would leave the copy that is trained, in place of what it was copied from.
+        auxiliary = isinstance(wrapper, AuxiliaryTrainingWrapper)
+        setattr(parent, name, wrapper.original_module if auxiliary else wrapper.get_base_layer())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in names:

@@ -338,3 +338,10 @@ def test_states_follow_before_the_first_step_of_an_optimizer_that_is_passed() ->
     assert first.ledger() and len(factors) == len(others) > 0
     for one, two in zip(factors, others, strict=True):
         assert torch.equal(optimizer.state[one]["exp_avg"], other.state[two]["exp_avg"])
+
+
+@pytest.mark.parametrize("step", [None, "1", -1, 1.5, True])
+def test_a_step_that_is_none_is_refused(step: Any) -> None:
+    model = adapted()
+    with pytest.raises(SieveError, match="expected the number of optimizer steps so far"):
+        model.update_and_allocate(step)

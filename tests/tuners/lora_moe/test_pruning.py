@@ -249,3 +249,20 @@ def test_new_data_of_another_shape_takes_gradients_though_an_old_graph_lives() -
     replace_data(parameter, torch.randn(4, 3))
     (parameter * 3).sum().backward()
     assert parameter.grad.equal(torch.full((4, 3), 3.0)) and held.isfinite()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_from_before_pruning_come_back_while_the_optimizer_goes_on(fused: bool, tmp_path: Path) -> None:
+    """Its states of the pruned shapes do not fit any more; a fused optimizer would read beyond them."""
+    model = adapted(prune_step=2).train()
+    model.save_pretrained(tmp_path)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, fused=fused)
+    for number in (1, 2, 3):
+        step(model, optimizer, padded_batch(model))
+        model.update_and_prune(number, optimizer)
+    with pytest.warns(UserWarning, match="optimizer begins anew"):
+        model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert all(len(layer.plans["default"].experts) == 4 for layer in layers_of(model).values())
+    step(model.train(), optimizer, padded_batch(model))
+    for parameter, kept in optimizer.state.items():
+        assert kept["exp_avg"].shape == parameter.shape and bool(torch.isfinite(parameter).all())
