@@ -6,8 +6,10 @@ Nothing is trained. The file is the input of `select`, `report` and `plan --prof
 from __future__ import annotations
 
 import argparse
+import string
 from typing import Any
 
+from ..errors import SieveError
 from .options import add_json
 from .output import check_folder_of, plain_warnings, print_json, print_table
 
@@ -108,5 +110,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _formatter(template: str) -> Any:
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise SieveError(f"--template {template!r} has {error}, expected {{COLUMN}} for columns: correct it") from error
+    if not fields:
+        raise SieveError(
+            f"--template {template!r} names no column, expected {{COLUMN}} for those that a sample's text is made of: "
+            "put them in, or every sample is the same"
+        )
     # A shell passes backslash and n as they are typed.
     return template.replace("\\n", "\n").format_map

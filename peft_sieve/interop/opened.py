@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import SieveError
 from ..moe.topology import MoELayer, find_moe_layers
+from ..registration import PEFT_TYPES, SIEVE_TYPES
 from ..tuners.sieve.config import SieveLoraConfig
 from ..tuners.sieve.layer import SieveExpertLayer
 from ..tuners.sieve.loading import sieve_layers
@@ -124,9 +125,11 @@ def sieve_config(adapter: str) -> SieveLoraConfig:
     """
     config = _read_config(adapter)
     if not isinstance(config, SieveLoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        reason = ", since PERFT and LoRA experts are in no weight of the base model" if kind in PEFT_TYPES else ""
         raise SieveError(
-            f"{adapter} holds an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}, expected "
-            "SIEVE_LORA: pass an adapter that was trained with a SieveLoraConfig"
+            f"{adapter} holds an adapter of type {kind}, expected {' or '.join(SIEVE_TYPES)}{reason}: pass an adapter "
+            "that was trained with a SieveLoraConfig or an EpngConfig"
         )
     return config
 

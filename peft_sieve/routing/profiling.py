@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..errors import SieveError
 from ..moe.topology import MoELayer, find_moe_layers
@@ -67,8 +68,9 @@ def profile_routing(
         The profile; layers are named by the path of their experts module.
 
     Raises:
-        SieveError: no MoE layer, unusable data, or no MoE layer reached by it.
+        SieveError: no model, no MoE layer, unusable data, or no MoE layer reached by it.
     """
+    check_model(model)
     rule = None if stability is None else StabilityRule(stability, selection or {}, seed)
     base = unwrapped(model)
     layers = find_moe_layers(base)
@@ -88,6 +90,15 @@ def profile_routing(
         profile = profile_until_stable(base, layers, calibration, rule, progress=progress).profile
     check_reached(profile)
     return profile
+
+
+def check_model(model: Any) -> None:
+    """Raise `SieveError` unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise SieveError(
+            f"received {type(model).__name__} as the model, expected a loaded one: load it with "
+            "AutoModelForCausalLM.from_pretrained, and pass that"
+        )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -243,6 +254,7 @@ def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationD
         for batch in calibration.batches:
             batch, decoder_mask = with_decoder_inputs(model, batch)
             counted.expect(batch, decoder_mask)
+            check_vocabulary(model, batch)
             forward(on_device(batch, device))
             counted.end_batch()
             bar.update(tokens_in(batch))
@@ -282,6 +294,23 @@ def input_device(model: nn.Module) -> torch.device:
     if execution_device is not None:
         return torch.device(execution_device)
     return next(embeddings.parameters()).device
+
+
+def check_vocabulary(model: nn.Module, batch: dict[str, Any]) -> None:
+    """Refuse token ids that the model has no embedding for, as those of another model's tokenizer may be.
+
+    Raises:
+        SieveError: there are such ids.
+    """
+    embeddings: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    ids = batch.get("input_ids")
+    if type(embeddings) is not nn.Embedding or not isinstance(ids, torch.Tensor) or not ids.numel():
+        return
+    if int(ids.max()) >= embeddings.num_embeddings:
+        raise SieveError(
+            f"the calibration data has the token id {int(ids.max())}, expected ids below {embeddings.num_embeddings}, "
+            "which the model has embeddings for: pass the model's own tokenizer (calib_tokenizer)"
+        )
 
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

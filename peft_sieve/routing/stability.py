@@ -74,6 +74,10 @@ def subsample_stability(
             "calibration data that is not empty"
         )
     largest = min(int(values.sum()) for values in counts.values()) // (2 * top_k)
+    if not isinstance(num_tokens, Iterable) or isinstance(num_tokens, str):
+        raise SieveError(
+            f"received num_tokens={num_tokens!r}, expected a list of numbers of tokens: pass one as [1000]"
+        )
     found = {}
     for size in num_tokens:
         _check_whole("num_tokens", size, 1)

@@ -67,6 +67,8 @@ def test_text_of_a_file_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (["{model}", "--data", "{rows}"], "fit none of the forms"),
         (["{model}", "--data", "{rows}", "--template", "{{quest}}"], "KeyError: 'quest'"),
+        (["{model}", "--data", "{rows}", "--template", "question"], "names no column, expected {COLUMN}"),
+        (["{model}", "--data", "{rows}", "--template", "{{question"], "expected {COLUMN} for columns"),
         (["{model}", "--data", "missing.jsonl"], "the calibration file 'missing.jsonl' does not exist"),
         (["no/such-model", "--data", "{rows}"], "the model 'no/such-model' cannot be loaded"),
         (["{model}", "--data", "{rows}", "--tokenizer", "no/such"], "the tokenizer 'no/such' cannot be loaded"),

@@ -232,3 +232,17 @@ def test_a_model_without_weights() -> None:
     batch = token_batch(model)
     with pytest.raises(SieveError, match="meta device"):
         profile_routing(model.to("meta"), [batch])
+
+
+def test_token_ids_of_another_vocabulary_are_refused() -> None:
+    """As another model's tokenizer gives them."""
+    model = tiny_model("olmoe")
+    for data in ([{"input_ids": [5, 128]}], [{"input_ids": torch.tensor([[5, 128]])}]):
+        with pytest.raises(SieveError, match=r"token id 128, expected ids below 128.*own tokenizer"):
+            profile_routing(model, data)
+
+
+@pytest.mark.parametrize("model", [None, "out/model"])
+def test_what_is_no_model_is_refused(model: Any) -> None:
+    with pytest.raises(SieveError, match=f"received {type(model).__name__} as the model, expected a loaded one"):
+        profile_routing(model, [{"input_ids": [5]}])

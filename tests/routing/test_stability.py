@@ -110,3 +110,10 @@ def test_profiles_that_cannot_be_drawn_from() -> None:
         subsample_stability(RoutingProfile.from_arrays([[0, 0]], num_experts_per_tok=1), [1])
     with pytest.raises(SieveError, match="RoutingProfile"):
         subsample_stability([[1, 2]], [1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sizes", [10, "10"])
+def test_sizes_are_a_list(sizes: Any) -> None:
+    profile = RoutingProfile.from_arrays([[40, 20, 10, 10]], num_experts_per_tok=1)
+    with pytest.raises(SieveError, match="expected a list of numbers of tokens"):
+        subsample_stability(profile, sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,15 @@ from ...routing.distributed import rank_and_world
 from ...routing.encoder_decoder import decoder_mask
 from ...routing.options import check_share
 from ...routing.profile_data import RoutingProfile
-from ...routing.profiling import RoutingCounters, check_reached, find_tokenizer, input_device, on_device
+from ...routing.profiling import (
+    RoutingCounters,
+    check_model,
+    check_reached,
+    check_vocabulary,
+    find_tokenizer,
+    input_device,
+    on_device,
+)
 from ..sieve.config import SieveLoraConfig
 from ..sieve.undo import as_before_on_error
 
@@ -76,10 +85,17 @@ def warm_up_profile(
     Raises:
         SieveError: no MoE layer, unusable data, an adapter on the model, or several processes.
     """
+    check_model(model)
     _check(model, fraction, learning_rate)
     layers = find_moe_layers(model)
     everything = {layer.path: list(range(layer.num_experts)) for layer in layers}
-    given = config or SieveLoraConfig()
+    given = SieveLoraConfig() if config is None else config
+    if type(given) is not SieveLoraConfig or given.selected_experts is not None or given.expert_tuning != "lora":
+        raise SieveError(
+            f"received config={reprlib.repr(given)} for the warm-up, expected a SieveLoraConfig without "
+            "selected_experts and with expert_tuning='lora', since the warm-up trains all experts: pass one, or "
+            "leave it out"
+        )
     lora = replace(
         given,
         selected_experts=everything,
@@ -132,6 +148,7 @@ def _trained(
             counted.expect(batch, decoder_mask(batch))
             # Not in the backward, where checkpointing computes again.
             with watching(_watched(model, layers, counted)):
+                check_vocabulary(model, batch)
                 loss = peft_model(**on_device(batch, device)).loss
             counted.end_batch()
             loss.backward()

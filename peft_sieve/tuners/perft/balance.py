@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...errors import SieveError
 from ...routing.counting import token_mask
@@ -47,8 +48,10 @@ class _Auxiliary:
 
 # What routers report during a training forward; None outside of one, as while checkpointed layers run again.
 _collected: ContextVar[list[_Routed] | None] = ContextVar("_collected", default=None)
+# The model, or the backbone that was called alone, whose forward is running.
+_running: ContextVar[nn.Module | None] = ContextVar("_running", default=None)
 _added_by_trainer: ContextVar[bool] = ContextVar("_added_by_trainer", default=False)
-# Beside the models: tensors of a graph could neither be copied nor pickled with them.
+# By backbone, and beside the models: tensors of a graph could neither be copied nor pickled with them.
 _last: WeakKeyDictionary[nn.Module, _Auxiliary] = WeakKeyDictionary()
 
 
@@ -89,7 +92,7 @@ def auxiliary_loss(model: nn.Module) -> torch.Tensor:
     Raises:
         SieveError: there was no forward in training mode with gradients.
     """
-    auxiliary = _last.get(model)
+    auxiliary = _last.get(_backbone(model))
     if auxiliary is None:
         raise SieveError(
             "auxiliary_loss was asked for before a forward in training mode with gradients, expected one, since the "
@@ -101,7 +104,8 @@ def auxiliary_loss(model: nn.Module) -> torch.Tensor:
 
 def collected_by(model: nn.Module) -> bool:
     """Whether the last training forward of `model` gave a balance loss that is worth adding."""
-    return model in _last and _last[model].loss.requires_grad
+    last = _last.get(_backbone(model))
+    return last is not None and last.loss.requires_grad
 
 
 @contextmanager
@@ -115,11 +119,15 @@ def added_by_trainer() -> Iterator[None]:
 
 
 def start_adding(model: nn.Module) -> None:
-    """Hook up the base model; once is enough."""
+    """Hook up the base model, and its backbone, which some losses call alone; once is enough."""
     if "_perft_handles" not in vars(model):
         vars(model)["_perft_handles"] = [
-            model.register_forward_pre_hook(_begin),
-            model.register_forward_hook(_end, with_kwargs=True),
+            handle
+            for module in {id(m): m for m in (model, _backbone(model))}.values()
+            for handle in (
+                module.register_forward_pre_hook(_begin),
+                module.register_forward_hook(_end, with_kwargs=True, always_call=True),
+            )
         ]
 
 
@@ -127,12 +135,20 @@ def stop_adding(model: nn.Module) -> None:
     """Take the hooks away."""
     for handle in vars(model).pop("_perft_handles", ()):
         handle.remove()
-    _last.pop(model, None)
+    _last.pop(_backbone(model), None)
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    return model.base_model if isinstance(model, PreTrainedModel) else model
 
 
 def _begin(model: nn.Module, args: tuple[Any, ...]) -> None:
+    if _running.get() is not None:
+        return
+    _running.set(model)
     training = model.training and torch.is_grad_enabled()
-    if training and model in _last and not _last[model].used and _last[model].loss.requires_grad:
+    last = _last.get(_backbone(model))
+    if training and last is not None and not last.used and last.loss.requires_grad:
         warnings.warn(
             "The balance loss of the PERFT adapters' router was not used: the model gave no loss that it could be "
             "added to. Add model.auxiliary_loss() to yours, or set aux_loss_coef=0."
@@ -141,12 +157,15 @@ def _begin(model: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _end(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    if _running.get() is not model:
+        return None
+    _running.set(None)
     routed = _collected.get()
     _collected.set(None)
-    if routed is None:
+    if routed is None or output is None:  # None after an exception
         return None
     given = arguments(model, args, kwargs)
-    auxiliary = _last[model] = _Auxiliary(_weighted(model, routed, given))
+    auxiliary = _last[_backbone(model)] = _Auxiliary(_weighted(model, routed, given))
     if not routed or _added_by_trainer.get():
         return None
     return _with_added(output, auxiliary, given, model)

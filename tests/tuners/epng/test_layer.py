@@ -11,7 +11,7 @@ from peft_sieve import EpngConfig, SieveError, SieveLoraConfig
 from peft_sieve.moe.families import family_of
 from peft_sieve.moe.topology import MoELayer
 from peft_sieve.tuners.epng.layer import EpngFusedExperts
-from peft_sieve.tuners.epng.states import remember_optimizers
+from peft_sieve.tuners.optimizers import remember_optimizers
 from tests.reference import NaiveAdapter, assert_same, naive_experts
 from tests.tuners.test_expert_layer import (  # noqa: F401 (the fixture)
     LAYOUTS,

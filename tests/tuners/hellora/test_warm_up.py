@@ -13,6 +13,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_sieve import (
+    EpngConfig,
     RoutingProfile,
     SieveError,
     SieveLoraConfig,
@@ -109,7 +110,7 @@ def test_it_leaves_no_trace() -> None:
     check()
     assert warm_up(model) == first, "deterministic for a seed"
     check()
-    with pytest.raises(IndexError):
+    with pytest.raises(SieveError, match=r"token id 16384, expected ids below 128"):
         warm_up(model, [{"input_ids": [5, 6, 128 * 128]}])
     check()
 
@@ -119,6 +120,10 @@ def test_it_leaves_no_trace() -> None:
     [
         ({"fraction": 0}, "fraction=0, expected a number above 0 and at most 1"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0, expected a number above 0"),
+        ({"config": 3}, "received config=3 for the warm-up, expected a SieveLoraConfig"),
+        ({"config": EpngConfig()}, "for the warm-up, expected a SieveLoraConfig"),
+        ({"config": SieveLoraConfig(expert_tuning="full")}, "and with expert_tuning='lora'"),
+        ({"config": SieveLoraConfig(selected_experts={"a": [1]})}, "without selected_experts"),
         ({"data": iter(rows())}, "as the data of the warm-up, expected data of known size"),
     ],
 )

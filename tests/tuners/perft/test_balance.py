@@ -128,6 +128,27 @@ def test_a_balance_loss_that_nobody_takes_is_said() -> None:
         model(**batch)
 
 
+def test_a_loss_that_calls_the_backbone_alone_has_it_too() -> None:
+    """As those that never make logits."""
+    model = adapted("R").train()
+    batch = token_batch(model)
+    model(**batch)
+    expected = model.auxiliary_loss()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.get_base_model().model(**batch)
+    found = model.auxiliary_loss()
+    assert found is not expected and torch.equal(found, expected)
+    model.get_base_model().model(**batch)
+    with pytest.warns(UserWarning, match="was not used"):
+        model.get_base_model().model(**batch)
+    # After a forward that failed, all is as before it.
+    with pytest.raises(IndexError):
+        model.get_base_model().model(input_ids=batch["input_ids"] + 10**6)
+    model(**batch)
+    assert torch.equal(model.auxiliary_loss(), expected)
+
+
 def test_evaluation_adds_nothing() -> None:
     model, plain = adapted("R", aux_loss_coef=COEF).eval(), adapted("R", aux_loss_coef=0.0).eval()
     batch = labelled(model)
