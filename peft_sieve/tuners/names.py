@@ -10,7 +10,8 @@ from torch import nn
 from ..errors import SieveError
 
 # In the keys of adapters, below what begins with a prefix or holds the copies of a module.
-_OWN = {"base_layer", "base_model", "weight", "bias", "slots", "blocks", "importance", "ledger", "tokens", "pruned"}
+_OWN = {"base_layer", "base_model", "model", "perft", "weight", "bias"}
+_OWN |= {"slots", "blocks", "importance", "ledger", "tokens", "experts", "pruned"}
 _PREFIXES = ("lora_", "perft_", "modules_to_save")
 
 
@@ -26,7 +27,8 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     Raises:
         SieveError: it is such a name.
     """
-    in_base = {part for path, _ in model.named_modules() for part in takewhile(_is_of_base, path.split("."))}
+    paths = (path for named in (model.named_modules(), model.named_parameters()) for path, _ in named)
+    in_base = {part for path in paths for part in takewhile(_is_of_base, path.split("."))}
     if adapter_name in in_base | _OWN or not _is_of_base(adapter_name):
         raise SieveError(
             f"the adapter is named {adapter_name!r}, which is a part of the names of weights, expected another name, "

@@ -24,7 +24,7 @@ def test_a_name_that_is_part_of_keys_is_refused(method: str) -> None:
     with pytest.raises(SieveError, match="named 'experts', which is a part of the names of weights"):
         get_peft_model(tiny_model("olmoe"), CONFIGS[method](), adapter_name="experts")
     model = get_peft_model(tiny_model("olmoe"), CONFIGS[method]())
-    for name in ("mlp", "0", "weight", "lora_A", "perft_A"):
+    for name in ("mlp", "0", "weight", "gate_up_proj", "experts", "lora_A", "perft_A"):
         before = [path for path, _ in model.named_modules()]
         with pytest.raises(SieveError, match=f"named '{name}'"):
             model.add_adapter(name, CONFIGS[method]())
