@@ -20,7 +20,7 @@ from ..moe.families import FusedExperts
 from ..moe.module_experts import ModuleExperts
 from ..moe.parallel_experts import ParallelExperts
 from ..moe.topology import MoELayer
-from ..registration import SIEVE_TYPES
+from ..registration import PEFT_TYPES
 from ..tuners.sieve.config import SieveLoraConfig
 from .opened import OpenedAdapter, open_adapter
 from .plain_layouts import per_expert, stacked
@@ -133,15 +133,17 @@ def export_lora(
 
 
 def _checked_output(output_dir: str | os.PathLike[str]) -> Path:
+    if not isinstance(output_dir, str | os.PathLike):
+        raise SieveError(f"received {type(output_dir).__name__} as output_dir, expected a folder's path: pass one")
     output = Path(output_dir)
     if output.exists() and not output.is_dir():
         raise SieveError(f"output_dir {str(output)!r} is a file, expected a folder or a path for one: pass another")
     config = output / CONFIG_NAME
     text = config.read_text(errors="replace") if config.exists() else ""
-    if any(f'"{name}"' in text for name in SIEVE_TYPES):
+    if any(f'"{name}"' in text for name in PEFT_TYPES):
         raise SieveError(
-            f"output_dir {str(output)!r} holds a sparse adapter, which the export would replace, expected another "
-            "folder: pass one"
+            f"output_dir {str(output)!r} holds an adapter of this package, which the export would replace, expected "
+            "another folder: pass one"
         )
     return output
 

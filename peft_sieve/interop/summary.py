@@ -185,6 +185,10 @@ def inspect_adapter(adapter: str | os.PathLike[str]) -> AdapterSummary:
     Raises:
         SieveError: there is no sieve adapter, or its weights cannot be read or do not belong to its mask.
     """
+    if not isinstance(adapter, str | os.PathLike):
+        raise SieveError(
+            f"received {type(adapter).__name__} as the adapter, expected the path or Hub id of a saved one: pass that"
+        )
     adapter = os.fspath(adapter)
     config = sieve_config(adapter)
     weights = _weights_file(adapter)

@@ -20,7 +20,7 @@ from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlas
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeTalkerForConditionalGeneration
 
 import peft_sieve.interop.export
-from peft_sieve import SieveError, SieveLoraConfig, export_lora
+from peft_sieve import PerftConfig, SieveError, SieveLoraConfig, export_lora
 from peft_sieve.cli import main
 from peft_sieve.moe.topology import find_moe_layers
 from tests.architectures.tiny import inputs_for
@@ -255,8 +255,13 @@ def test_bad_places(adapters: dict[str, Adapter], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SieveError, match="is a file, expected a folder"):
         export_lora(adapter.path, tmp_path / "file")
-    with pytest.raises(SieveError, match="holds a sparse adapter, which the export would replace"):
+    with pytest.raises(SieveError, match="holds an adapter of this package, which the export would replace"):
         export_lora(adapter.path, adapter.path)
+    get_peft_model(tiny_model("olmoe"), PerftConfig(r=2)).save_pretrained(tmp_path / "perft")
+    with pytest.raises(SieveError, match="holds an adapter of this package, which the export would replace"):
+        export_lora(adapter.path, tmp_path / "perft")
+    with pytest.raises(SieveError, match="received NoneType as output_dir"):
+        export_lora(adapter.path, None)
     with pytest.raises(SieveError, match=r"no adapter can be read from '.*nothing'"):
         export_lora(tmp_path / "nothing", tmp_path / "lora")
     with pytest.raises(SieveError, match="received int as the adapter"):

@@ -11,7 +11,7 @@ import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
-from peft_sieve import SieveError, inspect_adapter
+from peft_sieve import PerftConfig, SieveError, inspect_adapter
 from peft_sieve.cli import main
 from tests.interop.adapters import Adapter, saved_adapter
 from tests.models import tiny_model, token_batch
@@ -118,3 +118,13 @@ def test_bad_adapters(adapter: Adapter, tmp_path: Path, capsys: Any) -> None:
         inspect_adapter(folder)
     assert main(["inspect", str(folder)]) == 1
     assert "peft-sieve inspect: " in capsys.readouterr().err
+
+
+def test_what_is_no_path_and_what_is_no_sieve_adapter(tmp_path: Path) -> None:
+    with pytest.raises(SieveError, match="received NoneType as the adapter, expected the path"):
+        inspect_adapter(None)
+    get_peft_model(tiny_model("olmoe"), PerftConfig(r=2)).save_pretrained(tmp_path)
+    with pytest.raises(
+        SieveError, match="of type PERFT, expected SIEVE_LORA or SIEVE_EPNG, since PERFT and LoRA experts"
+    ):
+        inspect_adapter(tmp_path)

@@ -148,6 +148,18 @@ class LoraMoeModel(BaseTuner):
             )
         yield
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused.
+
+        Raises:
+            SieveError: always.
+        """
+        raise SieveError(
+            "add_weighted_adapter was called on LoRA experts, expected none of that, since their routers have no "
+            "weighted sum: make the adapters active at the same time (model.base_model.set_adapter with a list), which "
+            "adds up what they give"
+        )
+
     def _check_merge_allowed(self) -> None:
         refuse_merge()
 

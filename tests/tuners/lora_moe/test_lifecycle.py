@@ -306,6 +306,11 @@ def test_weights_that_do_not_belong(change: Any, text: str, tmp_path: Path) -> N
     assert logits(model).equal(want)
 
 
+def test_a_weighted_sum_is_refused() -> None:
+    with pytest.raises(SieveError, match=r"add_weighted_adapter was called.*active at the same time"):
+        adapted().add_weighted_adapter(["default"], [1.0], "sum")
+
+
 def test_a_mask_that_is_passed_by_position_tells_of_padding() -> None:
     counts = []
     for by_position in (False, True):
