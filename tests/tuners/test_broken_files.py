@@ -20,8 +20,12 @@ from tests.tuners.test_injection import CONFIGS, state
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def cut(name: str) -> Callable[[Path], Any]:
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-200])
+def cut(name: str, share: float = 0.9) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(share * len(data))])
+
+    return change
 
 
 def with_a_foreign_tensor(folder: Path) -> None:
@@ -35,6 +39,7 @@ EDITS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights empty": (lambda folder: (folder / WEIGHTS).write_bytes(b""), "cannot be read as safetensors"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), f"holds no {WEIGHTS}"),
     "configuration cut short": (cut(CONFIG), "is not JSON"),
+    "configuration without a type": (cut(CONFIG, 0.2), "is not JSON"),
     "a tensor too many": (with_a_foreign_tensor, "foo"),
 }
 

@@ -26,6 +26,7 @@ from .layer import SieveExpertLayer
 
 BOOKKEEPING_KEY = ".lora_experts."  # in the keys of tensors that are no factors, but say whose those are
 SLOTS_KEY = f"{BOOKKEEPING_KEY}slots"
+_OURS = (SLOTS_KEY, ".perft_", ".lora_usage.")  # in the keys of each method of this package
 # Methods of this package that look after their experts themselves.
 OTHER_TYPES = tuple(name for name in PEFT_TYPES if name not in SIEVE_TYPES)
 _WEIGHTS_NAMES = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -62,14 +63,14 @@ def read_config_file(path: str) -> dict[str, Any] | None:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if any(f'"{name}"' in text for name in PEFT_TYPES) or "selected_experts" in text or _has_slots(folder):
+        if any(f'"{name}"' in text for name in PEFT_TYPES) or "selected_experts" in text or _holds(folder, _OURS):
             raise SieveError(
                 f"{path} is not JSON ({error}), expected the whole file that save_pretrained wrote: save or download "
                 "the adapter again"
             ) from error
         return None
     if not isinstance(content, dict):
-        if _has_slots(folder):
+        if _holds(folder, _OURS):
             raise SieveError(
                 f"{path} holds no mapping, expected the settings that save_pretrained wrote: save or download the "
                 "adapter again"
@@ -79,7 +80,7 @@ def read_config_file(path: str) -> dict[str, Any] | None:
         _tensors_in(folder)
         return None
     if content.get("peft_type") not in SIEVE_TYPES:
-        if "selected_experts" not in content and not _has_slots(folder):
+        if "selected_experts" not in content and not _holds(folder, (SLOTS_KEY,)):
             return None
         raise SieveError(
             f"{path} has peft_type {content.get('peft_type')!r}, expected {' or '.join(map(repr, SIEVE_TYPES))}, since "
@@ -96,10 +97,11 @@ def finish_interrupted_saves(folder: str | os.PathLike[str]) -> None:
         finish_interrupted_save(place)
 
 
-def _has_slots(folder: Path) -> bool:
+def _holds(folder: Path, parts: Iterable[str]) -> bool:
+    """Whether the weights there have one of these in their keys."""
     try:
         with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, "pt") as file:
-            return any(key.endswith(SLOTS_KEY) for key in file.keys())  # noqa: SIM118 (no mapping)
+            return any(part in key for key in file.keys() for part in parts)  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError):
         return False
 
