@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import SieveError
 
-_IGNORED = -100  # a label that has no loss
+IGNORED = -100  # a label that has no loss
 
 
 def decoder_layers(model: nn.Module, paths: Iterable[str]) -> set[str]:
@@ -23,7 +23,7 @@ def decoder_layers(model: nn.Module, paths: Iterable[str]) -> set[str]:
 def decoder_mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
     """Which of the decoder's tokens are real, as the batch or its `labels` say: (batch, length); None without both."""
     mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
-    return (labels != _IGNORED).long() if mask is None and labels is not None else mask
+    return (labels != IGNORED).long() if mask is None and labels is not None else mask
 
 
 def with_decoder_inputs(model: nn.Module, batch: dict[str, Any]) -> tuple[dict[str, Any], torch.Tensor | None]:
@@ -60,7 +60,7 @@ def _moved_by_one(labels: torch.Tensor, config: Any) -> torch.Tensor:
             "its decoder starts: set it, or profile on batches with decoder_input_ids"
         )
     moved = torch.cat((torch.full_like(labels[:, :1], start), labels[:, :-1]), dim=1)
-    return moved.masked_fill(moved == _IGNORED, start if padding is None else padding)
+    return moved.masked_fill(moved == IGNORED, start if padding is None else padding)
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-IGNORED = -100  # a label that has no loss
+from ..routing.encoder_decoder import IGNORED
 
 
 def arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

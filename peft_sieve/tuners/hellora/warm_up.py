@@ -23,7 +23,7 @@ from ...routing.calibration import CalibrationData, calibration_batches, tokens_
 from ...routing.calibration_sources import ModelBatches, is_model_batch, read_source
 from ...routing.counting import watching
 from ...routing.distributed import rank_and_world
-from ...routing.encoder_decoder import decoder_mask
+from ...routing.encoder_decoder import IGNORED, decoder_mask
 from ...routing.options import check_share
 from ...routing.profile_data import RoutingProfile
 from ...routing.profiling import (
@@ -38,7 +38,6 @@ from ...routing.profiling import (
 from ..sieve.config import SieveLoraConfig
 from ..sieve.undo import as_before_on_error
 
-_IGNORED = -100  # a label that has no loss
 _ADVICE = "warm up with batch_size=1"
 
 
@@ -171,7 +170,7 @@ def _with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
         return dict(batch)
     labels, mask = batch["input_ids"], batch.get("attention_mask")
     if mask is not None and mask.dim() == 2:
-        labels = labels.masked_fill(mask == 0, _IGNORED)
+        labels = labels.masked_fill(mask == 0, IGNORED)
     return {**batch, "labels": labels}
 
 
