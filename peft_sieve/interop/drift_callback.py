@@ -42,8 +42,8 @@ class RoutingDriftCallback(TrainerCallback):
     - `routing_tokens`: how many tokens that is.
 
     Both go by the score that the adapter was calibrated with, and by gate weights and counts over all tokens in the
-    place of ESFT's averages over samples. A log with no counted step before it has none of the
-    three. The model, its gradients and random numbers are not touched, and nothing waits for the device but the log.
+    place of ESFT's averages over samples. A log with no counted step before it has none of the three. The model, its
+    gradients and random numbers are not touched, and nothing waits for the device but the log.
 
     Args:
         trainer: the Trainer, or one derived from it, to which the callback is then added:

@@ -148,8 +148,8 @@ class RoutingProfile:
         """Write the profile as one safetensors file, whole or not at all.
 
         The file holds `counts.<layer>`, `mass.<layer>`, `sample_share.<layer>` and `sample_mass.<layer>`, as far as
-        they are known, and a JSON header with a format version and a digest. It
-        appears under `path` in one step, so that a crash or a full disk never leaves half a profile.
+        they are known, and a JSON header with a format version and a digest. It appears under `path` in one step, so
+        that a crash or a full disk never leaves half a profile.
 
         Args:
             path: file to write, in a folder that exists; an older file there is replaced.

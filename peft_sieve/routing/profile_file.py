@@ -35,7 +35,7 @@ def write(profile: RoutingProfile, path: Any) -> None:
     for what, prefix in _WEIGHTS.items():
         tensors |= {prefix + name: layer for name, layer in (getattr(profile, what) or {}).items()}
     blob = to_safetensors(tensors, metadata={HEADER_KEY: json.dumps(_header(profile))})
-    target = as_path(path)
+    target = _as_path(path)
     scratch = target.parent / f".{uuid.uuid4().hex}.tmp"  # same folder, so the same file system
     try:
         with open(scratch, "xb") as file:
@@ -60,7 +60,7 @@ def read(path: Any, make: Callable[..., RoutingProfile]) -> RoutingProfile:
         path: the file.
         make: called with the file's fields by name, returns the profile.
     """
-    source = as_path(path)
+    source = _as_path(path)
     try:
         with safe_open(source, framework="pt", device="cpu") as file:
             header = _parsed_header((file.metadata() or {}).get(HEADER_KEY))
@@ -141,7 +141,7 @@ def _fields(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
     return {"counts": {name: tensors[_COUNTS + name] for name in layers}, **weights, **numbers}
 
 
-def as_path(path: Any) -> Path:
+def _as_path(path: Any) -> Path:
     try:
         return Path(path)
     except TypeError as error:

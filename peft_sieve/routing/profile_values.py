@@ -36,6 +36,7 @@ def as_rows(array: Any, what: str) -> list[Any]:
 
 
 def checked_names(layer_names: Sequence[str] | None, num_layers: int) -> list[str]:
+    """One distinct name a layer; `layers.0`, `layers.1`, ... by default."""
     if layer_names is None:
         return [f"layers.{index}" for index in range(num_layers)]
     names = [layer_names] if isinstance(layer_names, str) else list(layer_names)
@@ -52,6 +53,7 @@ def checked_names(layer_names: Sequence[str] | None, num_layers: int) -> list[st
 
 
 def per_layer(values: Any, what: str, convert: Callable[[Any, str], Tensor]) -> dict[str, Tensor]:
+    """A mapping from layer name to what `convert(values, name)` makes of its values; `what` they are, for errors."""
     if not isinstance(values, Mapping) or not values:
         given = "no layers" if isinstance(values, Mapping) else type(values).__name__
         raise SieveError(
@@ -95,6 +97,7 @@ def as_vector(values: Any, what: str, layer: str) -> Tensor:
 
 
 def as_counts(values: Any, layer: str) -> Tensor:
+    """Whole numbers of at least 0, `(num_experts,)`, int64."""
     vector = as_vector(values, "counts", layer)
     counts = vector.to(COUNTS_DTYPE)
     if vector.is_floating_point() and not torch.equal(counts.to(torch.float64), vector.to(torch.float64)):
@@ -111,6 +114,7 @@ def as_counts(values: Any, layer: str) -> Tensor:
 
 
 def as_mass(values: Any, layer: str, what: str = "mass") -> Tensor:
+    """Finite numbers of at least 0, `(num_experts,)`, float64."""
     mass = as_vector(values, what, layer).to(MASS_DTYPE)
     if not bool(torch.isfinite(mass).all()):
         raise SieveError(
@@ -126,6 +130,7 @@ def as_mass(values: Any, layer: str, what: str = "mass") -> Tensor:
 
 
 def check_same_layers(counts: Mapping[str, Tensor], mass: Mapping[str, Tensor], what: str) -> None:
+    """Raise `SieveError` unless counts and gate weights are of the same layers and experts."""
     only_one = sorted(set(counts) ^ set(mass))
     if only_one:
         raise SieveError(
@@ -141,6 +146,7 @@ def check_same_layers(counts: Mapping[str, Tensor], mass: Mapping[str, Tensor], 
 
 
 def check_whole(what: str, value: Any, *, minimum: int) -> None:
+    """Raise `SieveError` unless `value` is None or a whole number of at least `minimum`."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
@@ -151,6 +157,7 @@ def check_whole(what: str, value: Any, *, minimum: int) -> None:
 
 
 def as_json(metadata: Any) -> dict[str, Any]:
+    """Metadata as they come back from JSON: a copy, with lists in place of tuples."""
     if not isinstance(metadata, Mapping):
         raise SieveError(
             f"received metadata of type {type(metadata).__name__}, expected a dict: pass {{}} if there is none"
@@ -170,4 +177,5 @@ def quoted(names: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException) -> str:
+    """An error's text as a part of a sentence."""
     return " ".join(str(error).split()).rstrip(".")

@@ -9,10 +9,14 @@ from torch import nn
 
 from ..errors import SieveError
 
-# In the keys of adapters, below what begins with a prefix or holds the copies of a module.
-_OWN = {"base_layer", "base_model", "model", "perft", "weight", "bias"}
+# What holds adapters by their names, or copies of modules by those of adapters.
+_HOLDERS = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "modules_to_save", "trainable_tokens_delta"}
+_HOLDERS |= {"lora_gate_up_A", "lora_gate_up_B", "lora_gate_up_delta", "lora_down_A", "lora_down_B", "lora_down_delta"}
+_HOLDERS |= {"lora_experts", "lora_router", "lora_usage", "lora_dropout"}
+_HOLDERS |= {"perft_A", "perft_B", "perft_down", "perft_up", "perft_router", "perft_experts", "perft_dropout"}
+# What else is in the keys of adapters.
+_OWN = {"base_layer", "base_model", "model", "original_module", "token_adapter", "perft", "weight", "bias"}
 _OWN |= {"slots", "blocks", "importance", "ledger", "tokens", "experts", "pruned"}
-_PREFIXES = ("lora_", "perft_", "modules_to_save")
 
 
 def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
@@ -29,7 +33,7 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     """
     paths = (path for named in (model.named_modules(), model.named_parameters()) for path, _ in named)
     in_base = {part for path in paths for part in takewhile(_is_of_base, path.split("."))}
-    if adapter_name in in_base | _OWN or not _is_of_base(adapter_name):
+    if adapter_name in in_base | _OWN | _HOLDERS:
         raise SieveError(
             f"the adapter is named {adapter_name!r}, which is a part of the names of weights, expected another name, "
             "since saving would mistake one for the other: choose one such as 'my_adapter'"
@@ -51,4 +55,4 @@ def check_not_there(adapter_name: str, model: nn.Module) -> None:
 
 
 def _is_of_base(part: str) -> bool:
-    return not part.startswith(_PREFIXES)
+    return part not in _HOLDERS

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -40,12 +39,9 @@ def states(parameter: nn.Parameter) -> Iterator[tuple[Optimizer, dict[str, Any]]
             yield optimizer, state
 
 
-def forget_other_shapes(parameter: nn.Parameter) -> bool:
-    """Have optimizers begin anew for a parameter whose shape is no longer that of what they keep; whether one does."""
-    forgotten = False
-    for optimizer, state in list(states(parameter)):
-        kept = [value for value in state.values() if isinstance(value, torch.Tensor) and value.numel() != 1]
-        if any(value.shape != parameter.shape for value in kept):
-            optimizer.state.pop(parameter)
-            forgotten = True
-    return forgotten
+def forget(parameter: nn.Parameter) -> bool:
+    """Have optimizers begin anew for a parameter that holds something else now; whether one does."""
+    holders = [optimizer for optimizer, _ in states(parameter)]
+    for optimizer in holders:
+        optimizer.state.pop(parameter)
+    return bool(holders)

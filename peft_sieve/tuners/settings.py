@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -38,14 +39,15 @@ def check_patterns(config: Any) -> None:
     """
     for name, kinds, expected in (
         ("rank_pattern", int, "a positive whole number"),
-        ("alpha_pattern", int | float, "a number"),
+        ("alpha_pattern", int | float, "a finite number"),
     ):
         patterns = getattr(config, name)
         if not isinstance(patterns, Mapping) or not all(isinstance(key, str) for key in patterns):
             raise SieveError(f"{name} is {_shown(patterns)}, expected a mapping from names or patterns: pass one")
         for key, value in patterns.items():
             _check_regex(name, key)
-            if isinstance(value, bool) or not isinstance(value, kinds) or (kinds is int and value < 1):
+            number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or (kinds is int and value < 1):
                 raise SieveError(f"{name}[{key!r}] is {_shown(value)}, expected {expected}: pass one")
 
 

@@ -25,6 +25,7 @@ CASES: list[tuple[tuple[type, ...], dict[str, Any], str]] = [
     ((*SIEVE, PerftConfig), {"layers_pattern": 3, "layers_to_transform": [0]}, "layers_pattern is 3"),
     (SIEVE, {"rank_pattern": None}, "rank_pattern is None, expected a mapping"),
     (SIEVE, {"alpha_pattern": [3]}, "alpha_pattern is"),
+    (SIEVE, {"alpha_pattern": {"q_proj": float("nan")}}, "is nan, expected a finite number"),
     (SIEVE, {"rank_pattern": {"q_(proj": 2}}, "no regular expression"),
     (SIEVE, {"bias": "lora-only"}, "bias is 'lora-only'"),
     (SIEVE, {"bias": None}, "bias is None"),

@@ -201,6 +201,7 @@ EDITS: dict[str, Edit] = {
     "attention of another rank": other_tensor(QUERY_B, lambda t: t.repeat(1, 2)),
     "attention read as integers": other_tensor(QUERY_B, lambda t: t.view(torch.int32)),
     "router of more experts": other_tensor(ROUTER_B, lambda t: t.repeat(2, 1)),
+    "no tensor at all": tensors(lambda content: content.clear()),
     "a module more": tensors(lambda content: content.update({KEY + "model.norm.lora_A.weight": torch.ones(4, 32)})),
 }
 
@@ -478,3 +479,9 @@ def test_an_adapter_on_fewer_layers_is_added_and_taken_out_without_a_trace(saved
         model.load_adapter(str(broken), "second")
     assert describe(model) == before
     assert torch.equal(saved.logits(model), outputs)
+
+
+def test_weights_without_a_tensor_are_refused_when_the_config_is_read(broken: Path) -> None:
+    EDITS["no tensor at all"](broken)
+    with pytest.raises(SieveError, match=r"holds weights of experts \[\] for .*selects"):
+        PeftConfig.from_pretrained(str(broken))

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.placement import execution_device, first_tensor
-from ..optimizers import forget_other_shapes
+from ..optimizers import forget
 from .config import LoraMoeConfig
 from .cutting import Cut, replace_data
 from .record import RoutingRecord
@@ -196,7 +196,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
             Whether an optimizer had states of the experts before, which it now has not.
         """
         forgotten = False
-        r = self.plans[adapter_name].r
+        r, others = self.plans[adapter_name].r, tuple(experts) != self.plans[adapter_name].experts
         sizes = {
             "lora_A": (len(experts) * r, self.in_features),
             "lora_B": (self.out_features, len(experts) * r),
@@ -205,7 +205,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         for name, size in sizes.items():
             weight = self._parameter(name, adapter_name)
             replace_data(weight, torch.zeros(size, dtype=weight.dtype, device=weight.device))
-            forgotten |= forget_other_shapes(weight)
+            forgotten |= others and forget(weight)
         self.declare(adapter_name, experts, pruned)
         return forgotten
 

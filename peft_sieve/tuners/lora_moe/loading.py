@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
 
 from ...errors import SieveError
+from .config import LoraMoeConfig
 from .layer import LoraMoeLayer
-from .pruning import keep, lora_moe_layers
+from .pruning import lora_moe_layers
 
 _USAGE = ".lora_usage."
 _BOOKKEEPING = ("lora_usage.experts", "lora_usage.pruned", "lora_usage.tokens")
@@ -22,11 +22,13 @@ _FACTORS = ("lora_A.weight", "lora_B.weight", "lora_router.weight")
 _PREFIX = "base_model.model."
 
 
-def fit_to_weights(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
+def fit_to_weights(
+    model: nn.Module, config: LoraMoeConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> None:
     """Give an adapter the experts that the weights, which are to be loaded, belong to.
 
     Args:
-        model: with PEFT's configurations; the `kept_experts` of the adapter's becomes that of the weights.
+        config: of the adapter; its `kept_experts` becomes that of the weights.
         state_dict: checkpoint keys, without adapter names.
 
     Raises:
@@ -64,8 +66,7 @@ def fit_to_weights(model: nn.Module, adapter_name: str, state_dict: Mapping[str,
             stacklevel=2,
         )
     pruned_now = any(pruned for _, pruned in found.values())
-    configs: Any = model.peft_config
-    keep(configs, adapter_name, {path: experts for path, (experts, _) in found.items()} if pruned_now else None)
+    config.kept_experts = {path: experts for path, (experts, _) in found.items()} if pruned_now else None
 
 
 def check_loaded(model: nn.Module, adapter_name: str, missing: Iterable[str], unexpected: Iterable[str]) -> None:

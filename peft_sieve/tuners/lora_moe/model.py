@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from .layer import LoraMoeLayer, refuse_merge
 from .loading import fit_to_weights
 from .pruning import lora_moe_layers, update_and_prune
 from .record import RoutingRecord
-from .targets import resolve_targets
+from .targets import CLASSIFIERS, resolve_targets
 
 
 class LoraMoeModel(BaseTuner):
@@ -37,6 +38,12 @@ class LoraMoeModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_adapter_name(adapter_name, model)
         remember_optimizers()
+        given: Any = self.peft_config[adapter_name]
+        if given.task_type in CLASSIFIERS and given.modules_to_save is None:
+            # PEFT adds the heads only afterwards, to the list of the configuration that was passed; both have it then.
+            given.modules_to_save = []
+        # Pruning writes into the configuration, which the caller may use again.
+        self.peft_config[adapter_name] = copy.copy(given)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: LoraMoeConfig, model_config: dict[str, Any]) -> LoraMoeConfig:
@@ -78,7 +85,7 @@ class LoraMoeModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LoraMoeConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        fit_to_weights(model, adapter_name, state_dict)
+        fit_to_weights(model, config, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, dict(state_dict))
 
     # Training

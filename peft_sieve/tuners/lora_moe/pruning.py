@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,18 +78,8 @@ def update_and_prune(
     for name, layers in due.items():
         for path, layer in layers.items():
             layer.declare(name, kept[name][path], pruned=True)
-        keep(configs, name, kept[name])
+        configs[name].kept_experts = kept[name]
     return bool(due)
-
-
-def keep(configs: dict[str, LoraMoeConfig], name: str, experts: dict[str, list[int]] | None) -> None:
-    """Have an adapter's configuration name the experts that are left.
-
-    It becomes an object of its own: the user may begin again with the one that was given, and TRL gives one to two
-    adapters. Not at injection, since PEFT writes into the given one after that, too.
-    """
-    configs[name] = copy.copy(configs[name])
-    configs[name].kept_experts = experts
 
 
 def _decide(adapter_name: str, layers: dict[str, LoraMoeLayer], threshold: float) -> dict[str, list[int]]:

@@ -14,7 +14,7 @@ from ...moe.linear import is_linear
 from ...moe.topology import base_modules, find_moe_layers, read_weights
 from .config import LoraMoeConfig
 
-_CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def resolve_targets(config: LoraMoeConfig, model: nn.Module) -> None:
@@ -59,7 +59,7 @@ def resolve_targets(config: LoraMoeConfig, model: nn.Module) -> None:
 
 def _heads(config: LoraMoeConfig, model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     """What a classifier has beside its backbone: PEFT trains that whole, and cannot where it has adapters."""
-    if config.task_type not in _CLASSIFIERS or not isinstance(model, PreTrainedModel):
+    if config.task_type not in CLASSIFIERS or not isinstance(model, PreTrainedModel):
         return set()
     backbone = {id(module) for module in model.base_model.modules()}
     return {path for path, module in modules.items() if id(module) not in backbone}

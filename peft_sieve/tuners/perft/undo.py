@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import _delete_auxiliary_adapter
-from peft.utils import _get_submodules
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..sieve.undo import ATTRIBUTES, restore
+from ..sieve.undo import ATTRIBUTES, restore, unwrap
 from .balance import stop_adding
 from .layer import CHILD, PerftLayer, detach, perft_layers
 
@@ -59,7 +58,6 @@ def _auxiliary(model: nn.Module) -> list[tuple[str, AuxiliaryTrainingWrapper]]:
 def _take_out_auxiliary(model: nn.Module, names: set[str], before: set[int]) -> None:
     for path, wrapper in _auxiliary(model):
         if id(wrapper) not in before:
-            parent, _, name = _get_submodules(model, path)
-            setattr(parent, name, wrapper.original_module)
+            unwrap(model, path)
     for name in names:
         _delete_auxiliary_adapter(model, adapter_name=name, new_active_adapters=None)

@@ -63,7 +63,7 @@ def read_config_file(path: str) -> dict[str, Any] | None:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if any(f'"{name}"' in text for name in PEFT_TYPES) or "selected_experts" in text or _holds(folder, _OURS):
+        if any(f'"{name}' in text for name in PEFT_TYPES) or "selected_experts" in text or _holds(folder, _OURS):
             raise SieveError(
                 f"{path} is not JSON ({error}), expected the whole file that save_pretrained wrote: save or download "
                 "the adapter again"
@@ -106,10 +106,10 @@ def _holds(folder: Path, parts: Iterable[str]) -> bool:
         return False
 
 
-def _tensors_in(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _tensors_in(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
     """What says whose the weights beside a configuration are, and the types of the others; by name.
 
-    Nothing if the file is not there yet: the Hub's client brings one at a time.
+    None if the file is not there yet: the Hub's client brings one at a time.
     """
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.exists():
@@ -118,7 +118,7 @@ def _tensors_in(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
                 f"{folder} holds {WEIGHTS_NAME}, a pickled file, expected {SAFETENSORS_WEIGHTS_NAME}: save the adapter "
                 "with save_pretrained of this package, or download it again"
             )
-        return {}, {}
+        return None
     try:
         with safe_open(weights, "pt") as file:
             names = list(file.keys())
@@ -129,9 +129,10 @@ def _tensors_in(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _check_weights_file(content: dict[str, Any], folder: Path) -> None:
-    slots, types = _tensors_in(folder)
-    if not slots and not types:
+    found_there = _tensors_in(folder)
+    if found_there is None:
         return
+    slots, types = found_there
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     for name, dtype in types.items():
         if ".lora_" in name and not dtype.startswith(("F", "BF")):

@@ -81,15 +81,20 @@ def _adapters(model: nn.Module) -> set[str]:
 def _take_out(model: nn.Module, new_wrappers: list[str], names: set[str]) -> None:
     # The inner ones first: one wrapper may be around another.
     for path in reversed(new_wrappers):
-        parent, _, name = _get_submodules(model, path)
-        wrapper: Any = getattr(parent, name)
-        # PEFT's own unloading would leave the copy that is trained, in place of what it was copied from.
-        auxiliary = isinstance(wrapper, AuxiliaryTrainingWrapper)
-        setattr(parent, name, wrapper.original_module if auxiliary else wrapper.get_base_layer())
+        unwrap(model, path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in names:
             delete_adapter(model, adapter_name=name, prefix="lora_")
+
+
+def unwrap(model: nn.Module, path: str) -> None:
+    """Put back what the wrapper at `path` is around."""
+    parent, _, name = _get_submodules(model, path)
+    wrapper: Any = getattr(parent, name)
+    # PEFT's own unloading would leave the copy that is trained, in place of what it was copied from.
+    auxiliary = isinstance(wrapper, AuxiliaryTrainingWrapper)
+    setattr(parent, name, wrapper.original_module if auxiliary else wrapper.get_base_layer())
 
 
 def restore(model: nn.Module, trainable: dict[int, bool], attributes: dict[str, Any], names: set[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def test_the_configuration_that_was_passed_stays_as_it_was() -> None:
         step(model, optimizer, padded_batch(model))
         assert model.update_and_prune(1, optimizer)
         assert model.peft_config["default"].kept_experts is not None
-    assert config.kept_experts is None  # target_modules is filled in, as by PEFT
+    assert config.kept_experts is None and config.target_modules is None
 
 
 def test_share_of_all_steps() -> None:
@@ -266,3 +267,24 @@ def test_weights_from_before_pruning_come_back_while_the_optimizer_goes_on(fused
     step(model.train(), optimizer, padded_batch(model))
     for parameter, kept in optimizer.state.items():
         assert kept["exp_avg"].shape == parameter.shape and bool(torch.isfinite(parameter).all())
+
+
+def test_states_of_other_experts_are_not_taken_for_those_of_loaded_ones(tmp_path: Path) -> None:
+    """Also where there are as many, so that every shape fits."""
+    model = adapted(kept_experts={path: [0, 1] for path in layers_of(adapted())}).train()
+    model.save_pretrained(tmp_path)
+    other = adapted(kept_experts={path: [2, 3] for path in layers_of(adapted())}).train()
+    optimizer = optimizer_of(other)
+    step(other, optimizer, padded_batch(other))
+    trained = [p for p in other.parameters() if p.requires_grad]
+    assert all(optimizer.state[p] for p in trained)
+    with pytest.warns(UserWarning, match="optimizer begins anew"):
+        other.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert all(layer.plans["default"].experts == (0, 1) for layer in layers_of(other).values())
+    assert not any(optimizer.state.get(p) for p in trained)
+    # Of the same experts they are kept, as in PEFT.
+    step(other.train(), optimizer, padded_batch(other))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        other.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert all(optimizer.state[p] for p in trained)
