@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_sieve import RoutingProfile, select_experts, selection_stability, subsample_stability
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.routing.calibration import CalibrationData, calibration_batches
+from peft_sieve.routing.data.batches import CalibrationData, calibration_batches
 from peft_sieve.routing.profiling import profile_batches
 from peft_sieve.routing.until_stable import StabilityRule, profile_until
 

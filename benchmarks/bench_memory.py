@@ -19,7 +19,7 @@ from methods import METHODS, Bench, trainable_counts
 from settings import Setting, add_setting_argument, chosen
 from training import training_step
 
-from peft_sieve.moe import scratch
+from peft_sieve.kernels import reused_memory as scratch
 
 
 def peak_of(bench: Bench, method: str, **options: Any) -> dict[str, int]:

@@ -16,7 +16,7 @@ from common import Rows, arguments, interleaved, output_of, percentiles, ratios
 from settings import Setting, add_setting_argument, build_base, chosen
 
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.routing.calibration import CalibrationData, calibration_batches
+from peft_sieve.routing.data.batches import CalibrationData, calibration_batches
 from peft_sieve.routing.profiling import profile_batches
 
 

@@ -21,7 +21,7 @@ from methods import Bench, trainable_counts
 from settings import SETTINGS, Setting, tiny
 from training import training_step
 
-from peft_sieve.moe import scratch
+from peft_sieve.kernels import reused_memory as scratch
 
 # A layer or two are enough, since what is asked is how a layer's cost grows; a small vocabulary keeps the head out.
 BASES = {

@@ -6,35 +6,38 @@ Importing it registers the PEFT methods SIEVE_LORA, SIEVE_EPNG, PERFT and LORA_M
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import registration
+from .hf import patches as registration
 
 registration.add_peft_types()
 
+from .adapters.checkpoint.merge import merge_checkpoint  # noqa: E402
+from .adapters.plain.export import ExportedLora, export_lora  # noqa: E402
+from .adapters.plain.narrow import NarrowedLora, narrow_lora  # noqa: E402
+from .adapters.summary import AdapterSummary, inspect_adapter  # noqa: E402
 from .errors import SieveError  # noqa: E402  (the configuration needs the enumeration member)
-from .interop.export import ExportedLora, export_lora  # noqa: E402
-from .interop.merge import merge_checkpoint  # noqa: E402
-from .interop.narrow import NarrowedLora, narrow_lora  # noqa: E402
-from .interop.summary import AdapterSummary, inspect_adapter  # noqa: E402
-from .moe.families import ExpertsShape, FusedExperts, MoEFamily, register_moe_family  # noqa: E402
-from .moe.module_experts import ModuleExperts  # noqa: E402
+from .moe.families.family import ExpertsShape, MoEFamily  # noqa: E402
+from .moe.families.fused import FusedExperts  # noqa: E402
+from .moe.families.modules import ModuleExperts  # noqa: E402
+from .moe.families.registry import register_moe_family  # noqa: E402
 from .routing.equivalence import PairedEquivalence, holm_correction, paired_equivalence  # noqa: E402
-from .routing.profile_data import RoutingProfile  # noqa: E402
+from .routing.profile import RoutingProfile  # noqa: E402
 from .routing.profiling import profile_routing  # noqa: E402
 from .routing.scores import register_score  # noqa: E402
 from .routing.selection import ExpertSelection, select_experts  # noqa: E402
 from .routing.stability import selection_stability, subsample_stability  # noqa: E402
 from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
+from .training.warm_up import warm_up_profile  # noqa: E402
+from .tuners.common.experts.layer import SieveExpertLayer  # noqa: E402
 from .tuners.epng import EpngConfig, EpngModel  # noqa: E402
-from .tuners.hellora import hellora_config, warm_up_profile  # noqa: E402
 from .tuners.lora_moe import LoraMoeConfig, LoraMoeModel  # noqa: E402
 from .tuners.perft import PerftConfig, PerftModel  # noqa: E402
+from .tuners.presets import hellora_config  # noqa: E402
 from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
-from .tuners.sieve.layer import SieveExpertLayer  # noqa: E402
 
 if TYPE_CHECKING:
-    from .interop.drift_callback import RoutingDriftCallback
-    from .interop.epng_callback import EpngCallback
-    from .interop.pruning_callback import ExpertPruningCallback
+    from .training.drift_callback import RoutingDriftCallback
+    from .training.epng_callback import EpngCallback
+    from .training.pruning_callback import ExpertPruningCallback
 
 registration.register("SIEVE_LORA", SieveLoraConfig, SieveLoraModel)
 registration.register("PERFT", PerftConfig, PerftModel)
@@ -98,4 +101,4 @@ _CALLBACKS = {
 def __getattr__(name: str) -> Any:
     if name not in _CALLBACKS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".interop.{_CALLBACKS[name]}", __name__), name)
+    return getattr(import_module(f".training.{_CALLBACKS[name]}", __name__), name)

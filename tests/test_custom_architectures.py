@@ -20,7 +20,7 @@ from peft_sieve import (
     profile_routing,
     register_moe_family,
 )
-from peft_sieve.moe import families
+from peft_sieve.moe.families import registry as families
 from tests.models import randomize_adapters
 from tests.reference import assert_same
 from tests.transformers4_like import transformers4_like

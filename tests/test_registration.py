@@ -15,7 +15,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import peft_sieve
-from peft_sieve import SieveLoraConfig, SieveLoraModel, registration
+from peft_sieve import SieveLoraConfig, SieveLoraModel
+from peft_sieve.hf import patches as registration
 from tests.models import tiny_model, token_batch
 
 IMPORT = """

@@ -20,14 +20,7 @@ from peft import PeftModel, get_peft_model
 from torch.optim import Optimizer
 from transformers import set_seed
 
-from peft_sieve import (
-    EpngConfig,
-    PerftConfig,
-    SieveLoraConfig,
-    hellora_config,
-    select_experts,
-    warm_up_profile,
-)
+from peft_sieve import EpngConfig, PerftConfig, SieveLoraConfig, hellora_config, select_experts, warm_up_profile
 
 from .run import LoadedTask, run_from_command_line
 from .settings import Settings

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import SieveError
 
     if args.merge:
-        from ..interop.merge import merge_checkpoint
+        from ..adapters.checkpoint.merge import merge_checkpoint
 
         if args.layout != "auto" or args.without_router:
             raise SieveError(
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             )
         print(f"merged checkpoint in {merge_checkpoint(args.adapter, args.base_model, args.output)}")
         return 0
-    from ..interop.export import export_lora
+    from ..adapters.plain.export import export_lora
 
     written = export_lora(
         args.adapter,

@@ -12,8 +12,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from ..adapters.reading import first_line, model_classes
 from ..errors import SieveError
-from ..interop.opened import first_line, model_classes
 
 
 def load_model(

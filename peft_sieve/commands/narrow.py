@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Narrow, and say how much is kept."""
-    from ..interop.narrow import narrow_lora
-    from ..routing.profile_data import RoutingProfile
+    from ..adapters.plain.narrow import narrow_lora
+    from ..routing.profile import RoutingProfile
 
     options = ("top_k_frac", "top_k", "strategy", "score", "coverage", "seed", "top_p")
     selection = {name: getattr(args, name) for name in options if getattr(args, name) is not None}

@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Count and show."""
-    from ..interop.planning import plan_training
-    from ..routing.profile_data import RoutingProfile
+    from ..planning import plan_training
+    from ..routing.profile import RoutingProfile
     from ..tuners.sieve.config import SieveLoraConfig
 
     config = SieveLoraConfig(

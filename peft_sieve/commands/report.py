@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..report.page import write_report
     from ..report.tables import mean_coverage, profiles_table
-    from ..routing.profile_data import RoutingProfile
+    from ..routing.profile import RoutingProfile
     from ..routing.selection import select_experts
     from ..routing.statistics import routing_statistics
 

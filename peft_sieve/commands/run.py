@@ -83,7 +83,7 @@ def environment_with_plugin(sieve_options: list[str]) -> dict[str, str]:
     paths = [str(STARTUP), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if sieve_options:
-        from ..interop.trl_options import OPTIONS_VARIABLE, parsed_options
+        from ..training.trl_options import OPTIONS_VARIABLE, parsed_options
 
         environment[OPTIONS_VARIABLE] = json.dumps(parsed_options(sieve_options))
     return environment

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from functools import reduce
 
     from ..report.tables import layer_table, mean_coverage
-    from ..routing.profile_data import RoutingProfile
+    from ..routing.profile import RoutingProfile
     from ..routing.selection import select_experts
 
     if args.output:

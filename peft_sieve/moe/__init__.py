@@ -1,9 +1,1 @@
-"""What a Mixture-of-Experts layer is: finding it, and the grouped products inside it."""
-
-from .families import FusedExperts, register_moe_family
-from .families_stacked import STACKED_FAMILIES
-from .module_experts import MODULE_FAMILIES
-from .parallel_experts import ParallelExperts
-
-for _family in (*MODULE_FAMILIES, ParallelExperts(), FusedExperts(), *STACKED_FAMILIES):
-    register_moe_family(_family)
+"""What a Mixture-of-Experts layer is: finding it, how it lays out its experts, where and how it stores them."""

@@ -9,9 +9,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..errors import SieveError
-from .families import ExpertsShape, MoEFamily, family_of
+from .families.family import ExpertsShape, MoEFamily
+from .families.registry import family_of
 from .linear import is_linear
-from .quantised import refuse_packed
+from .storage import refuse_packed
 from .unadaptable import why_not
 
 # The second kind is T5's: SelfAttention, EncDecAttention.

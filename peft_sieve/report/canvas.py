@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peft_sieve.errors import SieveError
+from ..errors import SieveError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-    from peft_sieve.report.figure import ReportFigure
+    from .figure import ReportFigure
 
 FONT = 8  # points
 _MARKERS = "osD^vP*X<>"
@@ -82,7 +82,7 @@ def new_figure(width: float = 7.0, height: float = 4.0, *, constrained: bool = T
     try:
         import matplotlib.figure  # noqa: F401  (first, so that its absence is what the sentence names)
 
-        from peft_sieve.report.figure import ReportFigure
+        from .figure import ReportFigure
     except ImportError as error:
         raise SieveError(
             f"figures are drawn with matplotlib, which cannot be imported ({error}): pip install peft-sieve[report]"

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from peft_sieve.report.canvas import FONT, LIGHT, Theme, dress, new_figure
-from peft_sieve.routing.comparison import coverage_curves
-from peft_sieve.routing.profile_data import RoutingProfile
-from peft_sieve.routing.selection import ExpertSelection
+from ..routing.comparison import coverage_curves
+from ..routing.profile import RoutingProfile
+from ..routing.selection import ExpertSelection
+from .canvas import FONT, LIGHT, Theme, dress, new_figure
 
 if TYPE_CHECKING:
-    from peft_sieve.report.figure import ReportFigure
+    from .figure import ReportFigure
 
 
 def coverage_figure(

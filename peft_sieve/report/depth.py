@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from peft_sieve.report.canvas import LIGHT, Theme, dress, head, legend_beside, new_figure, series_style
-from peft_sieve.routing.comparison import check_same_layers
-from peft_sieve.routing.profile_data import RoutingProfile
-from peft_sieve.routing.statistics import routing_statistics
+from ..routing.comparison import check_same_layers
+from ..routing.profile import RoutingProfile
+from ..routing.statistics import routing_statistics
+from .canvas import LIGHT, Theme, dress, head, legend_beside, new_figure, series_style
 
 if TYPE_CHECKING:
-    from peft_sieve.report.figure import ReportFigure
+    from .figure import ReportFigure
 
 
 def cold_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = LIGHT) -> ReportFigure:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from peft_sieve.report.canvas import FONT, LIGHT, Theme, dress, new_figure, save_png, shares_map
-from peft_sieve.routing.profile_data import RoutingProfile, check_profile
-from peft_sieve.routing.selection import ExpertSelection
+from ..routing.profile import RoutingProfile, check_profile
+from ..routing.selection import ExpertSelection
+from .canvas import FONT, LIGHT, Theme, dress, new_figure, save_png, shares_map
 
 if TYPE_CHECKING:
-    from peft_sieve.report.figure import ReportFigure
+    from .figure import ReportFigure
 
 _TITLE = "Share of its layer's routed tokens that each expert receives"
 _OUTLINE_WIDTH = 1.0  # points

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from peft_sieve.errors import SieveError
-from peft_sieve.report.canvas import FONT, LIGHT, Theme, dress, head, new_figure, shares_map
-from peft_sieve.routing.comparison import jaccard_matrix
-from peft_sieve.routing.profile_data import RoutingProfile
+from ..errors import SieveError
+from ..routing.comparison import jaccard_matrix
+from ..routing.profile import RoutingProfile
+from .canvas import FONT, LIGHT, Theme, dress, head, new_figure, shares_map
 
 if TYPE_CHECKING:
-    from peft_sieve.report.figure import ReportFigure
+    from .figure import ReportFigure
 
 _CELL, _MOST_CELLS = 0.46, 9.0  # inches
 _MOST_NUMBERS = 20  # profiles; beyond, the cells are too small to write in

@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_sieve.errors import SieveError
-from peft_sieve.files import replaced_when_done
-from peft_sieve.report.canvas import DARK, LIGHT, THEMES, Theme
-from peft_sieve.report.coverage import coverage_figure
-from peft_sieve.report.depth import cold_figure
-from peft_sieve.report.heatmap import heatmap_figure
-from peft_sieve.report.overlap import overlap_figure
-from peft_sieve.report.stability import stability_figure
-from peft_sieve.report.tables import layer_table, mean_coverage, profiles_table
-from peft_sieve.routing.comparison import check_same_layers
-from peft_sieve.routing.profile_data import RoutingProfile
-from peft_sieve.routing.selection import ExpertSelection, select_experts
+from ..errors import SieveError
+from ..files import replaced_when_done
+from ..routing.comparison import check_same_layers
+from ..routing.profile import RoutingProfile
+from ..routing.selection import ExpertSelection, select_experts
+from .canvas import DARK, LIGHT, THEMES, Theme
+from .coverage import coverage_figure
+from .depth import cold_figure
+from .heatmap import heatmap_figure
+from .overlap import overlap_figure
+from .stability import stability_figure
+from .tables import layer_table, mean_coverage, profiles_table
 
 if TYPE_CHECKING:
-    from peft_sieve.report.figure import ReportFigure
+    from .figure import ReportFigure
 
 PAGE = "index.html"
 _CSS_PIXELS_PER_DOT = 96 / 150  # of the pictures, which have 150 dots an inch

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from peft_sieve.report.canvas import LIGHT, Theme, dress, head, legend_beside, new_figure, series_style
-from peft_sieve.routing.comparison import resampled_stability, smaller_sample_stability
-from peft_sieve.routing.profile_data import RoutingProfile
+from ..routing.comparison import resampled_stability, smaller_sample_stability
+from ..routing.profile import RoutingProfile
+from .canvas import LIGHT, Theme, dress, head, legend_beside, new_figure, series_style
 
 if TYPE_CHECKING:
-    from peft_sieve.report.figure import ReportFigure
+    from .figure import ReportFigure
 
 _FEWEST_TOKENS = 32
 _SMALLEST_PART = 2.0**-12  # where the number of tokens is not known

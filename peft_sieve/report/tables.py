@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from peft_sieve.routing.profile_data import RoutingProfile
-from peft_sieve.routing.selection import ExpertSelection
-from peft_sieve.routing.statistics import routing_statistics
-from peft_sieve.table import UNKNOWN, Table
+from ..routing.profile import RoutingProfile
+from ..routing.selection import ExpertSelection
+from ..routing.statistics import routing_statistics
+from ..table import UNKNOWN, Table
 
 _HEADER = ("layer", "adapted", "coverage", "cold", "CV")
 

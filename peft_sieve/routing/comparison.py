@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peft_sieve.errors import SieveError
-from peft_sieve.routing.profile_data import RoutingProfile, check_profile
-from peft_sieve.routing.profile_values import quoted
-from peft_sieve.routing.scores import layer_scores
-from peft_sieve.routing.selection import select_experts
-from peft_sieve.routing.stability import drawable
+from ..errors import SieveError
+from .profile import RoutingProfile, check_profile
+from .profile_checks import quoted
+from .scores import layer_scores
+from .selection import select_experts
+from .stability import drawable
 
 
 def coverage_curves(profile: RoutingProfile, *, score: str = "count") -> dict[str, list[float]]:

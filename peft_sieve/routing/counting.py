@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import SieveError
-from ..moe.families import MoEFamily
+from ..moe.families.family import MoEFamily
 from .encoder_decoder import decoder_mask
 from .sample_averages import SampleAverages
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ..errors import SieveError
-from .profile_data import RoutingProfile
+from .profile import RoutingProfile
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .profile_data import RoutingProfile
+from .profile import RoutingProfile
 from .selection import ExpertSelection, hottest_experts
 
 

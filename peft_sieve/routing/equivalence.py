@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from peft_sieve.errors import SieveError
-from peft_sieve.table import UNKNOWN, Table
+from ..errors import SieveError
+from ..table import UNKNOWN, Table
 
 ALPHA = 0.05  # level of the tests; intervals hold 1 - ALPHA
 # Differences of decimal fractions that are equal on paper differ by a few units in the last place.

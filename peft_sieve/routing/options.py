@@ -6,9 +6,9 @@ import reprlib
 from numbers import Integral, Real
 from typing import Any
 
-from peft_sieve.errors import SieveError
-from peft_sieve.routing.scores import TOP_P, TOTALS, check_name, check_score
-from peft_sieve.routing.strategies import STRATEGIES
+from ..errors import SieveError
+from .scores import TOP_P, TOTALS, check_name, check_score
+from .strategies import STRATEGIES
 
 
 def validate_selection_options(

@@ -16,11 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from peft_sieve.errors import SieveError
-from peft_sieve.routing.profile_values import COUNTS_DTYPE, MASS_DTYPE, one_line
+from ..errors import SieveError
+from .profile_checks import COUNTS_DTYPE, MASS_DTYPE, one_line
 
 if TYPE_CHECKING:
-    from peft_sieve.routing.profile_data import RoutingProfile
+    from .profile import RoutingProfile
 
 # A profile without averages over samples is written as version 1, which every release reads.
 FORMAT_VERSION, FORMAT_WITH_AVERAGES = 1, 2

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from ..errors import SieveError
 from ..moe.topology import MoELayer, find_moe_layers
-from .calibration import CalibrationData, calibration_batches, tokens_in
 from .counting import DispatchCounter, token_mask, watching
+from .data.batches import CalibrationData, calibration_batches, tokens_in
 from .encoder_decoder import decoder_layers, with_decoder_inputs
-from .profile_data import RoutingProfile
+from .profile import RoutingProfile
 from .sample_averages import SampleAverages
 from .until_stable import StabilityRule, StableProfile, profile_until
 

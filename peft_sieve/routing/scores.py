@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_sieve.errors import SieveError
-from peft_sieve.routing.profile_data import RoutingProfile, check_profile
-from peft_sieve.routing.profile_values import quoted
+from ..errors import SieveError
+from .profile import RoutingProfile, check_profile
+from .profile_checks import quoted
 
 ScoreFunction = Callable[[RoutingProfile, str], Tensor]
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import Any
 
-from peft_sieve.errors import SieveError
-from peft_sieve.routing.options import experts_per_layer, validate_selection_options
-from peft_sieve.routing.profile_data import RoutingProfile
-from peft_sieve.routing.profile_values import quoted
-from peft_sieve.routing.scores import TOP_P, hottest_first, layer_scores, total_of
-from peft_sieve.routing.strategies import STRATEGIES, Scores, Targets
-from peft_sieve.table import Table
+from ..errors import SieveError
+from ..table import Table
+from .options import experts_per_layer, validate_selection_options
+from .profile import RoutingProfile
+from .profile_checks import quoted
+from .scores import TOP_P, hottest_first, layer_scores, total_of
+from .strategies import STRATEGIES, Scores, Targets
 
 
 class ExpertSelection(Mapping[str, tuple[int, ...]]):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SieveError
-from .profile_data import RoutingProfile, check_profile
+from .profile import RoutingProfile, check_profile
 from .selection import select_experts
 
 # numpy draws without replacement from fewer than these.

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft_sieve.routing.options import check_share, experts_per_layer
-from peft_sieve.routing.profile_data import RoutingProfile, check_profile
-from peft_sieve.table import UNKNOWN, Table
+from ..table import UNKNOWN, Table
+from .options import check_share, experts_per_layer
+from .profile import RoutingProfile, check_profile
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from peft_sieve.routing.scores import hottest_first, total_of
+from .scores import hottest_first, total_of
 
 Scores = Mapping[str, Sequence[float]]
 Selected = Mapping[str, Iterable[int]]

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from .calibration import CalibrationData
+from .data.batches import CalibrationData
 from .distributed import gathered, on_every_rank, summed
 from .options import check_share
-from .profile_data import RoutingProfile
+from .profile import RoutingProfile
 from .stability import selection_stability
 
 

@@ -13,7 +13,7 @@ from importlib.util import module_from_spec
 # module -> what is imported as soon as it has been
 FOLLOWERS = {"peft": "peft_sieve"}
 if "PEFT_SIEVE_TRL_CONFIG" in os.environ:
-    FOLLOWERS["trl.trainer.utils"] = "peft_sieve.interop.trl_config"
+    FOLLOWERS["trl.trainer.utils"] = "peft_sieve.training.trl_config"
 
 
 class FollowingFinder:

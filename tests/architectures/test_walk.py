@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import nn
 
-import peft_sieve.moe.families
-from peft_sieve.moe.families import FusedExperts
+import peft_sieve.moe.families.family
+from peft_sieve.moe.families.fused import FusedExperts
 from tests import module_models
 from tests.architectures import discovery
 from tests.architectures.recount import recounted
@@ -97,7 +97,7 @@ def test_a_wrong_count_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_layout_is_a_row_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_sieve.moe.families, "_FAMILIES", [])
+    monkeypatch.setattr(peft_sieve.moe.families.registry, "_FAMILIES", [])
     row = walk(transformers.OlmoeForCausalLM)
     assert row is not None and row.refused and "register_moe_family" in row.results["recognise"]
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from peft_sieve import SieveError, SieveLoraConfig, export_lora, merge_checkpoint, profile_routing
 from peft_sieve.moe.topology import MoELayer, find_moe_layers
-from peft_sieve.tuners.sieve.layer import SieveExpertLayer
+from peft_sieve.tuners.common.experts.layer import SieveExpertLayer
 from tests.architectures.discovery import looks_like_experts, model_classes
 from tests.architectures.recount import recounted
 from tests.architectures.tiny import inputs_for, tiny_model

@@ -29,12 +29,12 @@ from transformers.models.dbrx.modeling_dbrx import DbrxForCausalLM
 from transformers.models.step3p7.modeling_step3p7 import Step3p7ForConditionalGeneration
 
 from peft_sieve import SieveError, SieveLoraConfig
-from peft_sieve.moe.families import FusedExperts
+from peft_sieve.kernels import expert_function
+from peft_sieve.kernels.workers import for_each
+from peft_sieve.moe.families.fused import FusedExperts
 from peft_sieve.moe.linear import is_linear
-from peft_sieve.moe.quantised import plain_stack
+from peft_sieve.moe.storage import plain_stack
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.moe.workers import for_each
-from peft_sieve.tuners.sieve import expert_function
 from tests.architectures.tiny import tiny_model as architecture
 from tests.deepseek_like import deepseek_like
 from tests.models import randomize_adapters, tiny_model, token_batch

@@ -20,7 +20,7 @@ from torch import nn
 
 from peft_sieve import SieveError, SieveLoraConfig
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.tuners.sieve.layer import SieveExpertLayer
+from peft_sieve.tuners.common.experts.layer import SieveExpertLayer
 from tests.deepseek_like import deepseek_like
 from tests.models import randomize_adapters, tiny_model, token_batch
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from peft_sieve import SieveError, SieveLoraConfig
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.tuners.sieve.loading import sieve_layers
+from peft_sieve.tuners.common.loading import sieve_layers
 from tests.models import randomize_adapters, tiny_model, token_batch
 
 

@@ -12,8 +12,8 @@ from transformers.models.inkling2.modeling_inkling2 import Inkling2ForCausalLM
 from transformers.models.step3p7.modeling_step3p7 import Step3p7ForConditionalGeneration
 
 from peft_sieve import SieveError
-from peft_sieve.interop import checkpoint_rows
-from peft_sieve.interop.checkpoint_rows import own_rows, row_maps
+from peft_sieve.adapters.checkpoint import rows as checkpoint_rows
+from peft_sieve.adapters.checkpoint.rows import own_rows, row_maps
 from tests.architectures.tiny import tiny_model
 
 CASES: dict[str, tuple[type[PreTrainedModel], list[str]]] = {

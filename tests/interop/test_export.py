@@ -19,7 +19,7 @@ from transformers import DbrxForCausalLM, JetMoeForCausalLM, Llama4ForCausalLM, 
 from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashForCausalLM
 from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeTalkerForConditionalGeneration
 
-import peft_sieve.interop.export
+import peft_sieve.adapters.plain.export
 from peft_sieve import PerftConfig, SieveError, SieveLoraConfig, export_lora
 from peft_sieve.cli import main
 from peft_sieve.moe.topology import find_moe_layers
@@ -223,7 +223,7 @@ def test_a_failed_export_leaves_what_was_there(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(peft_sieve.interop.export, "_write_card", full_disk)
+    monkeypatch.setattr(peft_sieve.adapters.plain.export, "_write_card", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export_lora(adapters["olmoe"].path, tmp_path / "lora", layout="stacked")
     assert {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()} == before

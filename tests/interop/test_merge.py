@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Qwen3VLMoeForConditionalGeneration
 
-import peft_sieve.interop.merge
+import peft_sieve.adapters.checkpoint.merge
 from peft_sieve import SieveError, SieveLoraConfig, merge_checkpoint
 from peft_sieve.cli import main
 from peft_sieve.moe.topology import find_moe_layers
@@ -231,7 +231,7 @@ def test_a_crash_leaves_what_was_there(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(peft_sieve.interop.merge, "_write_card", full_disk)
+    monkeypatch.setattr(peft_sieve.adapters.checkpoint.merge, "_write_card", full_disk)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
     with pytest.raises(OSError, match="No space left"):

@@ -11,8 +11,8 @@ from peft import get_peft_model
 from transformers import OlmoeConfig
 
 from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, select_experts
-from peft_sieve.interop.planning import plan_training, size_text
 from peft_sieve.moe.topology import find_moe_layers
+from peft_sieve.planning import plan_training, size_text
 from tests.models import TINY_OLMOE, tiny_model
 from tests.paper_models import OLMOE, QWEN
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft_sieve.moe.activation import activation_of, replay, replay_silu_gate
-from peft_sieve.moe.families import family_of
+from peft_sieve.kernels.activation import replay, replay_silu_gate
+from peft_sieve.moe.families.gates import activation_of
+from peft_sieve.moe.families.registry import family_of
 from tests.models import tiny_model
 from tests.reference import assert_same
 

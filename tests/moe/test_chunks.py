@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peft_sieve import SieveError
-from peft_sieve.moe.chunks import BACKEND_VARIABLE, device_groups_usable, loop_chunks
+from peft_sieve.kernels.chunks import BACKEND_VARIABLE, device_groups_usable, loop_chunks
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_the_cpu_loops_unless_told_otherwise() -> None:
 
 def test_kernels_without_triton_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BACKEND_VARIABLE, "device")
-    monkeypatch.setattr("peft_sieve.moe.chunks.find_spec", lambda name: None)
+    monkeypatch.setattr("peft_sieve.kernels.chunks.find_spec", lambda name: None)
     with pytest.raises(SieveError, match="'device' and Triton is not installed, expected it there: pip install triton"):
         device_groups_usable([torch.rand(2, 8, 16)])
 

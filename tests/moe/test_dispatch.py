@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_sieve.moe.dispatch import sort_by_expert
+from peft_sieve.kernels.dispatch import sort_by_expert
 
 EXPERTS = 6
 

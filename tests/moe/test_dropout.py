@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from peft_sieve.moe.dropout import Dropout, dropped_positions
+from peft_sieve.kernels.dropout import Dropout, dropped_positions
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.01, 0.05, 0.5, 0.95, 0.999])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft_sieve.moe.chunks import device_chunks, loop_chunks
-from peft_sieve.moe.dropout import Dropout
-from peft_sieve.moe.grouped import DeviceGroups, Groups, LoopGroups
+from peft_sieve.kernels.chunks import device_chunks, loop_chunks
+from peft_sieve.kernels.dropout import Dropout
+from peft_sieve.kernels.grouped import DeviceGroups, Groups, LoopGroups
 from tests.reference import assert_same
 
 ROWS, IN, OUT = 12, 8, 16

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_sieve.moe.received_rows import dispatch_of, row_keys
+from peft_sieve.moe.families.received_rows import dispatch_of, row_keys
 
 
 def received(rows: torch.Tensor, choice: list[list[int]]) -> dict[int, torch.Tensor]:

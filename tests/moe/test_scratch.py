@@ -6,7 +6,7 @@ import threading
 
 import torch
 
-from peft_sieve.moe.scratch import scratch
+from peft_sieve.kernels.reused_memory import scratch
 
 CPU = torch.device("cpu")
 

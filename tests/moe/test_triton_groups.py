@@ -17,9 +17,9 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from peft_sieve.moe import triton_groups  # noqa: E402
-from peft_sieve.moe.dropout import Dropout  # noqa: E402
-from peft_sieve.moe.triton_groups import multiply, outer  # noqa: E402
+from peft_sieve.kernels import triton_groups  # noqa: E402
+from peft_sieve.kernels.dropout import Dropout  # noqa: E402
+from peft_sieve.kernels.triton_groups import multiply, outer  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

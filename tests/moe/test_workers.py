@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_sieve.moe.workers import for_each
+from peft_sieve.kernels.workers import for_each
 
 
 @pytest.fixture(autouse=True)

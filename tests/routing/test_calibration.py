@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from peft_sieve.errors import SieveError
-from peft_sieve.routing.calibration import calibration_batches
+from peft_sieve.routing.data.batches import calibration_batches
 
 TINY_OLMOE = Path(__file__).parents[2] / "examples" / "tiny-olmoe"
 CHAT_TEMPLATE = (

@@ -9,12 +9,7 @@ import pytest
 import torch
 
 from peft_sieve import RoutingProfile, SieveError, select_experts
-from peft_sieve.routing.comparison import (
-    coverage_curves,
-    jaccard_matrix,
-    resampled_stability,
-    smaller_sample_stability,
-)
+from peft_sieve.routing.comparison import coverage_curves, jaccard_matrix, resampled_stability, smaller_sample_stability
 
 TELEMETRY = Path(__file__).parents[1] / "data" / "olmoe_1b_7b.npz"
 

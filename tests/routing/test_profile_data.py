@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from peft_sieve.errors import SieveError
-from peft_sieve.routing.profile_data import RoutingProfile
+from peft_sieve.routing.profile import RoutingProfile
 from peft_sieve.routing.profile_file import HEADER_KEY
 
 COUNTS = [[3, 0, 5], [4, 4, 0]]

@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, profile_routing
-from peft_sieve.moe.families import FusedExperts
+from peft_sieve.moe.families.fused import FusedExperts
 from peft_sieve.moe.topology import find_moe_layers
 from peft_sieve.routing.counting import DispatchCounter
 from tests.deepseek_like import deepseek_like

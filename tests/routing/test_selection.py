@@ -16,7 +16,7 @@ import torch
 from peft_sieve.errors import SieveError
 from peft_sieve.routing import scores as scores_module
 from peft_sieve.routing.options import experts_per_layer, validate_selection_options
-from peft_sieve.routing.profile_data import RoutingProfile
+from peft_sieve.routing.profile import RoutingProfile
 from peft_sieve.routing.scores import known_scores, register_score
 from peft_sieve.routing.selection import ExpertSelection, select_experts
 from peft_sieve.routing.strategies import known_strategies

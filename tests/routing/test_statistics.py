@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from peft_sieve.errors import SieveError
-from peft_sieve.routing.profile_data import RoutingProfile
+from peft_sieve.routing.profile import RoutingProfile
 from peft_sieve.routing.selection import select_experts
 from peft_sieve.routing.statistics import routing_statistics
 

@@ -14,7 +14,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, profile_routing, select_experts, selection_stability
-from peft_sieve.routing.calibration import calibration_batches
+from peft_sieve.routing.data.batches import calibration_batches
 from peft_sieve.routing.until_stable import StabilityRule
 from tests.models import small_olmoe, small_tokenizer, tiny_model, token_batch
 

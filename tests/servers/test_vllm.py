@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from peft_sieve.interop.export import STACKED_IN_VLLM
+from peft_sieve.adapters.plain.export import STACKED_IN_VLLM
 from tests.interop.adapters import Adapter
 from tests.servers.wheel import Wheel, unpacked
 

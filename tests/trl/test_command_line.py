@@ -26,7 +26,7 @@ def trl_config(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module that replaces TRL's function, which is put back."""
     monkeypatch.setattr(utils, "get_peft_config", utils.get_peft_config)
     monkeypatch.setenv("PEFT_SIEVE_TRL_CONFIG", json.dumps({"calib_dataset": "data.jsonl", "lora_alpha": 4}))
-    return importlib.import_module("peft_sieve.interop.trl_config")
+    return importlib.import_module("peft_sieve.training.trl_config")
 
 
 def test_trl_sft_trains_a_sparse_adapter(tmp_path: Path) -> None:

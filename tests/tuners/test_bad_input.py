@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from peft_sieve import MoEFamily, SieveError, SieveLoraConfig, register_moe_family
-from peft_sieve.moe.families import FusedExperts
+from peft_sieve.moe.families.fused import FusedExperts
 from tests.models import randomize_adapters, tiny_model, token_batch
 
 PATH = "model.layers.0.mlp.experts"
@@ -170,7 +170,7 @@ def test_a_family_without_an_adapter_layer(monkeypatch: pytest.MonkeyPatch) -> N
             getattr(FusedExperts(), n) for n in ("matches", "shape", "expert_weight", "watch", "parameter_names")
         )
 
-    monkeypatch.setattr("peft_sieve.moe.families._FAMILIES", [])
+    monkeypatch.setattr("peft_sieve.moe.families.registry._FAMILIES", [])
     register_moe_family(Odd())
     model = tiny_model("olmoe")
     refused(model, SieveLoraConfig(calib_dataset=data(model)), "family 'odd', whose layer_class is None")

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from peft_sieve import SieveError, SieveLoraConfig
-from peft_sieve.moe.chunks import BACKEND_VARIABLE
-from peft_sieve.moe.families import family_of
+from peft_sieve.kernels.chunks import BACKEND_VARIABLE
+from peft_sieve.moe.families.registry import family_of
 from peft_sieve.moe.topology import MoELayer
-from peft_sieve.tuners.sieve import fused
-from peft_sieve.tuners.sieve.fused import FusedSieveExperts
+from peft_sieve.tuners.common.experts import fused
+from peft_sieve.tuners.common.experts.fused import FusedSieveExperts
 from tests.deepseek_like import DeepseekLikeConfig, DeepseekLikeMoE
 from tests.models import tiny_model
 from tests.reference import NaiveAdapter, assert_same, naive_experts
@@ -498,7 +498,7 @@ def test_the_size_recorder_sees_a_dense_delta() -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_module_list_experts(training: bool) -> None:
     """Deltas in hooks equal the same experts with merged weights, gradients included."""
-    from peft_sieve.tuners.sieve.module_list import ModuleListSieveExperts
+    from peft_sieve.tuners.common.experts.module_list import ModuleListSieveExperts
 
     torch.manual_seed(0)
     block = DeepseekLikeMoE(DeepseekLikeConfig()).double()

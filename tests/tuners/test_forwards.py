@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from peft_sieve import LoraMoeConfig, PerftConfig
-from peft_sieve.tuners.forwards import share_of_step
+from peft_sieve.tuners.common.forwards import share_of_step
 from tests.models import tiny_model
 from tests.module_models import switch_transformers
 from tests.test_training import settings

@@ -18,9 +18,9 @@ from transformers import TorchAoConfig
 from trl import SFTConfig, SFTTrainer
 
 from peft_sieve import SieveError, SieveLoraConfig, export_lora, inspect_adapter, merge_checkpoint
-from peft_sieve.moe.chunks import BACKEND_VARIABLE
+from peft_sieve.kernels.chunks import BACKEND_VARIABLE
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.tuners.sieve.loading import sieve_layers
+from peft_sieve.tuners.common.loading import sieve_layers
 from tests.deepseek_like import deepseek_like
 from tests.habits.test_quantised import check_against_reference, load, with_stacks
 from tests.models import randomize_adapters, small_olmoe, small_tokenizer, tiny_model, token_batch

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from peft_sieve import SieveError, SieveLoraConfig
-from peft_sieve.tuners.sieve.layer import SieveExpertLayer
+from peft_sieve.tuners.common.experts.layer import SieveExpertLayer
 from tests.deepseek_like import deepseek_like
 from tests.models import randomize_adapters, tiny_model, token_batch
 from tests.reference import assert_same

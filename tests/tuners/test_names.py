@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 
 from peft_sieve import EpngConfig, LoraMoeConfig, PerftConfig, SieveError, SieveLoraConfig
-from peft_sieve.tuners.names import check_adapter_name
+from peft_sieve.tuners.common.names import check_adapter_name
 from tests.models import randomize_adapters, tiny_model
 from tests.tuners.perft.adapted import randomize
 

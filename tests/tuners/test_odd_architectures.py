@@ -14,7 +14,7 @@ from transformers.models.zaya.modeling_zaya import ZayaForCausalLM
 
 from peft_sieve import SieveError, SieveLoraConfig, profile_routing
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.tuners.sieve.exact import WeightReadLinear
+from peft_sieve.tuners.common.exact_unmerge import WeightReadLinear
 from tests.architectures.tiny import inputs_for, tiny_model
 from tests.models import randomize_adapters, token_batch
 from tests.models import tiny_model as tiny_text_model

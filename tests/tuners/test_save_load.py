@@ -740,7 +740,7 @@ def test_other_methods_save_and_load_as_before(
 
     torch.manual_seed(0)
     model = get_peft_model(tiny.fresh, OTHERS[method]())
-    monkeypatch.setattr("peft_sieve.registration.replaced_when_done", refuse)
+    monkeypatch.setattr("peft_sieve.hf.patches.replaced_when_done", refuse)
     model.save_pretrained(tmp_path / "with")
     loaded = PeftModel.from_pretrained(tiny.fresh, str(tmp_path / "with"))
     assert torch.equal(tiny.logits(loaded), tiny.logits(model))
@@ -828,7 +828,7 @@ def test_loading_draws_no_initial_values_and_rounds_nothing(
     def draw(*args: object) -> None:
         raise AssertionError("initial values were drawn")
 
-    monkeypatch.setattr("peft_sieve.tuners.sieve.layer.initialize", draw)
+    monkeypatch.setattr("peft_sieve.tuners.common.experts.layer.initialize", draw)
     options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": autocast_adapter_dtype}
     loaded = PeftModel.from_pretrained(tiny_model("olmoe").bfloat16(), str(tmp_path), **options)
     loaded.load_adapter(str(tmp_path), "second", **options)

@@ -18,7 +18,7 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7ForConditionalGe
 
 from peft_sieve import SieveLoraConfig
 from peft_sieve.moe.topology import MoELayer, find_moe_layers
-from peft_sieve.tuners.sieve.fused import FusedSieveExperts
+from peft_sieve.tuners.common.experts.fused import FusedSieveExperts
 from tests.architectures.tiny import tiny_model
 from tests.reference import assert_same
 

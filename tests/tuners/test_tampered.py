@@ -336,7 +336,7 @@ def test_weights_that_come_after_the_config_was_read_are_refused(
     saved: Saved, broken: Path, edit: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on the Hub, whose client brings the configuration first."""
-    monkeypatch.setattr("peft_sieve.tuners.sieve.loading._check_weights_file", lambda *args: None)
+    monkeypatch.setattr("peft_sieve.tuners.common.loading._check_weights_file", lambda *args: None)
     {"cut in half": cut_in_half, **EDITS}[edit](broken)
     assert_refused(saved, broken, WAYS[way])
 
@@ -344,7 +344,7 @@ def test_weights_that_come_after_the_config_was_read_are_refused(
 def test_weights_of_another_type_that_come_after_the_config_was_read_are_refused(
     saved: Saved, broken: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_sieve.tuners.sieve.loading._check_weights_file", lambda *args: None)
+    monkeypatch.setattr("peft_sieve.tuners.common.loading._check_weights_file", lambda *args: None)
     EDITS["attention read as integers"](broken)
     assert_refused(saved, broken, by_peft)
 

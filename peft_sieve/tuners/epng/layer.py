@@ -12,12 +12,12 @@ from torch import nn
 from ...errors import SieveError
 from ...moe.topology import MoELayer
 from ...routing.counting import DispatchCounter
+from ..common.experts.factors import AdapterPlan, ExpertSlots, Pack, initialize
+from ..common.experts.fused import FusedSieveExperts
+from ..common.experts.layer import FACTOR_GROUPS, SieveExpertLayer, group_of
+from ..common.experts.module_list import ModuleListSieveExperts
+from ..common.experts.parallel import ParallelSieveExperts
 from ..sieve.config import SieveLoraConfig
-from ..sieve.factors import AdapterPlan, ExpertSlots, Pack, initialize
-from ..sieve.fused import FusedSieveExperts
-from ..sieve.layer import FACTOR_GROUPS, SieveExpertLayer, group_of
-from ..sieve.module_list import ModuleListSieveExperts
-from ..sieve.parallel import ParallelSieveExperts
 from .allocation import AllocationRule, share_of
 from .config import EpngConfig
 from .growth import generator_for, orthogonal_rows

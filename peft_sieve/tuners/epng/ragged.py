@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..sieve.factors import AdapterPlan, ExpertFactors
+from ..common.experts.factors import AdapterPlan, ExpertFactors
 
 
 @dataclass(frozen=True)

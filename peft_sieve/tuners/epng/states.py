@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import SieveError
-from ..optimizers import states
+from ..common.optimizers import states
 
 
 def tensors_by_row(parameter: torch.nn.Parameter) -> list[torch.Tensor]:

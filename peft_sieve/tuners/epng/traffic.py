@@ -10,7 +10,7 @@ from torch import nn
 
 from ...routing.counting import Watched, see_mask, watching
 from ...routing.encoder_decoder import decoder_layers
-from ..sieve.hooks import hang
+from ..common.hooks import hang
 from .layer import EpngExpertLayer
 
 _TRAFFIC = "traffic"

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from ...errors import SieveError
 from ...routing.distributed import gathered, rank_and_world
-from ..optimizers import remember
+from ..common.optimizers import remember
 from .config import EpngConfig
 from .layer import EpngExpertLayer
 from .ragged import RaggedPlan

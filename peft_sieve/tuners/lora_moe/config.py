@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftConfig, PeftType
 
 from ...errors import SieveError
-from ..settings import check_names
+from ..common.peft_settings import check_names
 
 MIN_KEPT = 2
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.placement import execution_device, first_tensor
-from ..optimizers import forget
+from ..common.optimizers import forget
 from .config import LoraMoeConfig
 from .cutting import Cut, replace_data
 from .record import RoutingRecord

@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ...errors import SieveError
-from ..names import check_adapter_name
-from ..optimizers import remember_optimizers
+from ..common.names import check_adapter_name
+from ..common.optimizers import remember_optimizers
 from .config import LoraMoeConfig
 from .layer import LoraMoeLayer, refuse_merge
 from .loading import fit_to_weights

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ...errors import SieveError
 from ...routing.counting import token_mask
-from ..forwards import arguments, share_of_step
+from ..common.forwards import arguments, share_of_step
 
 if TYPE_CHECKING:
     from .layer import LoraMoeLayer

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...errors import SieveError
-from ...moe.families import family_of
+from ...moe.families.registry import family_of
 from ...moe.linear import is_linear
 from ...moe.topology import base_modules, find_moe_layers, read_weights
 from .config import LoraMoeConfig

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from ..sieve.undo import taken_out_on_error
+from ..common.undo import taken_out_on_error
 from .layer import LoraMoeLayer
 from .pruning import lora_moe_layers
 from .record import RoutingRecord

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ...errors import SieveError
 from ...routing.counting import token_mask
 from ...routing.encoder_decoder import decoder_layers, decoder_mask
-from ..forwards import arguments, share_of_step
+from ..common.forwards import arguments, share_of_step
 from .mixture import wide_softmax
 
 

@@ -12,8 +12,9 @@ from peft import PeftConfig, PeftType
 from transformers.activations import ACT2FN
 
 from ...errors import SieveError
-from ..settings import check_flags, check_names
-from ..sieve.config import RUNTIME_ONLY, SieveLoraConfig
+from ..common.config import RUNTIME_ONLY
+from ..common.peft_settings import check_flags, check_names
+from ..sieve.config import SieveLoraConfig
 
 VARIANTS = ("R", "E", "D", "S")
 FORMS = ("lora", "bottleneck")

@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from ...errors import SieveError
 from ...moe.placement import execution_device, first_tensor
-from ..sieve.factors import ExpertFactors, ExpertSlots, initialize
+from ..common.experts.factors import ExpertFactors, ExpertSlots, initialize
 from . import balance
 from .blocks import MoEBlock
 from .config import PerftConfig

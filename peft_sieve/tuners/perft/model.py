@@ -12,16 +12,16 @@ from torch import nn
 
 from ...errors import SieveError
 from ...routing.distributed import check_agreement
-from ..names import check_adapter_name
-from ..sieve.calibrate import calibrate
-from ..sieve.mask import check_mask, shape_of
-from ..sieve.targets import exactly, is_wanted
+from ..common.calibrate import calibrate
+from ..common.mask import check_mask, shape_of
+from ..common.names import check_adapter_name
+from ..common.sft_loss import add_to_sft_loss
+from ..common.targets import exactly, is_wanted
 from .balance import auxiliary_loss, start_adding, stop_adding
 from .blocks import MoEBlock, find_moe_blocks
 from .config import PerftConfig
 from .layer import CHILD, REFUSED_MERGE, PerftLayer, attach, detach
 from .loading import check_state_dict
-from .sft_loss import add_to_sft_loss
 
 
 class PerftModel(BaseTuner):

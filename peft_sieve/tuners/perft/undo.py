@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import _delete_auxiliary_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..sieve.undo import ATTRIBUTES, restore, unwrap
+from ..common.undo import ATTRIBUTES, restore, unwrap
 from .balance import stop_adding
 from .layer import CHILD, PerftLayer, detach, perft_layers
 

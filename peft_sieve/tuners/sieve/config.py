@@ -16,13 +16,11 @@ from peft.utils import CONFIG_NAME
 
 from ...errors import SieveError
 from ...files import replaced_when_done
-from ...moe.families import PROJECTIONS
+from ...moe.families.family import PROJECTIONS
 from ...routing.options import check_share, validate_selection_options
 from ...routing.until_stable import check_stability
-from ..settings import check_flags, check_names, check_patterns
-
-# Held by the object, never by a dataclass field: PEFT serialises with `dataclasses.asdict`, which deep-copies fields.
-RUNTIME_ONLY = ("calib_dataset", "calib_tokenizer", "calib_formatting_func")
+from ..common.config import RUNTIME_ONLY
+from ..common.peft_settings import check_flags, check_names, check_patterns
 
 # LoRA options that have no meaning for adapters inside a stack of experts, and what to write instead.
 _REFUSED = {

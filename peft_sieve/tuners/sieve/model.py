@@ -20,24 +20,24 @@ from transformers.initialization import no_init_weights
 
 from ...errors import SieveError
 from ...moe.placement import onloaded
-from ...moe.quantised import linear_quantisation, refuse_storage
+from ...moe.storage import linear_quantisation, refuse_storage
 from ...moe.topology import MoELayer, find_moe_layers, read_weights
 from ...routing.distributed import check_agreement, on_every_rank
-from ..names import check_adapter_name
-from .agreement import check_at_next_training_forward
-from .calibrate import calibrate
+from ..common.calibrate import calibrate
+from ..common.exact_unmerge import ExactLinear, read_by_weight, with_exact_unmerge
+from ..common.experts.layer import SieveExpertLayer
+from ..common.hooks import take_down
+from ..common.loading import check_state_dict, sieve_layers, weights_follow
+from ..common.mask import check_mask, shape_of
+from ..common.mixed_batch import mixed_batch
+from ..common.names import check_adapter_name
+from ..common.patterns import UNMATCHED_IN_PEFT, by_pattern, expert_names, warn_of_unmatched_patterns
+from ..common.process_agreement import check_at_next_training_forward
+from ..common.targets import resolve_targets, router_parameters, wanted_layers
+from ..common.tied import refuse_tied_experts
+from ..common.undo import as_before_on_error
 from .combination import COMBINATION_TYPES
 from .config import SieveLoraConfig
-from .exact import ExactLinear, read_by_weight, with_exact_unmerge
-from .hooks import take_down
-from .layer import SieveExpertLayer
-from .loading import check_state_dict, sieve_layers, weights_follow
-from .mask import check_mask, shape_of
-from .mixed import mixed_batch
-from .patterns import UNMATCHED_IN_PEFT, by_pattern, expert_names, warn_of_unmatched_patterns
-from .targets import resolve_targets, router_parameters, wanted_layers
-from .tied import refuse_tied_experts
-from .undo import as_before_on_error
 from .weighted import fill_weighted, weighted_config
 
 

@@ -11,11 +11,11 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ...errors import SieveError
-from ...moe.families import PROJECTIONS
+from ...moe.families.family import PROJECTIONS
+from ..common.exact_unmerge import ExactParamWrapper
+from ..common.experts.layer import SieveExpertLayer
 from .combination import COMBINATION_TYPES, Share, combine, combined_rank
 from .config import SieveLoraConfig
-from .exact import ExactParamWrapper
-from .layer import SieveExpertLayer
 
 
 def weighted_config(

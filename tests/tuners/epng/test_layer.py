@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from peft_sieve import EpngConfig, SieveError, SieveLoraConfig
-from peft_sieve.moe.families import family_of
+from peft_sieve.moe.families.registry import family_of
 from peft_sieve.moe.topology import MoELayer
+from peft_sieve.tuners.common.optimizers import remember_optimizers
 from peft_sieve.tuners.epng.layer import EpngFusedExperts
-from peft_sieve.tuners.optimizers import remember_optimizers
 from tests.reference import NaiveAdapter, assert_same, naive_experts
 from tests.tuners.test_expert_layer import (  # noqa: F401 (the fixture)
     LAYOUTS,

@@ -14,8 +14,8 @@ from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, hellora_config
-from peft_sieve.tuners.sieve.hellori import random_share
-from peft_sieve.tuners.sieve.loading import sieve_layers
+from peft_sieve.tuners.common.experts.hellori import random_share
+from peft_sieve.tuners.common.loading import sieve_layers
 from tests.models import randomize_adapters, small_olmoe, small_tokenizer, tiny_model, token_batch
 from tests.reference import NaiveAdapter, assert_same, naive_experts
 from tests.test_training import settings

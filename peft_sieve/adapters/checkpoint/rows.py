@@ -1,0 +1,175 @@
+"""Where the rows of a model's weights lie in its checkpoints, which may cut, join, interleave or transpose them.
+
+transformers writes back weights that look like the model's, but have two columns and hold the numbers of their rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from ...errors import SieveError
+
+# What picks some rows of a tensor.
+Index = tuple[int | slice | torch.Tensor, ...]
+
+_COLUMNS = 2
+_BLOCK = re.compile(r"(.*?\.)?\d+\.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight of a checkpoint.
+
+    Attributes:
+        key: its name.
+        columns: its axis of columns, that is of inputs.
+        shape: of the other axes.
+    """
+
+    key: str
+    columns: int
+    shape: tuple[int, ...]
+
+    def whole_shape(self, num_columns: int) -> tuple[int, ...]:
+        return (*self.shape[: self.columns], num_columns, *self.shape[self.columns :])
+
+
+class RowMap:
+    """Where the rows of one weight of a model lie in a checkpoint. They are numbered as they follow in the weight."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.parts: list[Part] = []
+        self._part_of = torch.full((num_rows,), -1)
+        self._place_in_part = torch.zeros(num_rows, dtype=torch.int64)
+
+    def add(self, key: str, columns: int, rows: torch.Tensor) -> None:
+        """A weight of the checkpoint, and the numbers of its rows."""
+        flat = rows.flatten()
+        self._part_of[flat] = len(self.parts)
+        self._place_in_part[flat] = torch.arange(flat.numel())
+        self.parts.append(Part(key, columns, tuple(rows.shape)))
+
+    def where(self, rows: torch.Tensor) -> list[tuple[Part, Index, Index]]:
+        """The parts that hold some rows, with their places in it (columns last), and which of `rows` they are; empty if
+        the checkpoint does not have all of them."""
+        part_of = self._part_of[rows]
+        if (part_of < 0).any():
+            return []
+        found: list[tuple[Part, Index, Index]] = []
+        for number in part_of.unique().tolist():
+            chosen = (part_of == number).nonzero().squeeze(1)
+            part = self.parts[number]
+            places = torch.unravel_index(self._place_in_part[rows[chosen]], part.shape)
+            found.append((part, tuple(_short(place) for place in places), (_short(chosen),)))
+        return found
+
+
+def row_numbers(shape: tuple[int, ...], columns: int) -> torch.Tensor:
+    """A weight of some shape, but two columns wide, that holds the numbers of its rows."""
+    rows = [size for axis, size in enumerate(shape) if axis != columns]
+    numbers = torch.arange(torch.Size(rows).numel(), dtype=torch.float64).view(rows).unsqueeze(columns)
+    return numbers.repeat_interleave(_COLUMNS, columns)
+
+
+def block_of(weight: str) -> str:
+    """The block of a model that a weight is in: all before the number and the number, or nothing."""
+    match = _BLOCK.match(weight)
+    return match.group() if match else ""
+
+
+def own_rows(name: str, shape: tuple[int, ...], columns: int) -> RowMap:
+    """For a checkpoint that has the weight as the model does."""
+    numbers = row_numbers(shape, columns).select(columns, 0).long()
+    rows = RowMap(numbers.numel())
+    rows.add(name, columns, numbers)
+    return rows
+
+
+def row_maps(
+    skeleton: PreTrainedModel, weights: dict[str, tuple[tuple[int, ...], int]], *, as_saved: bool = True
+) -> dict[str, RowMap]:
+    """Weight -> where its rows lie in the checkpoints of a model.
+
+    Args:
+        skeleton: the model on the meta device.
+        weights: of one block (`block_of`), since the maps are as long as the weights: name -> shape, and the axis of
+            columns. Some conversions need several of them at once.
+        as_saved: a few conversions look at the shape first: they change what was published, and leave alone what
+            transformers saved, which has the model's own. True: in the latter; False: in the former.
+
+    Raises:
+        SieveError: transformers converts weights of this model in a way that takes none with two columns.
+    """
+    probes, starts, maps = {}, [], {}
+    total = 0
+    for name, (shape, columns) in weights.items():
+        probes[name] = row_numbers(shape, columns) + total
+        starts.append(total)
+        maps[name] = RowMap(probes[name].numel() // _COLUMNS)
+        total += probes[name].numel() // _COLUMNS
+    with _weights_replaced(skeleton, probes if as_saved else {}):
+        written = reverted(skeleton, probes)
+    for key, value in written.items():
+        for columns, rows in _rows_of(value):
+            first = torch.bucketize(rows, torch.tensor(starts), right=True) - 1
+            if (first == first.flatten()[0]).all():  # else it joins rows of several weights
+                number = int(first.flatten()[0])
+                maps[list(weights)[number]].add(key, columns, rows - starts[number])
+    return maps
+
+
+@contextmanager
+def _weights_replaced(model: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    holders = {name: model.get_submodule(name.rpartition(".")[0]) for name in weights}
+    before = {name: holder._parameters[name.rpartition(".")[2]] for name, holder in holders.items()}
+    try:
+        for name, holder in holders.items():
+            holder._parameters[name.rpartition(".")[2]] = nn.Parameter(weights[name], requires_grad=False)
+        yield
+    finally:
+        for name, holder in holders.items():
+            holder._parameters[name.rpartition(".")[2]] = before[name]
+
+
+def _rows_of(value: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """The axis of columns of a probe that was written back, and its rows' numbers; nothing if they are mixed up."""
+    for axis in reversed(range(value.dim())):
+        rows = value.select(axis, 0)
+        if value.shape[axis] == _COLUMNS and torch.equal(rows, value.select(axis, 1)):
+            yield axis, rows.long()
+            return
+
+
+def _short(places: torch.Tensor) -> int | slice | torch.Tensor:
+    """Equal or evenly spaced places without a number for each."""
+    values = places[:2].tolist()
+    step = values[1] - values[0] if len(values) > 1 else 1
+    if step == 0 and bool((places == values[0]).all()):
+        return values[0]
+    if step > 0 and torch.equal(places, values[0] + step * torch.arange(places.numel())):
+        return slice(values[0], int(places[-1]) + 1, step)
+    return places
+
+
+def reverted(skeleton: PreTrainedModel, probes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of a model under the names, and in the shapes, of its checkpoints.
+
+    Raises:
+        SieveError: transformers cannot write them back.
+    """
+    try:
+        return revert_weight_conversion(skeleton, probes)
+    except Exception as error:
+        raise SieveError(
+            f"transformers does not say where checkpoints of {type(skeleton).__name__} have {next(iter(probes))} and "
+            f"others ({type(error).__name__}: {error}), expected a conversion that goes both ways: pass "
+            "layout='stacked', which needs none, or call merge_and_unload() on the loaded model and save it"
+        ) from error

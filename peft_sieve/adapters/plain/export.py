@@ -1,0 +1,248 @@
+"""A sparse adapter as plain LoRA, for programs that do not have this package: all experts, zeros for the cold ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from peft import LoraConfig
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+
+from ...errors import SieveError
+from ...files import replaced_when_done
+from ...hf.patches import PEFT_TYPES
+from ...moe.families.fused import FusedExperts
+from ...moe.families.modules import ModuleExperts
+from ...moe.families.parallel import ParallelExperts
+from ...moe.topology import MoELayer
+from ...tuners.sieve.config import SieveLoraConfig
+from ..reading import OpenedAdapter, open_adapter
+from ..stack_layout import is_stack, parameters_of
+from .layouts import per_expert, stacked
+
+_BUILD = {"per_expert": per_expert, "stacked": stacked}
+LAYOUTS = ("auto", *_BUILD)
+
+# Model types whose adapters vLLM reads stacked (its `is_3d_moe_weight`).
+STACKED_IN_VLLM = (
+    "gpt_oss",
+    "interns1_pro",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_omni_moe",
+    "qwen3_omni_moe_text",
+    "qwen3_omni_moe_thinker",
+    "qwen3_vl_moe",
+    "qwen3_vl_moe_text",
+)
+
+_NO_SERVER_HAS = (
+    ("modules_to_save", "whole modules beside the factors"),
+    ("trainable_token_indices", "single rows of the embedding"),
+)
+
+
+@dataclass(frozen=True)
+class ExportedLora:
+    """What `export_lora` wrote.
+
+    Attributes:
+        layout: "per_expert" or "stacked".
+        r: rank in the configuration; every pair of factors has it, those of a stacked `gate_up_proj` twice that.
+        max_rank: the largest rank that a server must allow.
+        num_parameters: numbers in the file, the zeros included.
+        path: the folder.
+    """
+
+    layout: str
+    r: int
+    max_rank: int
+    num_parameters: int
+    path: str
+
+
+def export_lora(
+    adapter: Any,
+    output_dir: str | os.PathLike[str],
+    *,
+    base_model: Any = None,
+    layout: str = "auto",
+    adapter_name: str | None = None,
+    include_router: bool = True,
+) -> ExportedLora:
+    """Write a sparse adapter as plain LoRA that PEFT, vLLM, SGLang and llama.cpp's converter load without this package.
+
+    It computes the same as the adapter: experts without factors get zeros, the scaling is folded into B
+    (`lora_alpha = r`), factors of lower rank are padded with zeros. Base weights are not read.
+
+    Args:
+        adapter: a `PeftModel`, or the path or Hub id of a saved adapter.
+        output_dir: folder for `adapter_config.json`, `adapter_model.safetensors` and `README.md`; the files in it
+            are replaced together or not at all.
+        base_model: for a saved adapter: the base model, or its path or Hub id, of which the configuration is read;
+            None takes what the adapter names.
+        layout: "per_expert" (a pair of factors per expert and projection, named as in the base model's checkpoint),
+            "stacked" (PEFT's `target_parameters`: a pair per stack of experts) or "auto" (what the servers of this
+            model read).
+        adapter_name: which adapter of the model; needed if it holds several sieve adapters.
+        include_router: False leaves the router's adapter out, which changes what is computed; for servers that have
+            no LoRA on routers.
+
+    Returns:
+        The layout chosen and the rank to allow.
+
+    Raises:
+        SieveError: the adapter holds what plain LoRA or its servers cannot, or the layout cannot be loaded for this
+            base model; nothing was written.
+    """
+    if layout not in LAYOUTS:
+        raise SieveError(f"received layout={layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}: pass one")
+    output = _checked_output(output_dir)
+    opened = open_adapter(adapter, base_model, adapter_name, _refuse_what_is_no_lora)
+    layers = opened.moe_layers()
+    _refuse_layouts_without_lora(layers)
+    layouts = _layouts_to_try(layout, opened, layers)
+    others = {
+        path: layer for path, layer in opened.other_layers() if include_router or path not in _router_paths(layers)
+    }
+    _refuse_routers_read_by_weight(layers, others)
+    rank = _common_rank(opened, others)
+    for chosen in layouts:
+        try:
+            plain = _BUILD[chosen](opened, layers, others, rank)
+            break
+        except SieveError:
+            if chosen == layouts[-1]:
+                raise
+    with replaced_when_done(output) as staging:
+        tensors = {key: make().contiguous() for key, (_, make) in plain.tensors.items()}
+        save_file(tensors, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        _write_config(plain.config, Path(staging, CONFIG_NAME))
+        _write_card(opened, chosen, Path(staging, "README.md"))
+    max_rank = max([rank, *(plain.config.rank_pattern or {}).values()])
+    return ExportedLora(chosen, rank, max_rank, sum(t.numel() for t in tensors.values()), str(output))
+
+
+# --- what can be exported -----------------------------------------------------------------------------------------
+
+
+def _checked_output(output_dir: str | os.PathLike[str]) -> Path:
+    if not isinstance(output_dir, str | os.PathLike):
+        raise SieveError(f"received {type(output_dir).__name__} as output_dir, expected a folder's path: pass one")
+    output = Path(output_dir)
+    if output.exists() and not output.is_dir():
+        raise SieveError(f"output_dir {str(output)!r} is a file, expected a folder or a path for one: pass another")
+    config = output / CONFIG_NAME
+    text = config.read_text(errors="replace") if config.exists() else ""
+    if any(f'"{name}"' in text for name in PEFT_TYPES):
+        raise SieveError(
+            f"output_dir {str(output)!r} holds an adapter of this package, which the export would replace, expected "
+            "another folder: pass one"
+        )
+    return output
+
+
+def _refuse_what_is_no_lora(config: SieveLoraConfig) -> None:
+    for name, what in _NO_SERVER_HAS:
+        value = getattr(config, name, None)
+        if value:
+            raise SieveError(
+                f"the adapter has {name}={value}, that is {what}, expected low-rank factors only, since that is all "
+                "that servers load: write a whole checkpoint instead (peft-sieve export --merge)"
+            )
+    if config.expert_tuning != "lora":
+        raise SieveError(
+            f"the adapter has expert_tuning={config.expert_tuning!r}, expected low-rank factors of experts, since "
+            "plain LoRA has no differences of full size: write a whole checkpoint instead (peft-sieve export --merge)"
+        )
+    if config.bias != "none":
+        raise SieveError(
+            f"the adapter has bias={config.bias!r}, expected 'none', since servers load no biases: write a whole "
+            "checkpoint instead (peft-sieve export --merge)"
+        )
+
+
+def _refuse_layouts_without_lora(layers: list[MoELayer]) -> None:
+    for layer in layers:
+        if isinstance(layer.family, ModuleExperts):
+            continue
+        if not isinstance(layer.family, FusedExperts | ParallelExperts):
+            raise SieveError(
+                f"the experts of {layer.path} have the layout {layer.family.name!r}, expected stacks of weights, or "
+                "modules of their own, since plain LoRA has no others: write a whole checkpoint (peft-sieve export "
+                "--merge)"
+            )
+        for parameter in parameters_of(layer):
+            if not is_stack(layer, parameter):
+                raise SieveError(
+                    f"the experts of {layer.path} have their weights one below the other in {parameter}, a single "
+                    "matrix, expected a stack of three dimensions, since plain LoRA has one pair of factors for a "
+                    "matrix: write a whole checkpoint (peft-sieve export --merge)"
+                )
+
+
+def _refuse_routers_read_by_weight(layers: list[MoELayer], others: dict[str, LoraLayer]) -> None:
+    for layer in layers:
+        for router in layer.routers:
+            if layer.family.reads_router_weight and router.path in others:
+                raise SieveError(
+                    f"the model reads the weight of {router.path}, where plain LoRA does not show, instead of calling "
+                    "it, expected no adapter on this router: write a whole checkpoint (peft-sieve export --merge), or "
+                    "leave the router's adapter out (include_router=False)"
+                )
+
+
+def _layouts_to_try(layout: str, opened: OpenedAdapter, layers: list[MoELayer]) -> list[str]:
+    if any(isinstance(layer.family, ModuleExperts) for layer in layers):
+        if layout == "stacked":
+            raise SieveError(
+                "received layout='stacked' for a model whose experts are separate modules, expected 'per_expert' or "
+                "'auto', since there is no stack to adapt: pass one of those"
+            )
+        return ["per_expert"]
+    if layout != "auto":
+        return [layout]
+    config = opened.base.config
+    types = {config.model_type, config.get_text_config().model_type}
+    # What PEFT cannot load a pair of factors per expert for, it can load stacked.
+    return ["stacked"] if types.intersection(STACKED_IN_VLLM) else ["per_expert", "stacked"]
+
+
+def _router_paths(layers: list[MoELayer]) -> set[str]:
+    return {router.path for layer in layers for router in layer.routers}
+
+
+def _common_rank(opened: OpenedAdapter, others: dict[str, LoraLayer]) -> int:
+    """One rank for all: servers allocate one, and padding with zeros changes nothing."""
+    ranks = [rank for layer in opened.expert_layers().values() for rank in layer.plans[opened.name].ranks.values()]
+    return max(ranks + [layer.r[opened.name] for layer in others.values()])
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _write_config(config: LoraConfig, path: Path) -> None:
+    # PEFT's own order of a set differs from run to run.
+    content = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write_card(opened: OpenedAdapter, layout: str, path: Path) -> None:
+    data = ModelCardData(library_name="peft", tags=["lora", "mixture-of-experts"])
+    if opened.base_name and not os.path.exists(opened.base_name):
+        data.base_model = opened.base_name
+    adapted = sum(len(layer.plans[opened.name].experts) for layer in opened.expert_layers().values())
+    total = sum(layer.num_experts for layer in opened.moe_layers())
+    text = (
+        f"# LoRA for {data.base_model or 'a Mixture-of-Experts model'}\n\n"
+        f"A sparse expert adapter ({adapted} of {total} routed experts) written as plain LoRA by `peft_sieve`, layout "
+        f"`{layout}`. The factors of the other experts are zeros; the scaling is folded into B. It loads with PEFT, "
+        "and with servers that read LoRA for this model, without any plugin.\n"
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)

@@ -1,0 +1,130 @@
+"""The factors of an adapter as plain LoRA has them: one rank for all, the scaling in B, zeros where there are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from ...moe.topology import MoELayer
+from ...tuners.common.experts.layer import SieveExpertLayer
+from ..reading import OpenedAdapter
+from ..stack_layout import is_transposed, matrix_in, projections_in
+
+# Key -> shape of the tensor, and how to make it.
+Tensors = dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]
+
+
+class ExpertFactors:
+    """The plain factors of one MoE layer, zeros where the adapter has none."""
+
+    def __init__(self, layer: MoELayer, adapted: SieveExpertLayer | None, name: str, rank: int, like: torch.Tensor):
+        self.layer, self.shape, self.rank, self.like = layer, layer.shape, rank, like
+        self.adapted, self.name = adapted, name
+        self.experts = adapted.plans[name].experts if adapted is not None else ()
+
+    def a(self, projection: str, expert: int) -> torch.Tensor:
+        """(rank, in)"""
+        result = self.like.new_zeros(self.rank, self.shape.projections[projection][0])
+        if (factors := self._factors(projection, expert)) is not None:
+            a, _, _ = factors
+            result[: a.shape[0]] = a.detach()
+        return result
+
+    def b(self, projection: str, expert: int) -> torch.Tensor:
+        """(out, rank), the scaling in it"""
+        result = self.like.new_zeros(self.shape.projections[projection][1], self.rank)
+        if (factors := self._factors(projection, expert)) is not None:
+            _, b, scaling = factors
+            result[:, : b.shape[0]] = _scaled(b.detach().T, scaling)
+        return result
+
+    def _factors(self, projection: str, expert: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+        return None if self.adapted is None else self.adapted.expert_factors(self.name, projection, expert)
+
+    def stacked_a(self, parameter: str) -> torch.Tensor:
+        """PEFT's A of a stack, (matrices * ranks, in), a matrix after the other."""
+        factor = self._outward(parameter).transpose(1, 2) if self._is_swapped(parameter) else self._inward(parameter)
+        return factor.reshape(-1, factor.shape[2])
+
+    def stacked_b(self, parameter: str) -> torch.Tensor:
+        """PEFT's B of a stack, (out, ranks * matrices), the matrix fastest."""
+        factor = self._inward(parameter).transpose(1, 2) if self._is_swapped(parameter) else self._outward(parameter)
+        return factor.permute(1, 2, 0).reshape(factor.shape[1], -1)
+
+    def _is_swapped(self, parameter: str) -> bool:
+        """Whether PEFT takes the matrices of a stack for (out, in), and they are (in, out), or the other way round.
+
+        It then wants the transpose of B A, whose factors are those of B A in the other order, transposed.
+        """
+        holder = self.layer.experts.get_submodule(parameter.rpartition(".")[0])
+        return is_transposed(self.layer, parameter) != bool(getattr(holder, "is_transposed", False))
+
+    def _inward(self, parameter: str) -> torch.Tensor:
+        """(matrices, ranks, in): in each matrix, a projection after the other, each with ranks of its own."""
+        projections = projections_in(self.layer, parameter)
+        matrices, ranks = self._matrices(parameter), len(projections) * self.rank
+        stack = self.like.new_zeros(matrices, ranks, self.shape.projections[projections[0]][0])
+        for expert in self.experts:
+            stack[expert] = torch.cat([self.a(projection, expert) for projection in projections])
+        return stack
+
+    def _outward(self, parameter: str) -> torch.Tensor:
+        """(matrices, out, ranks): the rows of a projection where the model has them, in the ranks of the projection."""
+        projections = projections_in(self.layer, parameter)
+        width, ranks = sum(self.shape.projections[p][1] for p in projections), len(projections) * self.rank
+        stack = self.like.new_zeros(self._matrices(parameter), width, ranks)
+        # As the model's own stack lies, so that its family finds the rows of a projection.
+        as_model = stack.transpose(1, 2) if is_transposed(self.layer, parameter) else stack
+        for i, projection in enumerate(projections):
+            for expert in self.experts:
+                rows = matrix_in(self.layer, as_model, projection, expert)
+                rows[:, i * self.rank : (i + 1) * self.rank] = self.b(projection, expert)
+        return stack
+
+    def _matrices(self, parameter: str) -> int:
+        # longcat_flash has some more than experts with weights.
+        return self.layer.experts.get_parameter(parameter).shape[0]
+
+
+def expert_factors(opened: OpenedAdapter, layers: list[MoELayer], rank: int) -> dict[str, ExpertFactors]:
+    adapted = opened.expert_layers()
+    # Cold layers have no factors of their own to take type and device from.
+    some = next(parameter for layer in adapted.values() for parameter in _factors_of(layer, opened.name))
+    like = torch.empty(0, dtype=some.dtype, device="cpu")
+    return {layer.path: ExpertFactors(layer, adapted.get(layer.path), opened.name, rank, like) for layer in layers}
+
+
+def _factors_of(layer: SieveExpertLayer, name: str) -> list[nn.Parameter]:
+    return [p for key, p in layer.named_parameters() if "lora_" in key and f".{name}." in key]
+
+
+def linear_factors(layer: LoraLayer, name: str, rank: int) -> Tensors:
+    """What follows the module's name in a key -> its tensor, for one of PEFT's own layers."""
+    scaling = layer.scaling[name]
+    if name in layer.lora_embedding_A:
+        a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+        names = "lora_embedding_A", "lora_embedding_B"
+    else:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        names = "lora_A.weight", "lora_B.weight"
+    return {
+        names[0]: ((rank, *a.shape[1:]), lambda: _padded(a.detach().cpu(), 0, rank)),
+        names[1]: (
+            (b.shape[0], rank, *b.shape[2:]),
+            lambda: _padded(_scaled(b.detach().cpu(), scaling), 1, rank),
+        ),
+    }
+
+
+def _scaled(b: torch.Tensor, scaling: float) -> torch.Tensor:
+    wide = torch.promote_types(b.dtype, torch.float32)
+    return (b.to(wide) * scaling).to(b.dtype)
+
+
+def _padded(factor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    shape = list(factor.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([factor, factor.new_zeros(shape)], dim=dim)

@@ -1,0 +1,245 @@
+"""What training would cost, from a model's configuration alone: no weights are read or made."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict
+from torch import nn
+
+from .adapters.reading import skeleton_maker
+from .errors import SieveError
+from .moe.topology import find_moe_layers
+from .routing.comparison import coverage_curves
+from .routing.options import experts_per_layer
+from .routing.profile import RoutingProfile
+from .routing.profile_checks import quoted
+from .routing.selection import select_experts
+from .table import Table
+from .tuners.common.loading import sieve_layers
+from .tuners.sieve.config import SieveLoraConfig
+
+DEFAULT_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+_ADAM_STATES = 2  # numbers that AdamW keeps for each trainable one, in its type
+
+
+@dataclass(frozen=True)
+class PlannedAdapter:
+    """One size of adapter.
+
+    Attributes:
+        experts: layer -> experts adapted there.
+        trainable_parameters: numbers that are trained.
+        adapter_bytes: size of the saved tensors; the file has a header of some kilobytes besides.
+        gradient_bytes, optimizer_bytes: memory for their gradients, and for the states of AdamW.
+        coverage: mean over layers of the score's share that these experts, the hottest, get; None without a profile.
+        lowest_coverage: of the layer with the lowest.
+    """
+
+    experts: dict[str, int]
+    trainable_parameters: int
+    adapter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    coverage: float | None = None
+    lowest_coverage: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What adapters of several sizes cost, the smallest first and the one on all experts last.
+
+    Attributes:
+        model: its name.
+        model_parameters: numbers in it.
+        num_experts: layer -> its experts.
+        r: rank.
+        options: the adapters.
+    """
+
+    model: str
+    model_parameters: int
+    num_experts: dict[str, int]
+    r: int
+    options: tuple[PlannedAdapter, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        return asdict(self)
+
+    def to_table(self) -> Table:
+        """One row an adapter. Sizes are in units of 1,000."""
+        with_coverage = any(option.coverage is not None for option in self.options)
+        full = self.options[-1].trainable_parameters
+        rows = []
+        for option in self.options:
+            row = [
+                _experts_text(option.experts, self.num_experts),
+                f"{option.trainable_parameters:,}",
+                f"{option.trainable_parameters / self.model_parameters:.2%}",
+                f"{option.trainable_parameters / full:.1%}",
+                size_text(option.adapter_bytes),
+                size_text(option.gradient_bytes),
+                size_text(option.optimizer_bytes),
+            ]
+            if with_coverage:
+                row += [f"{option.coverage:.1%}", f"{option.lowest_coverage:.1%}"]
+            rows.append(row)
+        header = ["experts a layer", "trainable", "of model", "of all experts'", "adapter", "gradients", "AdamW states"]
+        return Table(header + (["coverage", "lowest layer"] if with_coverage else []), rows)
+
+    def _repr_html_(self) -> str:
+        return self.to_table().to_html()
+
+
+def plan_training(
+    model: Any,
+    *,
+    top_k: Sequence[int] = (),
+    top_k_frac: Sequence[float] = (),
+    config: SieveLoraConfig | None = None,
+    profile: RoutingProfile | None = None,
+) -> TrainingPlan:
+    """Count what `SieveLoraConfig` would train, for several numbers of experts.
+
+    The model is built on the meta device from its configuration, and the adapter is really injected there, so the
+    numbers are those of `get_peft_model`.
+
+    Args:
+        model: path or Hub id of a model or of its `config.json`, or a model of transformers.
+        top_k: numbers of experts a layer to count for.
+        top_k_frac: shares of each layer's experts to count for. Without either: 1/16, 1/8, 1/4 and 1/2. All experts
+            always come last.
+        config: the other options (rank, projections, what else is trained, score); default `SieveLoraConfig()`.
+        profile: routing of this model, for the coverage of the hottest experts. A layer that no token reached gets no
+            adapter then, as in calibration.
+
+    Raises:
+        SieveError: no such model, one without experts, an option that cannot be, or a profile of another model.
+    """
+    config = SieveLoraConfig() if config is None else copy.copy(config)
+    name = os.fspath(model) if isinstance(model, str | os.PathLike) else None
+    # A configuration without adapter: what it needs of one is the class to build.
+    make, base_name = skeleton_maker(model if name is None else name, LoraConfig(), [])
+    base = make()
+    sizes = {layer.path: layer.num_experts for layer in find_moe_layers(base)}
+    if profile is not None:
+        _check_profile(profile, sizes)
+    choices = _choices(sizes, top_k, top_k_frac)
+    model_parameters = sum(parameter.numel() for parameter in base.parameters())
+    counted = [_hottest(profile, numbers, config.score) if profile is not None else numbers for numbers in choices]
+    adapted = [path for path, number in counted[0].items() if number]
+    cost = _Cost.of(base, adapted, config)
+    return TrainingPlan(
+        model=name or base_name,
+        model_parameters=model_parameters,
+        num_experts=sizes,
+        r=config.r,
+        options=tuple(cost.planned(numbers, profile, config.score) for numbers in counted),
+    )
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """Numbers and bytes: of what every adapter has, and of each adapted expert by layer."""
+
+    fixed: tuple[int, int, int]  # trainable numbers, their bytes, bytes of all saved tensors
+    per_expert: dict[str, tuple[int, int]]  # trainable numbers, their bytes
+
+    @classmethod
+    def of(cls, base: nn.Module, paths: list[str], config: SieveLoraConfig) -> _Cost:
+        """Measured on an adapter with one expert in each layer: a factor has as many rows of slots as experts."""
+        config.selected_experts = {path: [0] for path in paths}
+        model = get_peft_model(base, config)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        numbers, size = sum(p.numel() for p in trainable), sum(_bytes(p) for p in trainable)
+        saved = sum(_bytes(tensor) for tensor in get_peft_model_state_dict(model).values())
+        per_expert = {}
+        for path, layer in sieve_layers(base):
+            factors = [p for p in layer.parameters() if p.requires_grad]
+            per_expert[path] = (sum(p.numel() for p in factors), sum(_bytes(p) for p in factors))
+        for count, occupied in per_expert.values():
+            numbers, size, saved = numbers - count, size - occupied, saved - occupied
+        return cls((numbers, size, saved), per_expert)
+
+    def planned(self, experts: dict[str, int], profile: RoutingProfile | None, score: str) -> PlannedAdapter:
+        numbers, size, saved = self.fixed
+        for path, (count, occupied) in self.per_expert.items():
+            numbers += experts[path] * count
+            size += experts[path] * occupied
+            saved += experts[path] * occupied
+        coverage = _coverage(profile, experts, score) if profile is not None else []
+        return PlannedAdapter(
+            experts=experts,
+            trainable_parameters=numbers,
+            adapter_bytes=saved,
+            gradient_bytes=size,
+            optimizer_bytes=_ADAM_STATES * size,
+            coverage=sum(coverage) / len(coverage) if coverage else None,
+            lowest_coverage=min(coverage, default=None),
+        )
+
+
+def size_text(size: int) -> str:
+    """Bytes in the largest unit of 1,000 that leaves a digit before the point."""
+    value, units = float(size), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        del units[0]
+    digits = 0 if units[0] == "B" or value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f} {units[0]}"
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _choices(sizes: dict[str, int], top_k: Sequence[int], top_k_frac: Sequence[float]) -> list[dict[str, int]]:
+    """The numbers of experts a layer to count for: each once, rising, all experts last."""
+    for number in top_k:
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= min(sizes.values()):
+            raise SieveError(
+                f"received top_k={number!r}, expected whole numbers from 1 to {min(sizes.values())}, the experts of "
+                "the smallest layer: pass some of those"
+            )
+    for fraction in top_k_frac:
+        if not 0 < fraction <= 1:
+            raise SieveError(f"received top_k_frac={fraction!r}, expected numbers above 0 and at most 1: pass some")
+    fractions = top_k_frac if top_k or top_k_frac else DEFAULT_FRACTIONS
+    wanted = [dict.fromkeys(sizes, number) for number in top_k]
+    wanted += [{path: experts_per_layer(n, fraction) for path, n in sizes.items()} for fraction in (*fractions, 1.0)]
+    distinct = {tuple(numbers.values()): numbers for numbers in wanted}
+    return sorted(distinct.values(), key=lambda numbers: sum(numbers.values()))
+
+
+def _check_profile(profile: RoutingProfile, sizes: dict[str, int]) -> None:
+    profiled = {path: len(counts) for path, counts in profile.counts.items()}
+    different = [path for path in {**sizes, **profiled} if sizes.get(path) != profiled.get(path)]
+    if different:
+        raise SieveError(
+            f"received a profile that differs from the model in {quoted(different)}, expected one with the model's "
+            "layers and numbers of experts: profile this model"
+        )
+
+
+def _hottest(profile: RoutingProfile, numbers: dict[str, int], score: str) -> dict[str, int]:
+    """`numbers`, with none for layers that get no experts."""
+    reached = select_experts(profile, top_k=1, score=score)
+    return {path: number if reached[path] else 0 for path, number in numbers.items()}
+
+
+def _coverage(profile: RoutingProfile, experts: dict[str, int], score: str) -> list[float]:
+    curves = coverage_curves(profile, score=score)
+    return [curve[experts[path] - 1] for path, curve in curves.items() if experts[path]]
+
+
+def _experts_text(experts: dict[str, int], sizes: dict[str, int]) -> str:
+    numbers, of = sorted(set(experts.values()) - {0}), sorted(set(sizes.values()))
+    first, second = (str(n[0]) if len(n) == 1 else f"{n[0]}-{n[-1]}" for n in (numbers, of))
+    return f"{first} of {second}"

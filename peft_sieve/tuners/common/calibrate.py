@@ -1,0 +1,113 @@
+"""Fill in a configuration's mask: profile, select, and note where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import nn
+
+from ...errors import SieveError
+from ...moe.topology import MoELayer
+from ...routing.data.batches import CalibrationData, calibration_batches
+from ...routing.distributed import gathered, on_every_rank, rank_and_world, summed
+from ...routing.profiling import check_reached, find_tokenizer, profile_batches, profile_until_stable
+from ...routing.selection import select_experts
+from ...routing.until_stable import StabilityRule
+from .config import RUNTIME_ONLY
+
+
+def calibrate(config: Any, model: nn.Module, layers: list[MoELayer]) -> None:
+    """Set `selected_experts` and `calibration` of `config`.
+
+    Under several processes each profiles its share of the samples and the counts are added up, so that all of them
+    come to the same mask, whatever each one's data.
+
+    Raises:
+        SieveError: there is no data, it cannot be read, or it reaches no layer; `config` is unchanged then.
+    """
+    options: dict[str, Any] = {
+        "top_k_frac": config.top_k_frac,
+        "top_k": config.top_k,
+        "strategy": config.strategy,
+        "score": config.score,
+        "coverage": config.coverage,
+        "seed": config.calib_seed,
+        "top_p": config.top_p,
+    }
+    calibration = on_every_rank(lambda: _read(config, model))
+    stability: dict[str, float] | None = None
+    if config.calib_stability is None:
+        profile = on_every_rank(lambda: profile_batches(model, layers, calibration))
+    else:
+        rule = StabilityRule(config.calib_stability, options, config.calib_seed)
+        stopped = profile_until_stable(model, layers, calibration, rule, together=True)
+        profile, calibration, stability = stopped.profile, stopped.data, stopped.stability
+    total = summed(profile)
+    check_reached(total)
+    selection = select_experts(total, **options)
+    config.selected_experts = {path: ids for path, ids in selection.to_dict().items() if ids}
+    coverage = selection.coverage(total, score=config.score)
+    config.calibration = {
+        "dataset": ", ".join(dict.fromkeys(gathered(calibration.name))),
+        "fingerprint": _common_fingerprint(gathered(calibration.fingerprint)),
+        "samples": sum(gathered(calibration.num_samples)),
+        "tokens": total.num_tokens,
+        "max_length": config.calib_max_length,
+        "seed": config.calib_seed,
+        "score": config.score,
+        "strategy": config.strategy,
+        "coverage": {path: round(coverage[path], 4) for path in config.selected_experts},
+        "peft_sieve_version": package_version(),
+    }
+    if config.top_p is not None:
+        config.calibration["top_p"] = config.top_p
+    if stability is not None:
+        config.calibration["stability"] = {path: round(stability[path], 4) for path in config.selected_experts}
+        config.calibration["stability_threshold"] = config.calib_stability
+
+
+def _common_fingerprint(fingerprints: list[str]) -> str:
+    """The processes' fingerprint; where each had data of its own, one over all of theirs."""
+    if len(set(fingerprints)) == 1:
+        return fingerprints[0]
+    return hashlib.sha256(" ".join(fingerprints).encode()).hexdigest()
+
+
+def _read(config: Any, model: nn.Module) -> CalibrationData:
+    """This process's share of the calibration data."""
+    data, tokenizer, formatting_func = (vars(config)[name] for name in RUNTIME_ONLY)
+    if data is None:
+        raise SieveError(
+            "the configuration has neither calib_dataset nor selected_experts, expected one of them to know which "
+            "experts to adapt: pass SieveLoraConfig(calib_dataset=...) or the mask of an earlier calibration"
+        )
+    _refuse_sharded(model)
+    return calibration_batches(
+        data,
+        tokenizer=find_tokenizer(model, tokenizer),
+        formatting_func=formatting_func,
+        split=config.calib_split,
+        max_samples=config.calib_samples,
+        max_length=config.calib_max_length,
+        batch_size=config.calib_batch_size,
+        seed=config.calib_seed,
+        shard=rank_and_world(),
+    )
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise SieveError(
+            "the model's parameters are sharded by DeepSpeed ZeRO-3, expected whole ones for profiling: calibrate once "
+            "without it (select_experts(profile_routing(...)).to_dict()) and pass the result as selected_experts"
+        )
+
+
+def package_version() -> str:
+    """Version of the installed package; "unknown" when it runs from a folder that was never installed."""
+    try:
+        return version("peft-sieve")
+    except PackageNotFoundError:
+        return "unknown"
