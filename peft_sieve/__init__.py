@@ -6,44 +6,37 @@ Importing it registers the PEFT methods SIEVE_LORA, SIEVE_EPNG, PERFT and LORA_M
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .hf import patches as registration
-
-registration.add_peft_types()
-
-from .adapters.checkpoint.merge import merge_checkpoint  # noqa: E402
-from .adapters.plain.export import ExportedLora, export_lora  # noqa: E402
-from .adapters.plain.narrow import NarrowedLora, narrow_lora  # noqa: E402
-from .adapters.summary import AdapterSummary, inspect_adapter  # noqa: E402
-from .errors import SieveError  # noqa: E402  (the configuration needs the enumeration member)
-from .moe.families.family import ExpertsShape, MoEFamily  # noqa: E402
-from .moe.families.fused import FusedExperts  # noqa: E402
-from .moe.families.modules import ModuleExperts  # noqa: E402
-from .moe.families.registry import register_moe_family  # noqa: E402
-from .routing.equivalence import PairedEquivalence, holm_correction, paired_equivalence  # noqa: E402
-from .routing.profile import RoutingProfile  # noqa: E402
-from .routing.profiling import profile_routing  # noqa: E402
-from .routing.scores import register_score  # noqa: E402
-from .routing.selection import ExpertSelection, select_experts  # noqa: E402
-from .routing.stability import selection_stability, subsample_stability  # noqa: E402
-from .routing.statistics import RoutingStatistics, routing_statistics  # noqa: E402
-from .training.warm_up import warm_up_profile  # noqa: E402
-from .tuners.common.experts.layer import SieveExpertLayer  # noqa: E402
-from .tuners.epng import EpngConfig, EpngModel  # noqa: E402
-from .tuners.lora_moe import LoraMoeConfig, LoraMoeModel  # noqa: E402
-from .tuners.perft import PerftConfig, PerftModel  # noqa: E402
-from .tuners.presets import hellora_config  # noqa: E402
-from .tuners.sieve import SieveLoraConfig, SieveLoraModel  # noqa: E402
+from .adapters.checkpoint.merge import merge_checkpoint
+from .adapters.plain.export import ExportedLora, export_lora
+from .adapters.plain.narrow import NarrowedLora, narrow_lora
+from .adapters.summary import AdapterSummary, inspect_adapter
+from .errors import SieveError
+from .hf.patches import wrap_peft
+from .moe.families.family import ExpertsShape, MoEFamily
+from .moe.families.fused import FusedExperts
+from .moe.families.modules import ModuleExperts
+from .moe.families.registry import register_moe_family
+from .routing.equivalence import PairedEquivalence, holm_correction, paired_equivalence
+from .routing.profile import RoutingProfile
+from .routing.profiling import profile_routing
+from .routing.scores import register_score
+from .routing.selection import ExpertSelection, select_experts
+from .routing.stability import selection_stability, subsample_stability
+from .routing.statistics import RoutingStatistics, routing_statistics
+from .training.warm_up import warm_up_profile
+from .tuners.common.experts.layer import SieveExpertLayer
+from .tuners.epng import EpngConfig, EpngModel
+from .tuners.lora_moe import LoraMoeConfig, LoraMoeModel
+from .tuners.perft import PerftConfig, PerftModel
+from .tuners.presets import hellora_config
+from .tuners.sieve import SieveLoraConfig, SieveLoraModel
 
 if TYPE_CHECKING:
     from .training.drift_callback import RoutingDriftCallback
     from .training.epng_callback import EpngCallback
     from .training.pruning_callback import ExpertPruningCallback
 
-registration.register("SIEVE_LORA", SieveLoraConfig, SieveLoraModel)
-registration.register("PERFT", PerftConfig, PerftModel)
-registration.register("LORA_MOE", LoraMoeConfig, LoraMoeModel)
-registration.register("SIEVE_EPNG", EpngConfig, EpngModel)
-registration.wrap_peft()
+wrap_peft()
 
 __version__ = "0.1.0"
 

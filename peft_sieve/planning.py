@@ -22,7 +22,7 @@ from .routing.profile import RoutingProfile
 from .routing.profile_checks import quoted
 from .routing.selection import select_experts
 from .table import Table
-from .tuners.common.loading import sieve_layers
+from .tuners.common.experts.layer import expert_layers
 from .tuners.sieve.config import SieveLoraConfig
 
 DEFAULT_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
@@ -161,7 +161,7 @@ class _Cost:
         numbers, size = sum(p.numel() for p in trainable), sum(_bytes(p) for p in trainable)
         saved = sum(_bytes(tensor) for tensor in get_peft_model_state_dict(model).values())
         per_expert = {}
-        for path, layer in sieve_layers(base):
+        for path, layer in expert_layers(base):
             factors = [p for p in layer.parameters() if p.requires_grad]
             per_expert[path] = (sum(p.numel() for p in factors), sum(_bytes(p) for p in factors))
         for count, occupied in per_expert.values():

@@ -20,10 +20,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import SieveError
-from ..hf.patches import PEFT_TYPES, SIEVE_TYPES
+from ..hf.methods import method_of, methods
 from ..moe.topology import MoELayer, find_moe_layers
-from ..tuners.common.experts.layer import SieveExpertLayer
-from ..tuners.common.loading import sieve_layers
+from ..tuners.common.experts.layer import SieveExpertLayer, expert_layers
 from ..tuners.sieve.config import SieveLoraConfig
 
 # By PEFT's task type; the class that the base model is loaded with then.
@@ -68,7 +67,7 @@ class OpenedAdapter:
 
     def expert_layers(self) -> dict[str, SieveExpertLayer]:
         """Experts-module path -> its adapter layer, of the layers that this adapter is in."""
-        layers = sieve_layers(self.base)
+        layers = expert_layers(self.base)
         return {path: layer for path, layer in layers if self.name in layer.plans}
 
     def other_layers(self) -> Iterator[tuple[str, LoraLayer]]:
@@ -126,9 +125,9 @@ def sieve_config(adapter: str) -> SieveLoraConfig:
     config = _read_config(adapter)
     if not isinstance(config, SieveLoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
-        reason = ", since PERFT and LoRA experts are in no weight of the base model" if kind in PEFT_TYPES else ""
+        reason = ", since PERFT and LoRA experts are in no weight of the base model" if method_of(kind) else ""
         raise SieveError(
-            f"{adapter} holds an adapter of type {kind}, expected {' or '.join(SIEVE_TYPES)}{reason}: pass an adapter "
+            f"{adapter} holds an adapter of type {kind}, expected {' or '.join(m.name for m in methods() if issubclass(m.config, SieveLoraConfig))}{reason}: pass an adapter "
             "that was trained with a SieveLoraConfig or an EpngConfig"
         )
     return config

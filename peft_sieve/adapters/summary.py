@@ -14,9 +14,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..errors import SieveError
+from ..hf.adapter_files import broken_weights
 from ..moe.families.family import PROJECTIONS
 from ..table import UNKNOWN, Table
-from ..tuners.common.loading import BOOKKEEPING_KEY, broken_weights
+from ..tuners.common.experts.factors import BOOKKEEPING_KEY
 from ..tuners.epng.config import EpngConfig
 from ..tuners.sieve.config import SieveLoraConfig
 from .reading import sieve_config

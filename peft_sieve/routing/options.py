@@ -12,7 +12,7 @@ from .strategies import STRATEGIES
 
 
 def validate_selection_options(
-    top_k_frac: Any, top_k: Any, strategy: Any, score: Any, coverage: Any, top_p: Any = None
+    top_k_frac: Any, top_k: Any, strategy: Any, score: Any, coverage: Any, top_p: Any = None, check_scores: bool = True
 ) -> None:
     """Check the options of `select_experts` as far as that is possible without a profile.
 
@@ -34,7 +34,8 @@ def validate_selection_options(
             "set it to the number of experts to adapt in each layer, or use top_k_frac for a share"
         )
     check_name("strategy", strategy, STRATEGIES)
-    check_score(score)
+    if check_scores:
+        check_score(score)
     check_share("coverage", coverage, "the share of each layer's score to capture, such as 0.6")
     if top_p is not None:
         check_share("top_p", top_p, "the sum of scores to reach in each layer, such as 0.2, or to None")
@@ -43,7 +44,7 @@ def validate_selection_options(
             f"received strategy='cumulative' with score={score!r}, expected a score that is an average, since sums of "
             "this one grow with the data: use score='esft_token' or 'esft_gate', or strategy='coverage' for a share"
         )
-    if strategy == "cumulative" and top_p is None and score not in TOP_P:
+    if check_scores and strategy == "cumulative" and top_p is None and score not in TOP_P:
         raise SieveError(
             f"received strategy='cumulative' with score={score!r} and no top_p, expected a number above 0 and at most "
             "1: set it to the sum of scores to reach in each layer"

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from ..checks import whole
 from ..errors import SieveError
-from ..routing.counting import DispatchCounter, Watched, see_mask, watching
+from ..routing.counting import DispatchCounter
 from ..routing.distributed import summed
 from ..routing.drift import routing_drift
-from ..routing.encoder_decoder import decoder_layers
 from ..routing.profile import RoutingProfile
 from ..routing.profiling import unwrapped
 from ..routing.scores import check_score
 from ..routing.selection import ExpertSelection
 from ..tuners.common.experts.layer import SieveExpertLayer
-from .trainer_methods import wrap_method
+from ..tuners.common.traffic import Traffic
+from .trainers import check_hooks_see, check_same_trainer, check_trainer, wrap_method
 
+_NAME = "drift"
 _ADVICE = "train with per_device_train_batch_size=1, or leave RoutingDriftCallback out"
 # What the Trainer's own entry of a training log has, and those of evaluations and of the end do not.
 _TRAINING_ENTRY = "loss"
@@ -56,91 +57,64 @@ class RoutingDriftCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, *, every: int = 10) -> None:
-        if not isinstance(trainer, Trainer):
-            raise SieveError(
-                f"received {type(trainer).__name__} as the trainer, expected a Trainer of transformers or TRL: make it "
-                "first, then trainer.add_callback(RoutingDriftCallback(trainer))"
-            )
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise SieveError(f"received every={every!r}, expected a whole number of steps from 1 on: pass one like 10")
+        check_trainer(self, trainer)
+        self.every = whole("every", every)
         self.trainer = trainer
-        self.every = every
         self._restore = ExitStack()
-        self._counts = _TrainingCounts(trainer)
+        self._traffic = _DriftTraffic(trainer, every)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start anew; also after a run that an exception ended."""
-        if self.trainer.state is not state:
-            raise SieveError(
-                "RoutingDriftCallback was added to another trainer than it was made with, expected the same: use "
-                "trainer.add_callback(RoutingDriftCallback(trainer))"
-            )
+        check_same_trainer(self, state)
         self._restore.close()
-        self._counts = _TrainingCounts(self.trainer)
-        self._restore.callback(wrap_method(self.trainer, "compute_loss", self._counted))
+        self._traffic = _DriftTraffic(self.trainer, self.every)
+        self._traffic.hang_on(self._traffic.model, _NAME)
+        self._restore.callback(self._traffic.take_off, self._traffic.model, _NAME)
         self._restore.callback(wrap_method(self.trainer, "log", self._with_drift))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give the Trainer its methods back."""
+        """Give the Trainer its method back, and count no more."""
         self._restore.close()
-
-    def _counted(self, compute_loss: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # The backward, with what checkpointing computes again, comes after this call.
-        if not model.training or self.trainer.state.global_step % self.every:
-            return compute_loss(model, *args, **kwargs)
-        with self._counts.counting():
-            return compute_loss(model, *args, **kwargs)
 
     def _with_drift(self, log: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         if _TRAINING_ENTRY in logs:  # every process is here, having just shared its loss
-            logs.update(self._counts.drift())
+            logs.update(self._traffic.drift())
         return log(logs, *args, **kwargs)
 
 
-class _TrainingCounts:
-    """What the routers of the adapted layers dispatch while the model trains.
+class _DriftTraffic(Traffic):
+    """What the routers of the adapted layers dispatch while a trainer trains, on every so many-th step.
 
     Raises:
         SieveError: there is nothing to count, or no way to do so.
     """
 
-    model: nn.Module
-
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, every: int) -> None:
         model: Any = trainer.model
-        self.model = model
-        self.layers = [
-            (module, child)
-            for module in model.modules()
-            for child in module.children()
-            if isinstance(child, SieveExpertLayer)
-        ]
+        self.model, self.trainer, self.every = unwrapped(model), trainer, every
+        super().__init__(self.model, SieveExpertLayer)
         self.adapter = _trained_adapter(trainer, [layer for _, layer in self.layers])
         self.layers = [(parent, layer) for parent, layer in self.layers if self.adapter in layer.plans]
         score: str = model.peft_config[self.adapter].score
         self.score = _OVER_TOKENS.get(score, score)
         check_score(self.score)
         self.counters = self._new_counters()
-        self.in_decoder = decoder_layers(unwrapped(model), self.counters)
+
+    def begin(self, model: nn.Module, given: Mapping[str, Any]) -> None:
+        if self.trainer.state.global_step % self.every == 0:
+            super().begin(model, given)
+
+    def counter(self, layer: SieveExpertLayer) -> DispatchCounter:
+        return self.counters[layer.path]
+
+    def counts(self, layer: SieveExpertLayer) -> bool:
+        # Off, or another in its place: a reference model's forward.
+        return not layer.disable_adapters and self.adapter in layer.active_adapters
 
     @property
     def mask(self) -> ExpertSelection:
         """The experts that have an adapter now; EPnG changes them in training."""
         return ExpertSelection({layer.path: layer.plans[self.adapter].experts for _, layer in self.layers})
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """Forwards in the block count; no hook is left after it, also after an exception."""
-        for counter in self.counters.values():
-            counter.real = None
-        # The model itself is called, or its backbone alone by losses that never make logits, or by PEFT's wrappers.
-        inner = unwrapped(self.model)
-        called = {id(module): module for module in (self.model, inner, _backbone(inner))}
-        with ExitStack() as stack:
-            stack.enter_context(watching(self._watched(parent, layer) for parent, layer in self.layers))
-            for module in called.values():
-                stack.callback(module.register_forward_pre_hook(self._see_mask, with_kwargs=True).remove)
-            yield
 
     def drift(self) -> dict[str, float]:
         """What to log, with the counts of all processes, and start anew; every process must call it."""
@@ -169,20 +143,6 @@ class _TrainingCounts:
     def _new_counters(self) -> dict[str, DispatchCounter]:
         return {layer.path: DispatchCounter(layer.shape.num_experts, _ADVICE) for _, layer in self.layers}
 
-    def _watched(self, parent: nn.Module, layer: SieveExpertLayer) -> Watched:
-        counter = self.counters[layer.path]
-
-        def on_dispatch(expert_ids: torch.Tensor, expert_weights: torch.Tensor) -> None:
-            # Off, or another in its place: a reference model's forward.
-            if not layer.disable_adapters and self.adapter in layer.active_adapters:
-                counter.add(expert_ids, expert_weights)
-
-        return layer.family, layer, parent, on_dispatch
-
-    def _see_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        # What the model is given counts; what it hands on inside may have been turned into one mask per query.
-        see_mask(self.counters, self.in_decoder, kwargs, given=module is self.model)
-
 
 def _trained_adapter(trainer: Trainer, layers: list[SieveExpertLayer]) -> str:
     """The name of the adapter that the trainer trains.
@@ -193,23 +153,8 @@ def _trained_adapter(trainer: Trainer, layers: list[SieveExpertLayer]) -> str:
     active = sorted({name for layer in layers for name in layer.active_adapters if name in layer.plans})
     if len(active) != 1:
         raise SieveError(
-            f"the trainer's model, a {type(trainer.model).__name__}, has {len(active)} active sieve adapters on expert "
-            "layers, expected one whose routing to watch: train a SieveLoraConfig, or leave RoutingDriftCallback out"
+            f"The trainer's model, a {type(trainer.model).__name__}, has {len(active)} active sieve adapters on expert "
+            "layers, not one. Train a SieveLoraConfig, or leave RoutingDriftCallback out."
         )
-    if trainer.args.torch_compile:
-        raise SieveError(
-            "the trainer has torch_compile=True, expected a model that is not compiled, since compiled code passes by "
-            "the hooks that count: leave torch_compile or RoutingDriftCallback out"
-        )
-    if trainer.args.n_gpu > 1:
-        raise SieveError(
-            f"the trainer spreads one process over {trainer.args.n_gpu} GPUs, expected one process for each, since "
-            "copies of a layer would count at once: start it with accelerate launch or torchrun, or show it one GPU"
-        )
+    check_hooks_see(trainer.args, "RoutingDriftCallback")
     return active[0]
-
-
-def _backbone(model: nn.Module) -> nn.Module:
-    backbone = getattr(model, "base_model", model)
-    assert isinstance(backbone, nn.Module)
-    return backbone

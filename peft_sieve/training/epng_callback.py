@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 from ..errors import SieveError
 from ..routing.profiling import unwrapped
 from ..tuners.epng.update import trained_adapters, update_and_allocate
+from .trainers import check_hooks_see
 
 
 class EpngCallback(TrainerCallback):
@@ -28,16 +29,7 @@ class EpngCallback(TrainerCallback):
                 f"the trainer's model, a {type(model).__name__}, has no EPnG adapter in training, expected one: train "
                 "an EpngConfig, or leave EpngCallback out"
             )
-        if args.torch_compile:
-            raise SieveError(
-                "the trainer has torch_compile=True, expected a model that is not compiled, since compiled code passes "
-                "by the hooks that count the routing: leave torch_compile out, or train a SieveLoraConfig"
-            )
-        if args.n_gpu > 1:
-            raise SieveError(
-                f"the trainer spreads one process over {args.n_gpu} GPUs, expected one process for each, since copies "
-                "of a layer would count at once: start it with accelerate launch or torchrun, or show it one GPU"
-            )
+        check_hooks_see(args, "EpngCallback")
         if args.deepspeed or args.fsdp:
             raise SieveError(
                 "the trainer uses DeepSpeed or FSDP, expected parameters and optimizer states that are whole in each "

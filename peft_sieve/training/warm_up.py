@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import SieveError
+from ..hf.injection import Snapshot
 from ..moe.topology import MoELayer, find_moe_layers
 from ..routing.counting import watching
 from ..routing.data.batches import CalibrationData, calibration_batches, tokens_in
@@ -35,7 +36,6 @@ from ..routing.profiling import (
     input_device,
     on_device,
 )
-from ..tuners.common.undo import as_before_on_error
 from ..tuners.sieve.config import SieveLoraConfig
 
 _ADVICE = "warm up with batch_size=1"
@@ -177,21 +177,16 @@ def _with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _with_adapter(model: nn.Module, config: SieveLoraConfig, seed: int) -> Iterator[PeftModel]:
     """The model with a new adapter in training mode; afterwards it is as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = Snapshot(model)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices), as_before_on_error(model):
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             peft_model = get_peft_model(model, config)
             peft_model.train()
             yield peft_model
-            peft_model.unload()
     finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad in trainable:
-            parameter.requires_grad_(requires_grad)
+        before.restore()
 
 
 def _number_of_samples(data: Any, split: str) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import SieveError
 from ..routing.profile import RoutingProfile, check_profile
 from ..routing.selection import select_experts
-from .common.calibrate import package_version
+from .common.provenance import provenance
 from .sieve.config import SieveLoraConfig
 
 HELLORI_DENSITY = 0.1
@@ -47,31 +47,11 @@ def hellora_config(profile: RoutingProfile, *, hellori: bool = False, **options:
         always_active = ("train_attention", "train_router", "train_shared_experts")
         options = {"hellori_density": HELLORI_DENSITY, **dict.fromkeys(always_active, False), **options}
     checked = SieveLoraConfig(**options)
-    selection = select_experts(
-        profile,
-        top_k_frac=checked.top_k_frac,
-        top_k=checked.top_k,
-        strategy=checked.strategy,
-        score=checked.score,
-        coverage=checked.coverage,
-        seed=checked.calib_seed,
-        top_p=checked.top_p,
-    )
+    selection = select_experts(profile, **checked.selection_options())
     mask = {path: ids for path, ids in selection.to_dict().items() if ids}
-    return SieveLoraConfig(**options, selected_experts=mask, calibration=_provenance(profile, checked, selection))
-
-
-def _provenance(profile: RoutingProfile, config: SieveLoraConfig, selection: Any) -> dict[str, Any] | None:
-    """As calibration notes it; None for a profile of unknown data."""
     known = ("dataset", "fingerprint", "samples", "tokens")
-    if any(name not in profile.metadata for name in known):
-        return None
-    coverage = selection.coverage(profile, score=config.score)
-    return {
-        **{name: profile.metadata[name] for name in known},
-        **({"warm_up": profile.metadata["warm_up"]} if "warm_up" in profile.metadata else {}),
-        "score": config.score,
-        "strategy": config.strategy,
-        "coverage": {path: round(share, 4) for path, share in coverage.items() if selection[path]},
-        "peft_sieve_version": package_version(),
-    }
+    calibration = None
+    if all(name in profile.metadata for name in known):
+        source = {name: profile.metadata[name] for name in (*known, "warm_up") if name in profile.metadata}
+        calibration = provenance(selection, profile, checked, **source)
+    return SieveLoraConfig(**options, selected_experts=mask, calibration=calibration)

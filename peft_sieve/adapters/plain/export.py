@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from ...errors import SieveError
 from ...files import replaced_when_done
-from ...hf.patches import PEFT_TYPES
+from ...hf.methods import methods
 from ...moe.families.fused import FusedExperts
 from ...moe.families.modules import ModuleExperts
 from ...moe.families.parallel import ParallelExperts
@@ -140,7 +140,7 @@ def _checked_output(output_dir: str | os.PathLike[str]) -> Path:
         raise SieveError(f"output_dir {str(output)!r} is a file, expected a folder or a path for one: pass another")
     config = output / CONFIG_NAME
     text = config.read_text(errors="replace") if config.exists() else ""
-    if any(f'"{name}"' in text for name in PEFT_TYPES):
+    if any(f'"{method.name}"' in text for method in methods()):
         raise SieveError(
             f"output_dir {str(output)!r} holds an adapter of this package, which the export would replace, expected "
             "another folder: pass one"

@@ -18,11 +18,12 @@ from ...moe.families.modules import ModuleExperts
 from ...moe.topology import MoELayer, find_moe_layers
 from ...routing.profile import RoutingProfile
 from ...routing.selection import ExpertSelection, select_experts
-from ...tuners.common.calibrate import package_version
-from ...tuners.common.experts.factors import slots_of
-from ...tuners.common.loading import SLOTS_KEY, sieve_layers
+from ...tuners.common.config import checked_mask
+from ...tuners.common.experts.factors import SLOTS_KEY, slots_of
+from ...tuners.common.experts.layer import expert_layers
 from ...tuners.common.mask import check_mask
-from ...tuners.sieve.config import SieveLoraConfig, checked_mask
+from ...tuners.common.provenance import _package_version as package_version
+from ...tuners.sieve.config import SieveLoraConfig
 from ..reading import assign, open_plain_lora
 from ..stack_layout import matrix_in, parameter_of
 
@@ -299,7 +300,7 @@ def _alpha(rank: int, scaling: float) -> float:
 
 def _expert_tensors(model: PeftModel, factors: dict[str, _OfLayer]) -> dict[str, torch.Tensor]:
     tensors = {}
-    for path, layer in sieve_layers(model.get_base_model()):
+    for path, layer in expert_layers(model.get_base_model()):
         ids = layer.plans["default"].experts
         for group, projections in _GROUPS.items():
             inside = [p for p in projections if (p, ids[0]) in factors[path]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import nn
@@ -16,6 +15,7 @@ from ...routing.profiling import check_reached, find_tokenizer, profile_batches,
 from ...routing.selection import select_experts
 from ...routing.until_stable import StabilityRule
 from .config import RUNTIME_ONLY
+from .provenance import provenance
 
 
 def calibrate(config: Any, model: nn.Module, layers: list[MoELayer]) -> None:
@@ -27,45 +27,35 @@ def calibrate(config: Any, model: nn.Module, layers: list[MoELayer]) -> None:
     Raises:
         SieveError: there is no data, it cannot be read, or it reaches no layer; `config` is unchanged then.
     """
-    options: dict[str, Any] = {
-        "top_k_frac": config.top_k_frac,
-        "top_k": config.top_k,
-        "strategy": config.strategy,
-        "score": config.score,
-        "coverage": config.coverage,
-        "seed": config.calib_seed,
-        "top_p": config.top_p,
-    }
+    options = config.selection_options()
     calibration = on_every_rank(lambda: _read(config, model))
-    stability: dict[str, float] | None = None
+    found: dict[str, Any] = {}
     if config.calib_stability is None:
         profile = on_every_rank(lambda: profile_batches(model, layers, calibration))
     else:
         rule = StabilityRule(config.calib_stability, options, config.calib_seed)
         stopped = profile_until_stable(model, layers, calibration, rule, together=True)
-        profile, calibration, stability = stopped.profile, stopped.data, stopped.stability
+        profile, calibration = stopped.profile, stopped.data
+        found = {"stability": stopped.stability, "stability_threshold": config.calib_stability}
     total = summed(profile)
     check_reached(total)
     selection = select_experts(total, **options)
-    config.selected_experts = {path: ids for path, ids in selection.to_dict().items() if ids}
-    coverage = selection.coverage(total, score=config.score)
-    config.calibration = {
-        "dataset": ", ".join(dict.fromkeys(gathered(calibration.name))),
-        "fingerprint": _common_fingerprint(gathered(calibration.fingerprint)),
-        "samples": sum(gathered(calibration.num_samples)),
-        "tokens": total.num_tokens,
-        "max_length": config.calib_max_length,
-        "seed": config.calib_seed,
-        "score": config.score,
-        "strategy": config.strategy,
-        "coverage": {path: round(coverage[path], 4) for path in config.selected_experts},
-        "peft_sieve_version": package_version(),
-    }
-    if config.top_p is not None:
-        config.calibration["top_p"] = config.top_p
-    if stability is not None:
-        config.calibration["stability"] = {path: round(stability[path], 4) for path in config.selected_experts}
-        config.calibration["stability_threshold"] = config.calib_stability
+    mask = config.selected_experts = {path: ids for path, ids in selection.to_dict().items() if ids}
+    if found:
+        found["stability"] = {path: round(found["stability"][path], 4) for path in mask}
+    config.calibration = provenance(
+        selection,
+        total,
+        config,
+        dataset=", ".join(dict.fromkeys(gathered(calibration.name))),
+        fingerprint=_common_fingerprint(gathered(calibration.fingerprint)),
+        samples=sum(gathered(calibration.num_samples)),
+        tokens=total.num_tokens,
+        max_length=config.calib_max_length,
+        seed=config.calib_seed,
+        **({} if config.top_p is None else {"top_p": config.top_p}),
+        **found,
+    )
 
 
 def _common_fingerprint(fingerprints: list[str]) -> str:
@@ -103,11 +93,3 @@ def _refuse_sharded(model: nn.Module) -> None:
             "the model's parameters are sharded by DeepSpeed ZeRO-3, expected whole ones for profiling: calibrate once "
             "without it (select_experts(profile_routing(...)).to_dict()) and pass the result as selected_experts"
         )
-
-
-def package_version() -> str:
-    """Version of the installed package; "unknown" when it runs from a folder that was never installed."""
-    try:
-        return version("peft-sieve")
-    except PackageNotFoundError:
-        return "unknown"

@@ -1,4 +1,227 @@
-"""What the configurations of several methods have in common."""
+"""What the configurations of several methods have in common: how they are saved, and how experts are selected."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import InitVar, dataclass, field
+from functools import partial, wraps
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME
+
+from ...checks import must_be, number, shown, whole
+from ...errors import SieveError
+from ...files import replaced_when_done
+from ...routing.options import validate_selection_options
 
 # Held by the object, never by a dataclass field: PEFT serialises with `dataclasses.asdict`, which deep-copies fields.
 RUNTIME_ONLY = ("calib_dataset", "calib_tokenizer", "calib_formatting_func")
+BY_HAND = "The adapter_config.json was changed by hand: take it from its source again."
+
+
+class MethodConfig(PeftConfig):
+    """A configuration that is saved whole or not at all, and twice to the same file."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The serialisable fields; sets as sorted lists, so that saving twice gives the same file."""
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, lists of numbers on one line each, so that a person can read the mask.
+
+        The file appears whole or not at all: it is written beside its place and then moved there.
+        """
+        with replaced_when_done(save_directory) as staging:
+            super().save_pretrained(staging, **kwargs)
+            path = Path(staging, CONFIG_NAME)
+            path.write_text(_compact_lists(path.read_text()) + "\n")
+
+
+def _compact_lists(text: str) -> str:
+    """JSON with every list of numbers on one line."""
+    return re.sub(r"\[[\d\s,]+\]", lambda match: json.dumps(json.loads(match.group())), text)
+
+
+def as_sets(config: Any) -> None:
+    """Lists of modules as sets, as in PEFT, which then looks names up."""
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(getattr(config, name), list):
+            setattr(config, name, set(getattr(config, name)))
+
+
+def with_former_names(names: Mapping[str, str]) -> Callable[[type], type]:
+    """A class decorator: settings are also taken, read and set by the names that they had.
+
+    Args:
+        names: former name -> name.
+    """
+
+    def decorate(config: Any) -> type:
+        original = config.__init__
+
+        @wraps(original)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            for former, name in names.items():
+                if former in kwargs:
+                    if name in kwargs:
+                        raise SieveError(f"{former} is the former name of {name}. Pass one of them.")
+                    kwargs[name] = kwargs.pop(former)
+            original(self, *args, **kwargs)
+
+        config.__init__ = init
+        for former, name in names.items():
+            setattr(config, former, property(attrgetter(name), partial(_set, name)))
+        return config
+
+    return decorate
+
+
+def _set(name: str, config: Any, value: Any) -> None:
+    setattr(config, name, value)
+
+
+@dataclass
+class SelectionConfig(MethodConfig):
+    """How experts are selected: the fields of every method that calibrates, which mean the same in each.
+
+    They are described at `SieveLoraConfig`.
+    """
+
+    top_k_frac: float = field(default=0.25, metadata={"help": "Share of each layer's routed experts to adapt."})
+    top_k: int | None = field(default=None, metadata={"help": "Experts to adapt per layer; wins over top_k_frac."})
+    strategy: str = field(default="uniform", metadata={"help": "uniform, greedy, coverage, cumulative or random."})
+    score: str = field(default="count", metadata={"help": "count, mass, esft_gate or esft_token."})
+    coverage: float = field(default=0.6, metadata={"help": "Target of the coverage strategy."})
+    top_p: float | None = field(default=None, metadata={"help": "Target of the cumulative strategy."})
+    calib_split: str = field(default="train", metadata={"help": "Split of the calibration data set."})
+    calib_samples: int = field(default=512, metadata={"help": "Samples to profile at most."})
+    calib_max_length: int = field(default=2048, metadata={"help": "Tokens per sample at most."})
+    calib_batch_size: int = field(default=8, metadata={"help": "Samples per forward pass."})
+    calib_seed: int = field(default=0, metadata={"help": "Seed of the sample of the data and of strategy='random'."})
+    calib_stability: float | None = field(
+        default=None,
+        metadata={"help": "Profile until two halves of the data select the same to this Jaccard similarity."},
+    )
+    selected_experts: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "The mask: experts-module path -> expert ids."}
+    )
+    calibration: dict[str, Any] | None = field(default=None, metadata={"help": "Provenance of the mask."})
+    expert_shapes: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Experts-module path -> [num_experts, hidden_size, intermediate_size]."}
+    )
+    calib_dataset: InitVar[Any] = None
+    calib_tokenizer: InitVar[Any] = None
+    calib_formatting_func: InitVar[Callable[[dict[str, Any]], Any] | None] = None
+
+    def _check_selection(self, *runtime: Any) -> None:
+        """Check the fields, and take the values of `RUNTIME_ONLY`."""
+        vars(self).update(zip(RUNTIME_ONLY, runtime, strict=True))
+        self.selected_experts = checked_mask(self.selected_experts)
+        self.expert_shapes = _checked_shapes(self.expert_shapes)
+        # A saved mask needs no score: that may be one which only the process that calibrated knew.
+        validate_selection_options(**self._selection(), check_scores=self.selected_experts is None)
+        for name in ("calib_samples", "calib_max_length", "calib_batch_size"):
+            setattr(self, name, whole(name, getattr(self, name)))
+        for name in ("top_k_frac", "coverage", "top_p", "calib_stability"):
+            value = getattr(self, name)
+            if value is not None:  # NumPy's numbers are not taken by JSON
+                kind = "a number above 0 and at most 1"
+                setattr(self, name, number(name, value, lambda given: 0 < given <= 1, kind))
+        self.top_k = whole("top_k", self.top_k, optional=True)
+        if not isinstance(self.calibration, dict | None):
+            raise must_be("calibration", "the mapping that calibration fills in, or None", self.calibration, BY_HAND)
+
+    def _selection(self) -> dict[str, Any]:
+        names = ("top_k_frac", "top_k", "strategy", "score", "coverage", "top_p")
+        return {name: getattr(self, name) for name in names}
+
+    def selection_options(self) -> dict[str, Any]:
+        """The arguments of `select_experts`."""
+        return {**self._selection(), "seed": self.calib_seed}
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether there are data to calibrate on, and no mask yet."""
+        return self.selected_experts is None and vars(self)["calib_dataset"] is not None
+
+    # The data set, the tokenizer and the function stay with the object, are shared by its copies, and go no further.
+
+    def __copy__(self) -> Any:
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        clone = copy.copy(self)
+        memo[id(self)] = clone
+        for name, value in self.__dict__.items():
+            clone.__dict__[name] = value if name in RUNTIME_ONLY else copy.deepcopy(value, memo)
+        return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        for name in RUNTIME_ONLY:
+            # A name or a path travels to another process; a data set, a tokenizer or a lambda may not be able to.
+            if not isinstance(state.get(name), str):
+                state[name] = None
+        return state
+
+
+def checked_mask(mask: Any) -> dict[str, list[int]] | None:
+    """A mask as sorted lists of ids.
+
+    Raises:
+        SieveError: not a mapping from paths to non-negative, unrepeated whole numbers.
+    """
+    if mask is None:
+        return None
+    example = "Pass a mapping such as {'model.layers.0.mlp.experts': [3, 17]}, or calib_dataset to have it filled."
+    if not isinstance(mask, Mapping):
+        raise must_be("selected_experts", "a mapping from experts-module paths to expert ids", mask, example)
+    checked = {}
+    for path, ids in mask.items():
+        if not isinstance(path, str):
+            raise SieveError(
+                f"selected_experts has the key {shown(path)}, not the path of an experts module. {example}"
+            )
+        if isinstance(ids, str | Mapping) or not isinstance(ids, Iterable):
+            raise must_be(f"selected_experts[{path!r}]", "a list of expert ids", ids)
+        checked[path] = _checked_ids(path, list(ids))
+    if not any(checked.values()):
+        raise SieveError(f"selected_experts does not name a single expert. {example}")
+    return checked
+
+
+def _checked_ids(path: str, ids: list[Any]) -> list[int]:
+    for value in ids:
+        # numpy and torch integers have __index__ too; bool does as well, but is not an id.
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise SieveError(
+                f"selected_experts[{path!r}] must hold whole numbers, the ids of experts, got {shown(value)}."
+            )
+    numbers = sorted(value.__index__() for value in ids)
+    if numbers and numbers[0] < 0:
+        raise SieveError(f"selected_experts[{path!r}] holds the negative id {numbers[0]}.")
+    repeated = sorted({n for n in numbers if numbers.count(n) > 1})
+    if repeated:
+        raise SieveError(f"selected_experts[{path!r}] holds {repeated} more than once.")
+    return numbers
+
+
+def _checked_shapes(value: Any) -> dict[str, list[int]] | None:
+    if value is None:
+        return None
+    fine = isinstance(value, Mapping) and all(
+        isinstance(sizes, list | tuple) and len(sizes) == 3 and all(type(n) is int and n > 0 for n in sizes)
+        for sizes in value.values()
+    )
+    if not fine:
+        kind = "experts-module path -> [num_experts, hidden_size, intermediate_size]"
+        raise must_be("expert_shapes", kind, value, BY_HAND)
+    return {path: list(sizes) for path, sizes in value.items()}

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear, ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...moe.placement import execution_device, onloaded, onloaded_for_change
+from ...moe.storage import linear_quantisation
 from .mixed_batch import each_adapter
 
 
@@ -60,21 +62,23 @@ class _ExactUnmerge:
 
 
 class ExactLinear(_ExactUnmerge, Linear):
-    """`lora.Linear` with an exact `unmerge`."""
+    """`lora.Linear` with an exact `unmerge`.
+
+    Attributes:
+        shows_in_weight: its model never calls it, but multiplies by its weight itself, in which the adapters then show.
+    """
+
+    shows_in_weight = False
 
     def _base_parameter(self) -> torch.Tensor:
         return self.get_base_layer().get_parameter("weight")
 
-
-class WeightReadLinear(ExactLinear):
-    """An adapted linear layer that its model never calls: it multiplies by the layer's weight itself."""
-
     @property
     def weight(self) -> torch.Tensor:
-        if self.disable_adapters and self.merged:
+        if self.shows_in_weight and self.disable_adapters and self.merged:
             self.unmerge()
-        weight = self._base_parameter()
-        if self.disable_adapters or self.merged:
+        weight = super().weight
+        if not self.shows_in_weight or self.disable_adapters or self.merged:
             return weight
         for name in self.active_adapters:
             if name in self.lora_A:
@@ -101,17 +105,13 @@ class ExactParamWrapper(_ExactUnmerge, ParamWrapper):
         return self.get_param()
 
 
-_EXACT: dict[type[nn.Module], type[nn.Module]] = {Linear: ExactLinear, ParamWrapper: ExactParamWrapper}
-
-
-def with_exact_unmerge(layer: nn.Module) -> nn.Module:
-    """`layer` as its exact kind; layers over quantised weights, which have their own classes, stay as they are."""
-    # PEFT's dispatchers make the layer and offer no way to name its class.
-    layer.__class__ = _EXACT.get(type(layer), type(layer))
-    return layer
-
-
-def read_by_weight(layer: nn.Module) -> None:
-    """Have the adapters of a linear layer show in its weight, for a model that reads it; nothing if it has none."""
-    if type(layer) is ExactLinear:
-        layer.__class__ = WeightReadLinear
+def exact_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
+    """PEFT's layer around a plain linear layer or a parameter, with an exact `unmerge`; None for what PEFT has others for,
+    such as quantised weights."""
+    if kwargs.get("parameter_name") is not None:
+        return ExactParamWrapper(target, adapter_name, config=config, **kwargs)
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, nn.Linear) and linear_quantisation(base) is None:
+        kwargs.pop("parameter_name", None)
+        return ExactLinear(target, adapter_name, config=config, **kwargs)
+    return None

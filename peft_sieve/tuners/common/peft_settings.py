@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
-import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from ...checks import is_whole, must_be, number, shown, whole
 from ...errors import SieveError
 
 
@@ -15,52 +14,38 @@ def check_names(config: Any) -> None:
     """Check the settings that name modules and layers, as far as a configuration has them.
 
     Raises:
-        SieveError: one is of another type, or a pattern is no regular expression.
+        SieveError: one is of another type, or a pattern is not a regular expression.
     """
     for name in ("target_modules", "exclude_modules", "layers_pattern"):
         value = getattr(config, name, None)
         if isinstance(value, str):
             _check_regex(name, value)
         elif not _all_of(str, value):
-            raise SieveError(f"{name} is {_shown(value)}, expected a list of names, a pattern or None: pass one")
+            raise must_be(name, "a list of names, a pattern or None", value)
     value = getattr(config, "modules_to_save", None)
     if not _all_of(str, value):
-        raise SieveError(f"modules_to_save is {_shown(value)}, expected a list of names or None: pass one")
+        raise must_be("modules_to_save", "a list of names or None", value)
     value = getattr(config, "layers_to_transform", None)
-    if isinstance(value, bool) or not (isinstance(value, int) or _all_of(int, value)):
-        raise SieveError(f"layers_to_transform is {_shown(value)}, expected a layer's index, a list or None: pass one")
+    if not is_whole(value) and not _all_of(int, value):
+        raise must_be("layers_to_transform", "a layer's index, a list of them or None", value)
 
 
 def check_patterns(config: Any) -> None:
     """Check `rank_pattern` and `alpha_pattern`.
 
     Raises:
-        SieveError: one is no mapping from regular expressions to numbers that can be a rank or an alpha.
+        SieveError: one is not a mapping from regular expressions to numbers that can be a rank or an alpha.
     """
-    for name, kinds, expected in (
-        ("rank_pattern", int, "a positive whole number"),
-        ("alpha_pattern", int | float, "a finite number"),
-    ):
+    for name in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, name)
         if not isinstance(patterns, Mapping) or not all(isinstance(key, str) for key in patterns):
-            raise SieveError(f"{name} is {_shown(patterns)}, expected a mapping from names or patterns: pass one")
+            raise must_be(name, "a mapping from names or patterns", patterns)
         for key, value in patterns.items():
             _check_regex(name, key)
-            number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or (kinds is int and value < 1):
-                raise SieveError(f"{name}[{key!r}] is {_shown(value)}, expected {expected}: pass one")
-
-
-def check_flags(config: Any, names: Iterable[str]) -> None:
-    """Check settings that are True or False: of a string such as "false" Python would make True.
-
-    Raises:
-        SieveError: one is neither.
-    """
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, bool):
-            raise SieveError(f"{name} is {_shown(value)}, expected True or False: pass one")
+            if name == "rank_pattern":
+                whole(f"{name}[{key!r}]", value)
+            else:
+                number(f"{name}[{key!r}]", value, lambda alpha: True, "a finite number")
 
 
 def _all_of(kind: type, value: Any) -> bool:
@@ -75,11 +60,4 @@ def _check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise SieveError(
-            f"{name} has {pattern!r}, which is no regular expression ({error}), expected a name or a pattern: correct "
-            "it"
-        ) from error
-
-
-def _shown(value: Any) -> str:
-    return reprlib.repr(value)
+        raise SieveError(f"{name} has {shown(pattern)}, which is not a regular expression ({error}).") from error

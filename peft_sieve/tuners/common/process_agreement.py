@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ...routing.distributed import check_agreement, rank_and_world
-from .hooks import hang, take_down
-from .loading import sieve_layers
+from .experts.layer import expert_layers
+from .forwards import TrainingForwards
 
-_CHECK = "check"
-
-
-def check_at_next_training_forward(model: nn.Module) -> None:
-    """Have processes compare their masks once more: they may be connected only after the masks were made."""
-    hang(model, _CHECK, model.register_forward_pre_hook(_check_processes_agree))
+_NAME = "agreement"
 
 
-def _check_processes_agree(model: nn.Module, args: tuple[Any, ...]) -> None:
-    if not model.training or rank_and_world()[1] == 1:
-        return
-    check_agreement("selected experts", {path: dict(layer.plans) for path, layer in sieve_layers(model)})
-    take_down(model, _CHECK)
+class ProcessAgreement(TrainingForwards):
+    """Compares the adapters' plans of all processes once, as soon as there are several."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.hang_on(model, _NAME)
+
+    def begin(self, model: nn.Module, given: Mapping[str, Any]) -> None:
+        if rank_and_world()[1] > 1:
+            check_agreement("selected experts", {path: dict(layer.plans) for path, layer in expert_layers(self.model)})
+            self.take_off(self.model, _NAME)

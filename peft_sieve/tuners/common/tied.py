@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ...errors import SieveError
-from .loading import sieve_layers
+from .experts.layer import expert_layers
 
 
 def refuse_tied_experts(model: nn.Module) -> None:
@@ -17,12 +17,12 @@ def refuse_tied_experts(model: nn.Module) -> None:
     users: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
-    for path, layer in sieve_layers(model):
+    for path, layer in expert_layers(model):
         for parameter in layer.get_base_layer().parameters():
             names = (name.replace(".base_layer", "") for name in users[id(parameter)])
             elsewhere = [name for name in names if not name.startswith(f"{path}.")]
             if elsewhere:
                 raise SieveError(
-                    f"the experts of {path} share their weights with other modules ({elsewhere[0]}), expected weights "
-                    "of their own to merge into: keep the adapter unmerged"
+                    f"The experts of {path} share their weights with other modules ({elsewhere[0]}), into which merging "
+                    "would go, too. Keep the adapter unmerged."
                 )

@@ -68,8 +68,9 @@ class RankedSlots(ExpertSlots):
         self.ledger = torch.cat((self.ledger, _ledger_tensor(rows).to(self.ledger.device)))
 
     def blocks_in(self, saved: Mapping[str, torch.Tensor]) -> dict[int, int] | None:
-        """Adapted expert -> its blocks, of saved bookkeeping that updates of this adapter can have come to."""
-        if any(name not in saved for name in _BOOKKEEPING) or saved["blocks"].numel() != self.slots.numel():
+        """Adapted expert -> its blocks, of saved tensors that updates of this adapter can have come to."""
+        saved = {name: saved[f"lora_experts.{name}"] for name in _BOOKKEEPING if f"lora_experts.{name}" in saved}
+        if len(saved) < len(_BOOKKEEPING) or saved["blocks"].numel() != self.slots.numel():
             return None
         if saved["ledger"].dim() != 2 or saved["ledger"].shape[1] != 3:
             return None
@@ -77,24 +78,6 @@ class RankedSlots(ExpertSlots):
         played = blocks_after(self.first, saved["ledger"].tolist(), self.first_blocks)
         same_budget = sum(blocks.values()) == len(self.first) * self.first_blocks
         return blocks if blocks == played and same_budget else None
-
-    def check(self, saved: Mapping[str, torch.Tensor], adapter_name: str, path: str) -> None:
-        """Refuse weights whose rows belong to other ranks, or that lack what resuming needs.
-
-        Raises:
-            SieveError: they do.
-        """
-        missing = [name for name in _BOOKKEEPING if name not in saved]
-        if missing:
-            raise SieveError(
-                f"the weights hold no {path}.lora_experts.{missing[0]}, expected it beside the factors, since it says "
-                "whose they are: save or download the adapter again"
-            )
-        if self.blocks_in(saved) != self.plan.blocks_of:
-            raise SieveError(
-                f"the weights of adapter '{adapter_name}' in {path} have other ranks by expert than the adapter, "
-                "expected the same: load adapter_config.json and weights of one save"
-            )
 
 
 class EpngExpertLayer(SieveExpertLayer):
@@ -144,28 +127,35 @@ class EpngExpertLayer(SieveExpertLayer):
         assert isinstance(module, RankedSlots)
         return module
 
-    def verify_slots(self, adapter_name: str) -> None:
-        slots = self.slots_module(adapter_name)
-        if not torch.equal(slots.blocks.cpu(), blocks_tensor(self.shape.num_experts, self.plan(adapter_name))):
+    def check_saved(self, adapter_name: str, saved: Mapping[str, torch.Tensor]) -> None:
+        """As of all expert layers; and refuse rows of other ranks, or without what resuming needs."""
+        super().check_saved(adapter_name, saved)
+        missing = [name for name in _BOOKKEEPING if f"lora_experts.{name}" not in saved]
+        if missing:
             raise SieveError(
-                f"the weights of adapter '{adapter_name}' in {self.path} have other ranks by expert than its "
-                "expert_blocks, expected the same: load adapter_config.json and weights of one save"
+                f"The checkpoint has no {self.path}.lora_experts.{missing[0]} for adapter '{adapter_name}', which says "
+                "whose the factors are. Save or download the adapter again."
             )
-        super().verify_slots(adapter_name)
+        if self.slots_module(adapter_name).blocks_in(saved) != self.plan(adapter_name).blocks_of:
+            raise SieveError(
+                f"The weights of adapter '{adapter_name}' in {self.path} have other ranks by expert than the adapter "
+                "(expert_blocks). Load adapter_config.json and weights of one save."
+            )
 
     def packs(self, adapter_name: str, name: str) -> list[Pack]:
         if adapter_name not in getattr(self, f"{name}_A"):
             return []
-        packs = self.plan(adapter_name).packs(FACTOR_GROUPS[name])
-        counts = [len(experts) for experts, _ in packs]
-        rows = [len(experts) * sum(ranks.values()) for experts, ranks in packs]
+        plan, group = self.plan(adapter_name), FACTOR_GROUPS[name]
+        ranks = [plan.group_ranks(group, number) for number, _ in plan.by_blocks]
+        counts = [len(places) for _, places in plan.by_blocks]
+        rows = [count * sum(own.values()) for count, own in zip(counts, ranks, strict=True)]
         weights = (getattr(self, f"{name}_{side}")[adapter_name].weight for side in "AB")
         # Split, not sliced: the gradients of the parts are then laid side by side, and no whole is made for each.
         parts = zip(*(weight.split(rows) for weight in weights), strict=True)
         ids = self.slots_module(adapter_name).ids.split(counts)
         return [
-            Pack(experts, own_ids, ranks, *(part.unflatten(0, (len(experts), -1)) for part in own))
-            for (experts, ranks), own_ids, own in zip(packs, ids, parts, strict=True)
+            Pack(places, own_ids, own_ranks, *(part.unflatten(0, (len(places), -1)) for part in own))
+            for (_, places), own_ids, own_ranks, own in zip(plan.by_blocks, ids, ranks, parts, strict=True)
         ]
 
     def factors(self, adapter_name: str, projection: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
@@ -195,7 +185,7 @@ class EpngExpertLayer(SieveExpertLayer):
         """Whether an adapter of this layer is active and has gradients."""
         if adapter_name not in self.plans or adapter_name not in self.active_adapters:
             return False
-        return any(factors.weight.requires_grad for factors in self._factors_of(adapter_name))
+        return any(factors.weight.requires_grad for factors in self.parts(adapter_name))
 
     def take_mass(self) -> torch.Tensor | None:
         """The gate weight sent to each expert since it was last taken, float64, (num_experts,); None if none was."""
@@ -302,10 +292,10 @@ class EpngExpertLayer(SieveExpertLayer):
         """Plan and ledger of saved weights, if training could have come to them from this adapter's first ranks.
 
         Args:
-            saved: the layer's bookkeeping.
+            saved: of this layer, by attribute and key.
         """
         blocks = self.slots_module(adapter_name).blocks_in(saved)
-        return None if blocks is None else (self.plan(adapter_name).moved_to(blocks), saved["ledger"])
+        return None if blocks is None else (self.plan(adapter_name).moved_to(blocks), saved["lora_experts.ledger"])
 
 
 class EpngFusedExperts(EpngExpertLayer, FusedSieveExperts):

@@ -12,13 +12,13 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.topology import MoELayer
-from ..common.loading import in_base_model, saved_bookkeeping
+from ..common.experts.factors import BOOKKEEPING_KEY
 from ..common.optimizers import remember_optimizers
 from ..common.patterns import ranks_and_alphas
 from ..sieve.model import SieveLoraModel, layer_class_of
 from .config import EpngConfig
 from .layer import EpngExpertLayer, block_ranks, epng_class
-from .traffic import Traffic
+from .traffic import EpngTraffic
 from .update import epng_layers, show_states, update_and_allocate
 
 
@@ -47,6 +47,11 @@ class EpngModel(SieveLoraModel):
     Made by `get_peft_model` or `PeftModel.from_pretrained`; the arguments are those of `peft.LoraModel`. Training calls
     `update_and_allocate` after each optimizer step, or has an `EpngCallback` do so.
     """
+
+    no_weighted_sum = (
+        "EPnG adapters have no weighted sum: their ranks differ by expert. Activate several at once with set_adapter, or "
+        "merge one after the other."
+    )
 
     def update_and_allocate(self, global_step: int, optimizer: Any = None) -> None:
         """Take account of one optimizer step, and move ranks if the schedule has an update there.
@@ -112,7 +117,7 @@ class EpngModel(SieveLoraModel):
     # Before injection
 
     def _prepare_adapter_config(self, peft_config: EpngConfig, model_config: dict[str, Any]) -> EpngConfig:
-        if peft_config.selected_experts is None and vars(peft_config)["calib_dataset"] is None:
+        if peft_config.selected_experts is None and not peft_config.calibrates:
             _, wanted = self._checked_layers(peft_config)
             peft_config.selected_experts = {layer.path: list(range(layer.num_experts)) for layer in wanted}
         super()._prepare_adapter_config(peft_config, model_config)
@@ -145,57 +150,37 @@ class EpngModel(SieveLoraModel):
     ) -> list[str]:
         injected = super()._inject_parameters(peft_config, model, adapter_name, low_cpu_mem_usage)
         remember_optimizers()
-        Traffic(model).hang_on(model)
+        EpngTraffic(model)
         return injected
 
     # Loading
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls,
-        model: nn.Module,
-        config: EpngConfig,
-        adapter_name: str,
-        state_dict: Mapping[str, torch.Tensor],
-    ) -> dict[str, torch.Tensor]:
-        with _ranks_of(state_dict, model, adapter_name):
-            return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-    # Use
-
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused.
-
-        Raises:
-            SieveError: always.
-        """
-        raise SieveError(
-            "add_weighted_adapter was called for EPnG adapters, expected adapters of one rank for all experts: "
-            "activate several at once with set_adapter, or merge one after the other"
-        )
+    @contextmanager
+    def _fitted(
+        cls, model: nn.Module, config: Any, adapter_name: str, given: Mapping[str, torch.Tensor]
+    ) -> Iterator[None]:
+        """A checkpoint is loaded into the adapter that a new run began with: its ranks may have come from those."""
+        layers = [layer for layer in epng_layers(model).values() if adapter_name in layer.plans]
+        before = [(layer, layer.saved_state(adapter_name)) for layer in layers]
+        found = [(layer, layer.state_in(adapter_name, _bookkeeping(given, layer.path))) for layer in layers]
+        try:
+            for layer, state in found:
+                if state is not None:
+                    layer.set_state(adapter_name, *state)
+            yield
+        except Exception:
+            for layer, own in before:
+                layer.set_state(adapter_name, *own)
+            raise
+        configs: Any = model.peft_config
+        show_states(configs, adapter_name, {layer.path: state for layer, state in found if state is not None})
 
 
-@contextmanager
-def _ranks_of(state_dict: Mapping[str, torch.Tensor], model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Give an adapter the ranks of saved weights that training may have come to from its own first ones.
-
-    A checkpoint is loaded into the adapter that a new run began with. After an exception in the block all is as before.
-    """
-    given = {in_base_model(key): value for key, value in state_dict.items()}
-    layers = [layer for layer in epng_layers(model).values() if adapter_name in layer.plans]
-    before = [(layer, layer.saved_state(adapter_name)) for layer in layers]
-    found = [(layer, layer.state_in(adapter_name, saved_bookkeeping(given, layer.path))) for layer in layers]
-    try:
-        for layer, state in found:
-            if state is not None:
-                layer.set_state(adapter_name, *state)
-        yield
-    except Exception:
-        for layer, own in before:
-            layer.set_state(adapter_name, *own)
-        raise
-    configs: Any = model.peft_config
-    show_states(configs, adapter_name, {layer.path: state for layer, state in found if state is not None})
+def _bookkeeping(given: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:
+    """What saved weights say of one layer's experts, by attribute and key."""
+    prefix = path + BOOKKEEPING_KEY
+    return {key.removeprefix(f"{path}."): value for key, value in given.items() if key.startswith(prefix)}
 
 
 class _Book:

@@ -8,8 +8,9 @@ the tensor stays the same object of the same shape for as long as it is trained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -39,15 +40,24 @@ class RaggedPlan(AdapterPlan):
         kept = AdapterPlan(tuple(blocks), self.ranks, self.relative_scaling)
         return self.of(kept, tuple(blocks.values()), self.block_ranks)
 
-    @property
+    @cached_property
     def blocks_of(self) -> dict[int, int]:
         """Adapted expert -> its blocks."""
         return dict(zip(self.experts, self.blocks, strict=True))
 
+    @cached_property
+    def by_blocks(self) -> list[tuple[int, Mapping[int, int]]]:
+        """(number of blocks, expert -> its place among the experts that have so many), in the order of the rows."""
+        blocks = self.blocks_of
+        return [
+            (number, {expert: place for place, expert in enumerate(e for e in self.experts if blocks[e] == number)})
+            for number in sorted(set(self.blocks))
+        ]
+
     @property
-    def stored(self) -> tuple[int, ...]:
+    def stored(self) -> list[int]:
         """The adapted experts in the order of their rows."""
-        return tuple(sorted(self.experts, key=lambda expert: (self.blocks_of[expert], expert)))
+        return [expert for _, places in self.by_blocks for expert in places]
 
     def group_ranks(self, group: Sequence[str], blocks: int = 1) -> dict[str, int]:
         """Those of a group's projections that are adapted -> their ranks for so many blocks."""
@@ -57,20 +67,12 @@ class RaggedPlan(AdapterPlan):
         """Rows of the factors of a group of projections."""
         return sum(self.blocks) * sum(self.group_ranks(group).values())
 
-    def packs(self, group: Sequence[str]) -> list[tuple[tuple[int, ...], dict[str, int]]]:
-        """The experts of each rank, and their ranks by projection, in the order of the rows."""
-        blocks = self.blocks_of
-        return [
-            (tuple(e for e in self.experts if blocks[e] == number), self.group_ranks(group, number))
-            for number in sorted(set(self.blocks))
-        ]
-
     def rows(self, group: Sequence[str]) -> dict[tuple[str, int], slice]:
         """(projection, expert) -> its rows."""
         found, start = {}, 0
-        for experts, ranks in self.packs(group):
+        for number, experts in self.by_blocks:
             for expert in experts:
-                for projection, rank in ranks.items():
+                for projection, rank in self.group_ranks(group, number).items():
                     found[projection, expert] = slice(start, start + rank)
                     start += rank
         return found

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import PeftType
 
+from ...checks import flags, must_be, number, whole
 from ...errors import SieveError
+from ..common.config import BY_HAND, MethodConfig, as_sets
 from ..common.peft_settings import check_names
 
 MIN_KEPT = 2
 
 
 @dataclass
-class LoraMoeConfig(PeftConfig):
+class LoraMoeConfig(MethodConfig):
     """A mixture of LoRA experts around linear layers, pruned once during training (DMEP, arXiv 2604.26340).
 
     Each targeted layer has `num_experts` LoRA experts and a linear router without bias. A token goes to the `top_k`
@@ -70,33 +71,20 @@ class LoraMoeConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType("LORA_MOE")
         check_names(self)
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        _check_whole("num_experts", self.num_experts, MIN_KEPT)
-        _check_whole("top_k", self.top_k, 1)
-        _check_whole("r", self.r, 1)
+        as_sets(self)
+        self.num_experts = whole("num_experts", self.num_experts, least=MIN_KEPT)
+        self.top_k, self.r = whole("top_k", self.top_k), whole("r", self.r)
         if self.top_k > self.num_experts:
-            raise SieveError(
-                f"top_k is {self.top_k} and num_experts is {self.num_experts}, expected no more than there are: lower "
-                "top_k"
-            )
-        if not isinstance(self.init_lora_weights, bool):
-            raise SieveError(f"init_lora_weights is {self.init_lora_weights!r}, expected True or False: pass one")
-        _check_number("lora_alpha", self.lora_alpha, lambda a: a != 0, "a number other than 0")
-        _check_number("lora_dropout", self.lora_dropout, lambda p: 0 <= p < 1, "a number in [0, 1)")
-        _check_number("balance_loss_coef", self.balance_loss_coef, lambda c: c >= 0, "a number of at least 0")
-        _check_number("prune_threshold", self.prune_threshold, lambda t: t > 0, "a number above 0")
-        if self.prune_step is not None:
-            _check_whole("prune_step", self.prune_step, 1)
+            raise must_be("top_k", f"at most num_experts, which is {self.num_experts}", self.top_k)
+        flags(self, ("init_lora_weights",))
+        number("lora_alpha", self.lora_alpha, lambda alpha: alpha != 0, "a finite, non-zero number")
+        number("lora_dropout", self.lora_dropout, lambda p: 0 <= p < 1, "a number in [0, 1)")
+        number("balance_loss_coef", self.balance_loss_coef, lambda coef: coef >= 0, "a finite number of at least 0")
+        number("prune_threshold", self.prune_threshold, lambda threshold: threshold > 0, "a finite number above 0")
+        self.prune_step = whole("prune_step", self.prune_step, optional=True)
         if self.prune_ratio is not None:
-            _check_number("prune_ratio", self.prune_ratio, lambda s: 0 < s < 1, "a number between 0 and 1, or None")
+            number("prune_ratio", self.prune_ratio, lambda ratio: 0 < ratio < 1, "a number between 0 and 1, or None")
         self.kept_experts = _checked_kept(self.kept_experts, self.num_experts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The serialisable fields; sets as sorted lists, so that saving twice gives the same file."""
-        return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
 
     def pruning_step(self, total_steps: int | None = None) -> int | None:
         """After how many optimizer steps the experts are pruned; None for never.
@@ -108,21 +96,10 @@ class LoraMoeConfig(PeftConfig):
             return self.prune_step
         if total_steps is None:
             raise SieveError(
-                f"prune_ratio is {self.prune_ratio} and the number of training steps is not known, expected a step to "
-                "prune at: set prune_step in LoraMoeConfig, or pass total_steps"
+                f"prune_ratio is {self.prune_ratio}, and the number of training steps is not known. Set prune_step in "
+                "LoraMoeConfig, or pass total_steps."
             )
         return max(1, round(self.prune_ratio * total_steps))
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SieveError(f"{name} is {value!r}, expected a whole number of at least {least}: pass one")
-
-
-def _check_number(name: str, value: Any, fits: Callable[[float], bool], expected: str) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not fits(value):
-        raise SieveError(f"{name} is {value!r}, expected {expected}: pass one")
 
 
 def _checked_kept(value: Any, num_experts: int) -> dict[str, list[int]] | None:
@@ -136,8 +113,6 @@ def _checked_kept(value: Any, num_experts: int) -> dict[str, list[int]] | None:
         for ids in value.values()
     )
     if not fine:
-        raise SieveError(
-            f"kept_experts is {str(value)[:80]}, expected layer path -> {MIN_KEPT} or more ascending ids below "
-            f"{num_experts}: the adapter_config.json was changed by hand, take it from its source again"
-        )
+        kind = f"layer path -> {MIN_KEPT} or more ascending ids below {num_experts}"
+        raise must_be("kept_experts", kind, value, BY_HAND)
     return {path: list(ids) for path, ids in value.items()}

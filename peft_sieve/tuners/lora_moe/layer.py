@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...errors import SieveError
-from ...moe.placement import execution_device, first_tensor
+from ..common.adapter_layer import AdapterLayer
+from ..common.balance import BalanceLoss, Routed
 from ..common.optimizers import forget
 from .config import LoraMoeConfig
 from .cutting import Cut, replace_data
-from .record import RoutingRecord
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoraMoePlan:
     """What one adapter has in a layer.
 
     Attributes:
@@ -55,14 +54,14 @@ class ExpertUsage(nn.Module):
     experts: torch.Tensor
     pruned: torch.Tensor
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: LoraMoePlan) -> None:
         super().__init__()
         self.register_buffer("tokens", torch.zeros(plan.num_experts, dtype=torch.int64))
         self.register_buffer("experts", torch.tensor(plan.experts, dtype=torch.int64))
         self.register_buffer("pruned", torch.tensor([int(plan.pruned)]))
 
 
-class LoraMoeLayer(nn.Module, BaseTunerLayer):
+class LoraMoeLayer(nn.Module, AdapterLayer):
     """A linear layer plus, for each adapter, a mixture of LoRA experts.
 
     The experts' factors are packed: `lora_A` (experts * r, in) and `lora_B` (out, experts * r), expert by expert; the
@@ -73,11 +72,11 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("lora_A", "lora_B", "lora_router")
     other_param_names = ("plans", "lora_dropout", "lora_usage")
 
-    def __init__(self, base_layer: nn.Module, record: RoutingRecord) -> None:
+    def __init__(self, base_layer: nn.Module, balance: BalanceLoss) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.record = record
-        self.plans: dict[str, Plan] = {}
+        self.balance = balance
+        self.plans: dict[str, LoraMoePlan] = {}
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.lora_router = nn.ModuleDict()
@@ -96,7 +95,7 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
             experts: ids of the experts that it kept; None before pruning.
         """
         ids = tuple(range(config.num_experts) if experts is None else experts)
-        plan = self.plans[adapter_name] = Plan(
+        plan = self.plans[adapter_name] = LoraMoePlan(
             num_experts=config.num_experts,
             experts=ids,
             top_k=config.top_k,
@@ -114,19 +113,8 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         self.lora_router[adapter_name] = nn.Linear(self.in_features, len(ids), bias=False)
         self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.lora_usage[adapter_name] = ExpertUsage(plan)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        dtype = first_tensor(self.get_base_layer()).dtype
-        if dtype.is_floating_point and dtype.itemsize > 1:
-            for module in (factor_a, factor_b, self.lora_router[adapter_name]):
-                module.to(dtype)
+        self.place_new(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # The type stays: PEFT calls this after loading, too, where a half-precision base would round loaded values.
-        device = device or execution_device(self.get_base_layer())
-        for modules in (self.lora_A, self.lora_B, self.lora_router, self.lora_usage):
-            if adapter_name in modules and not any(p.is_meta for p in modules[adapter_name].parameters()):
-                modules[adapter_name].to(device)
 
     # Forward
 
@@ -149,8 +137,16 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         probabilities = torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
         top, expert_ids = probabilities.topk(top_k, -1)
         gates = torch.zeros_like(probabilities).scatter(-1, expert_ids, top / top.sum(-1, keepdim=True))
-        if self.record.collecting and self.training and not plan.pruned and router.weight.requires_grad:
-            self.record.see(self, name, probabilities.flatten(0, -2), expert_ids.flatten(0, -2))
+        if self.training and not plan.pruned and router.weight.requires_grad:
+            said = Routed(
+                plan.balance_loss_coef,
+                probabilities.flatten(0, -2),
+                expert_ids.flatten(0, -2),
+                trainable=True,
+                per_selection=True,
+                usage=self.usage(name).tokens,
+            )
+            self.balance.report(said)
         hidden = self.lora_A[name](self.lora_dropout[name](x)).unflatten(-1, (experts, plan.r))
         hidden = hidden * (gates * plan.scaling).to(hidden.dtype).unsqueeze(-1)
         return self.lora_B[name](hidden.flatten(-2))
@@ -162,6 +158,19 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
         module = self.lora_usage[adapter_name]
         assert isinstance(module, ExpertUsage)
         return module
+
+    def check_saved(self, adapter_name: str, saved: Mapping[str, torch.Tensor]) -> None:
+        """Refuse the tensors of other experts than those that the adapter has here."""
+        plan, values = self.plans[adapter_name], [saved.get(f"lora_usage.{name}") for name in ("experts", "pruned")]
+        if any(value is None for value in values):
+            return  # which is said where all tensors are compared
+        experts, pruned = (value.tolist() for value in values)  # type: ignore[union-attr]
+        if (tuple(experts), bool(pruned[0])) != (plan.experts, plan.pruned):
+            raise SieveError(
+                f"The weights belong to {'pruned' if pruned[0] else 'unpruned'} experts {experts}, and adapter "
+                f"'{adapter_name}' has {'pruned' if plan.pruned else 'unpruned'} experts {list(plan.experts)} in a layer. "
+                "Load them under the configuration that they were saved with."
+            )
 
     def is_trained(self, adapter_name: str) -> bool:
         """Whether an adapter is in use here, and learning."""
@@ -217,22 +226,10 @@ class LoraMoeLayer(nn.Module, BaseTunerLayer):
     def _parameter(self, name: str, adapter_name: str) -> nn.Parameter:
         return self._factor(name, adapter_name).get_parameter("weight")
 
-    # What cannot be
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused."""
-        refuse_merge()
-
-    def unmerge(self) -> None:
-        """Nothing to do, since nothing was merged."""
-
     def __repr__(self) -> str:
         return "lora_moe." + super().__repr__()
 
 
-def refuse_merge() -> None:
-    """Raise the error for merging."""
-    raise SieveError(
-        "merging was asked for, and each token has its own mixture of LoRA experts, expected one matrix for all tokens "
-        "to merge: keep the adapter, or use LoraConfig where it must be merged"
-    )
+def lora_moe_layers(model: nn.Module) -> list[tuple[str, LoraMoeLayer]]:
+    """(path, layer) of all layers of `model` with LoRA experts."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, LoraMoeLayer)]

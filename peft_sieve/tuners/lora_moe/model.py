@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ...checks import listed
 from ...errors import SieveError
-from ..common.names import check_adapter_name
+from ..common.balance import BalanceLoss
+from ..common.balance_in_trainers import BalancedTuner
 from ..common.optimizers import remember_optimizers
 from .config import LoraMoeConfig
-from .layer import LoraMoeLayer, refuse_merge
+from .layer import LoraMoeLayer, lora_moe_layers
 from .loading import fit_to_weights
-from .pruning import lora_moe_layers, update_and_prune
-from .record import RoutingRecord
+from .pruning import update_and_prune
 from .targets import CLASSIFIERS, resolve_targets
 
 
-class LoraMoeModel(BaseTuner):
+class LoraMoeModel(BalancedTuner):
     """A model with mixtures of LoRA experts around its linear layers (DMEP, arXiv 2604.26340).
 
     Made by `get_peft_model` or `PeftModel.from_pretrained`; the arguments are those of PEFT's tuners. In training, the
@@ -32,11 +32,21 @@ class LoraMoeModel(BaseTuner):
     prefix: str = "lora_"
     tuner_layer_cls = LoraMoeLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's, as it declares it)
+    no_merging = (
+        "LoRA experts cannot be merged: each token has its own mixture of them. Keep the adapter, or use LoraConfig where "
+        "it must be merged."
+    )
+    no_weighted_sum = (
+        "LoRA experts have no weighted sum. Activate several with set_adapter([...]) of model.base_model, which adds up "
+        "what they give."
+    )
+    no_mixed_batches = (
+        "adapter_names is not supported for LoRA experts. Call set_adapter, and the model once for each adapter."
+    )
 
     # Injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        check_adapter_name(adapter_name, model)
         remember_optimizers()
         given: Any = self.peft_config[adapter_name]
         if given.task_type in CLASSIFIERS and given.modules_to_save is None:
@@ -64,29 +74,21 @@ class LoraMoeModel(BaseTuner):
         if isinstance(target, LoraMoeLayer):
             target.update_layer(adapter_name, peft_config, experts)
             return
-        layer = LoraMoeLayer(target, self._record())
+        layer = LoraMoeLayer(target, BalanceLoss.hung_on(self.model))
         layer.set_adapter(self.active_adapters)
         layer.update_layer(adapter_name, peft_config, experts)
-        if adapter_name not in self.active_adapters:
-            # As PEFT: an additional adapter does not become trainable by being added.
-            layer.requires_grad_(False)
+        self._activated(layer, adapter_name)
         self._replace_module(parent, target_name, layer, target)
-
-    def _record(self) -> RoutingRecord:
-        for _, layer in lora_moe_layers(self.model):
-            return layer.record
-        record = RoutingRecord()
-        record.attach(self.model)
-        return record
 
     # Loading
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: LoraMoeConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        fit_to_weights(model, config, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, dict(state_dict))
+    @contextmanager
+    def _fitted(
+        cls, model: nn.Module, config: LoraMoeConfig, adapter_name: str, given: Mapping[str, torch.Tensor]
+    ) -> Iterator[None]:
+        fit_to_weights(model, config, adapter_name, given)
+        yield
 
     # Training
 
@@ -96,9 +98,8 @@ class LoraMoeModel(BaseTuner):
         To be added to a loss that is made outside the model. Where the model was given labels, its `outputs.loss` has
         it already. Zero after pruning, and where there was no such forward.
         """
-        for _, layer in lora_moe_layers(self.model):
-            return layer.record.auxiliary_loss()
-        return torch.zeros(())
+        loss = super().auxiliary_loss()
+        return torch.zeros(()) if loss is None else loss
 
     def update_and_prune(self, step: int, optimizer: Any, total_steps: int | None = None) -> bool:
         """Prune the experts, once, when their step has come; to be called after every optimizer step.
@@ -136,43 +137,10 @@ class LoraMoeModel(BaseTuner):
         """
         name = self.active_adapters[0] if adapter_name is None else adapter_name
         if name not in self.peft_config:
-            raise SieveError(f"there is no adapter {name!r}, expected one of {sorted(self.peft_config)}: pass its name")
+            raise SieveError(f"There is no adapter {name!r}, only {listed(sorted(self.peft_config))}.")
         found = {}
         for path, layer in lora_moe_layers(self.model):
             if name in layer.plans:
                 tokens = layer.usage(name).tokens.double().cpu()
                 found[path] = tokens / tokens.sum().clamp(min=1)
         return found
-
-    # Use
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise SieveError(
-                "adapter_names was passed, expected one adapter for the whole batch, since LoRA experts take no mixed "
-                "batches: call set_adapter, and the model once for each adapter"
-            )
-        yield
-
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Refused.
-
-        Raises:
-            SieveError: always.
-        """
-        raise SieveError(
-            "add_weighted_adapter was called on LoRA experts, expected none of that, since their routers have no "
-            "weighted sum: make the adapters active at the same time (model.base_model.set_adapter with a list), which "
-            "adds up what they give"
-        )
-
-    def _check_merge_allowed(self) -> None:
-        refuse_merge()
-
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        if merge:
-            refuse_merge()
-        for _, layer in lora_moe_layers(self.model):
-            layer.record.detach()
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)

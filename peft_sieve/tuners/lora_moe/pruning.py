@@ -7,16 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from ...checks import whole
 from ...errors import SieveError
 from ...routing.distributed import rank_and_world
 from .config import MIN_KEPT, LoraMoeConfig
 from .cutting import check_cuttable, cut
-from .layer import LoraMoeLayer
-
-
-def lora_moe_layers(model: nn.Module) -> list[tuple[str, LoraMoeLayer]]:
-    """(path, layer) of all layers of `model` with LoRA experts."""
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, LoraMoeLayer)]
+from .layer import LoraMoeLayer, lora_moe_layers
 
 
 def experts_to_keep(tokens: Sequence[int], threshold: float) -> list[int]:
@@ -57,8 +53,7 @@ def update_and_prune(
     Args:
         model: the base model with the layers, whose paths the configurations use.
     """
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise SieveError(f"step is {step!r}, expected the number of optimizer steps so far: pass a whole number")
+    step = whole("step", step, least=0)
     due = {}
     for name in adapters_to_prune(model):
         at = configs[name].pruning_step(total_steps)

@@ -6,33 +6,33 @@ names and classes, which models look for (router logits are collected by name in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.activations import ACT2FN
 
 from ...errors import SieveError
-from ...moe.placement import execution_device, first_tensor
-from ..common.experts.factors import ExpertFactors, ExpertSlots, initialize
-from . import balance
+from ..common.adapter_layer import AdapterLayer
+from ..common.balance import BalanceLoss, Routed
+from ..common.experts.factors import ExpertFactors, ExpertSlots, experts_in, initialize
 from .blocks import MoEBlock
 from .config import PerftConfig
-from .mixture import dispatched_gates, mixture, routed_gates
+from .mixture import dispatched_gates, mixture, routed_gates, wide_softmax
 
 CHILD = "perft"
 # Names of the two factors by form, so that weights of one form are never taken for those of the other.
 FACTORS = {"lora": ("perft_A", "perft_B"), "bottleneck": ("perft_down", "perft_up")}
-REFUSED_MERGE = (
-    "merging was asked for, and PERFT adapters stand beside whole MoE blocks, whose weights cannot hold what these "
-    "add, expected no merging: keep the adapter, or remove it with unload()"
+NO_MERGING = (
+    "PERFT adapters cannot be merged: they stand beside whole MoE blocks, whose weights cannot hold what they add. Keep "
+    "the adapter, or remove it with unload()."
 )
 
 
 @dataclass(frozen=True)
-class AdapterPlan:
+class PerftPlan:
     """What one adapter of the model is at one block.
 
     Attributes:
@@ -56,12 +56,13 @@ class AdapterPlan:
     experts: tuple[int, ...] = ()
 
 
-class PerftLayer(nn.Module, BaseTunerLayer):
+class PerftLayer(nn.Module, AdapterLayer):
     """PERFT adapters beside one block.
 
     Args:
         block: the module.
         found: its description.
+        balance: is told what routers of adapters do.
 
     Per adapter it holds two `ExpertFactors` of shape (adapters, r, width) under the names of `FACTORS`; for R a linear
     `perft_router`, for E `perft_experts` (`ExpertSlots`).
@@ -73,20 +74,21 @@ class PerftLayer(nn.Module, BaseTunerLayer):
     perft_router: nn.ModuleDict
     perft_experts: nn.ModuleDict
 
-    def __init__(self, block: nn.Module, found: MoEBlock) -> None:
+    def __init__(self, block: nn.Module, found: MoEBlock, balance: BalanceLoss) -> None:
         super().__init__()
         self.path, self.width = found.path, found.width
         # Of the experts that E goes by; a block with several sets of them has no E.
         self.experts_path, self.family = found.layers[0].path, found.layers[0].family
         self.num_experts = found.layers[0].num_experts
         self.r: dict[str, int] = {}
-        self.plans: dict[str, AdapterPlan] = {}
+        self.plans: dict[str, PerftPlan] = {}
         for name in (*self.adapter_layer_names, "perft_dropout", "perft_experts"):
             setattr(self, name, nn.ModuleDict())
         self._disable_adapters = False
         self.merged_adapters = []
         # In a list, since the block is this layer's parent and must not become its child.
         self._block = [block]
+        self.balance = balance
         self._dispatch: tuple[torch.Tensor, torch.Tensor] | None = None
         self._handles: list[Any] = []
 
@@ -108,47 +110,32 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         experts = tuple(range(self.num_experts) if mask is None else mask[self.experts_path])
         num_adapters = len(experts) if config.variant == "E" else config.num_adapters
         assert num_adapters is not None
-        plan = self.plans[adapter_name] = AdapterPlan(
+        plan = self.plans[adapter_name] = PerftPlan(
             variant=config.variant,
             form=config.form,
             scaling=config.scaling,
             num_adapters=num_adapters,
             top_k=config.num_adapters_per_tok or num_adapters,
             normalized=config.norm_topk_prob,
-            balance_coef=config.aux_loss_coef if config.variant == "R" else 0.0,
+            balance_coef=config.balance_loss_coef if config.variant == "R" else 0.0,
             activation=config.activation if config.form == "bottleneck" else None,
             experts=experts if config.variant == "E" else (),
         )
         self.r[adapter_name] = config.r
-        self.perft_dropout[adapter_name] = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.perft_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         factors = [ExpertFactors(num_adapters, config.r, self.width) for _ in range(2)]
-        initialize(factors[0].weight.data, factors[1].weight.data, [config.r], config.init_weights)
+        initialize(factors[0].weight.data, factors[1].weight.data, [config.r], config.init_lora_weights)
         for name, factor in zip(FACTORS[config.form], factors, strict=True):
             getattr(self, name)[adapter_name] = factor
         if plan.variant == "R":
             self.perft_router[adapter_name] = nn.Linear(self.width, num_adapters, bias=False)
         if plan.variant == "E":
             self.perft_experts[adapter_name] = ExpertSlots(self.num_experts, experts)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        dtype = first_tensor(self._block[0]).dtype
-        if dtype.is_floating_point and dtype.itemsize > 1:
-            for module in self._trainable(adapter_name):
-                module.to(dtype)
+        self.place_new(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _trainable(self, adapter_name: str) -> list[nn.Module]:
-        held = (getattr(self, name) for name in self.adapter_layer_names)
-        return [modules[adapter_name] for modules in held if adapter_name in modules]
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # The type stays: PEFT calls this after loading, too, where a half-precision base would round loaded values.
-        device = device or execution_device(self._block[0])
-        modules = self._trainable(adapter_name)
-        if adapter_name in self.perft_experts:
-            modules.append(self.perft_experts[adapter_name])
-        for module in modules:
-            if not any(parameter.is_meta for parameter in module.parameters()):
-                module.to(device)
+    def beside(self) -> nn.Module:
+        return self._block[0]
 
     def slots(self, adapter_name: str) -> torch.Tensor:
         """Of E: the place of each expert's adapter, -1 if it has none, (num_experts,)."""
@@ -156,26 +143,17 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         assert isinstance(module, ExpertSlots)
         return module.slots
 
-    def tensors(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
-        """Key in a checkpoint of the base model -> shape, for all that is saved of an adapter."""
-        found = {}
-        for name in (*self.adapter_layer_names, "perft_experts"):
-            held = getattr(self, name)
-            if adapter_name in held:
-                for key, value in held[adapter_name].state_dict().items():
-                    found[f"{self.path}.{CHILD}.{name}.{key}"] = tuple(value.shape)
-        return found
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused.
-
-        Raises:
-            SieveError: always.
-        """
-        raise SieveError(REFUSED_MERGE)
-
-    def unmerge(self) -> None:
-        """Nothing, since nothing is ever merged."""
+    def check_saved(self, adapter_name: str, saved: Mapping[str, torch.Tensor]) -> None:
+        """Refuse the tensors of an adapter for other experts (E)."""
+        slots = saved.get("perft_experts.slots")
+        if adapter_name not in self.perft_experts or slots is None:
+            return
+        expected, found = list(self.plans[adapter_name].experts), experts_in(slots.cpu())
+        if found != expected or slots.numel() != self.num_experts:
+            raise SieveError(
+                f"The weights belong to experts {found} of {self.experts_path}, and adapter '{adapter_name}' has "
+                f"{expected}. Load them under the configuration that they were saved with."
+            )
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -218,9 +196,13 @@ class PerftLayer(nn.Module, BaseTunerLayer):
         if plan.variant == "R":
             router = self.perft_router[adapter_name]
             assert isinstance(router, nn.Linear)
-            logits = router(tokens)
-            balance.report(adapter_name, plan.balance_coef, plan.top_k, self.path, logits, router.weight.requires_grad)
-            return routed_gates(logits, plan.top_k, plan.normalized)
+            probabilities = wide_softmax(router(tokens))
+            kept, chosen = probabilities.topk(plan.top_k, dim=-1)
+            if plan.balance_coef:
+                trainable = router.weight.requires_grad
+                said = Routed(plan.balance_coef, probabilities, chosen, trainable, self.path, group=adapter_name)
+                self.balance.report(said)
+            return routed_gates(probabilities, kept, chosen, plan.normalized)
         if plan.variant == "E":
             ids, weights = self._read_dispatch(tokens.shape[0])
             slots = self.slots(adapter_name)

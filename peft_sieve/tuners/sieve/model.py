@@ -5,43 +5,40 @@ from __future__ import annotations
 import copy
 import pkgutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.model import LoraModel, _get_encoder
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import _get_submodules
 from peft.utils.integrations import init_empty_weights
 from torch import nn
-from transformers.initialization import no_init_weights
 
 from ...errors import SieveError
+from ...hf.injection import injecting, values_follow
 from ...moe.placement import onloaded
 from ...moe.storage import linear_quantisation, refuse_storage
 from ...moe.topology import MoELayer, find_moe_layers, read_weights
 from ...routing.distributed import check_agreement, on_every_rank
 from ..common.calibrate import calibrate
-from ..common.exact_unmerge import ExactLinear, read_by_weight, with_exact_unmerge
-from ..common.experts.layer import SieveExpertLayer
+from ..common.exact_unmerge import ExactLinear, exact_layer
+from ..common.experts.layer import SieveExpertLayer, expert_layers
 from ..common.hooks import take_down
-from ..common.loading import check_state_dict, sieve_layers, weights_follow
 from ..common.mask import check_mask, shape_of
 from ..common.mixed_batch import mixed_batch
-from ..common.names import check_adapter_name
 from ..common.patterns import UNMATCHED_IN_PEFT, by_pattern, expert_names, warn_of_unmatched_patterns
-from ..common.process_agreement import check_at_next_training_forward
+from ..common.process_agreement import ProcessAgreement
 from ..common.targets import resolve_targets, router_parameters, wanted_layers
 from ..common.tied import refuse_tied_experts
-from ..common.undo import as_before_on_error
+from ..common.tuner import MethodTuner, refuse_if
 from .combination import COMBINATION_TYPES
 from .config import SieveLoraConfig
 from .weighted import fill_weighted, weighted_config
 
 
-class SieveLoraModel(LoraModel):
+class SieveLoraModel(MethodTuner, LoraModel):
     """A model with LoRA on selected experts, and on attention, router and shared experts.
 
     Made by `get_peft_model` or `PeftModel.from_pretrained`; the arguments are those of `peft.LoraModel`.
@@ -50,13 +47,7 @@ class SieveLoraModel(LoraModel):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # Adapters that have been injected on the meta device, and are to get memory there.
         self._without_values: set[str] = set()
-        try:
-            super().__init__(model, *args, **kwargs)
-        except Exception:
-            # transformers' add_adapter says "loaded" before anything is.
-            if getattr(model, "_hf_peft_config_loaded", False) and not getattr(model, "peft_config", None):
-                model._hf_peft_config_loaded = False  # type: ignore[assignment]
-            raise
+        super().__init__(model, *args, **kwargs)
 
     # Before injection: everything that can go wrong, goes wrong here
 
@@ -98,27 +89,24 @@ class SieveLoraModel(LoraModel):
     # Injection
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        check_adapter_name(adapter_name, model)
-        # PEFT's own layers, too, draw values that the saved ones replace.
-        with no_init_weights() if weights_follow() else nullcontext(), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", UNMATCHED_IN_PEFT)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config: Any = self.peft_config[adapter_name]
-        warn_of_unmatched_patterns(config, _names_in_patterns(model, adapter_name))
+        warn_of_unmatched_patterns(self.peft_config[adapter_name], _names_in_patterns(model, adapter_name))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if adapter_name in self._without_values:
             # Only now is their type known.
             self._without_values.discard(adapter_name)
-            for _, layer in sieve_layers(self.model):
+            for _, layer in expert_layers(self.model):
                 layer.allocate(adapter_name)
 
     def _inject_parameters(
         self, peft_config: SieveLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         context = init_empty_weights if low_cpu_mem_usage else nullcontext
-        if weights_follow() and not low_cpu_mem_usage:
+        if values_follow() and not low_cpu_mem_usage:
             self._without_values.add(adapter_name)
         mask = peft_config.selected_experts or {}
         layers = [layer for layer in find_moe_layers(model) if layer.path in mask]
@@ -142,8 +130,10 @@ class SieveLoraModel(LoraModel):
                 )
                 injected.append(key)
             for path in read_weights(model, layers):
-                read_by_weight(model.get_submodule(path))
-        check_at_next_training_forward(model)
+                linear = model.get_submodule(path)
+                if isinstance(linear, ExactLinear):
+                    linear.shows_in_weight = True
+        ProcessAgreement(model)
         return injected
 
     def _inject_experts(self, config: SieveLoraConfig, model: nn.Module, adapter_name: str, layer: MoELayer) -> None:
@@ -156,9 +146,7 @@ class SieveLoraModel(LoraModel):
         wrapper = self._layer_class(layer)(target, layer)
         wrapper.set_adapter(self.active_adapters)
         wrapper.update_layer(adapter_name, experts, config, without_values)
-        if adapter_name not in self.active_adapters:
-            # As PEFT: an additional adapter does not become trainable by being added.
-            wrapper.requires_grad_(False)
+        self._activated(wrapper, adapter_name)
         setattr(parent, name, wrapper)
 
     def _check_layer_class(self, layer: MoELayer) -> None:
@@ -183,16 +171,9 @@ class SieveLoraModel(LoraModel):
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        return with_exact_unmerge(LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs))
-
-    # Loading
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SieveLoraConfig, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        check_state_dict(model, adapter_name, state_dict)
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # PEFT's dispatchers have no place for a layer that is to be preferred to their own.
+        layer = exact_layer(target, adapter_name, lora_config, **kwargs)
+        return LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs) if layer is None else layer
 
     # Use
 
@@ -239,14 +220,15 @@ class SieveLoraModel(LoraModel):
         Raises:
             SieveError: these adapters have no such sum; the model was not changed.
         """
+        refuse_if(self.no_weighted_sum)
         if adapter_name in self.peft_config:
             return
         if svd_clamp is not None:
-            raise SieveError(f"svd_clamp is {svd_clamp!r}, expected None, since it would change the sum: leave it out")
+            raise SieveError("svd_clamp is not supported: it would change the sum.")
         if len(adapters) == 1:
             combination_type = "linear" if combination_type in COMBINATION_TYPES else combination_type
         config = weighted_config(self.model, self.peft_config, adapters, weights, combination_type, svd_rank)
-        with as_before_on_error(self.model):
+        with injecting(self.model, self, adapter_name):
             self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
             fill_weighted(self.model, adapters, weights, adapter_name, combination_type)
@@ -254,7 +236,7 @@ class SieveLoraModel(LoraModel):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         refuse_tied_experts(self.model)
-        for _, layer in sieve_layers(self.model):
+        for _, layer in expert_layers(self.model):
             layer.check_mergeable()
         for path, module in self.model.named_modules():
             # PEFT merges into those that it has a layer of its own for; to others it would add as if they were plain.

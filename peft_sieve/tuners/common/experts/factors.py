@@ -5,9 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
+
+# In the keys of tensors that are not factors, but say whose those are; the first of them has the experts' slots.
+BOOKKEEPING_KEY = ".lora_experts."
+SLOTS_KEY = f"{BOOKKEEPING_KEY}slots"
+# What is between the dots of an expert layer's keys, besides what LoRA's have.
+FACTOR_NAMES = (
+    *("lora_gate_up_A", "lora_gate_up_B", "lora_down_A", "lora_down_B"),
+    *("lora_gate_up_delta", "lora_down_delta"),
+)
+EXPERT_KEY_PARTS = (*FACTOR_NAMES, "lora_experts", "slots")
 
 
 @dataclass(frozen=True)
@@ -15,7 +26,7 @@ class AdapterPlan:
     """What one adapter adds to one layer of experts.
 
     Attributes:
-        experts: ascending ids of the adapted experts; position in here is the expert's slot.
+        experts: ascending ids of the adapted experts.
         ranks: projection -> rank; its output width if the experts are fully tuned.
         relative_scaling: projection -> its scaling as a multiple of the layer's.
         full: whether the experts get differences of full size in place of low-rank factors.
@@ -26,20 +37,25 @@ class AdapterPlan:
     relative_scaling: dict[str, float]
     full: bool = field(default=False, kw_only=True)
 
+    @cached_property
+    def slot_of(self) -> Mapping[int, int]:
+        """Adapted expert -> its slot, its place in packed factors."""
+        return {expert: slot for slot, expert in enumerate(self.experts)}
+
 
 @dataclass(frozen=True)
 class Pack:
     """Factors of one rank for some of a layer's experts, for the projections that share an input.
 
     Attributes:
-        experts: whose they are, in their order.
-        ids: the same on the layer's device, (experts,).
+        slot_of: expert -> its place in them.
+        ids: the experts by their places, on the layer's device, (experts,).
         ranks: projection -> rank; the projections' ranks lie one after the other.
         a: (experts, ranks, in).
         b: (experts, ranks, out).
     """
 
-    experts: tuple[int, ...]
+    slot_of: Mapping[int, int]
     ids: torch.Tensor
     ranks: dict[str, int]
     a: torch.Tensor
@@ -101,9 +117,6 @@ class ExpertSlots(nn.Module):
         self.register_buffer("slots", slots_of(num_experts, experts))
         self.register_buffer("ids", torch.tensor(list(experts), dtype=torch.int64, device="cpu"), persistent=False)
 
-    def check(self, saved: Mapping[str, torch.Tensor], adapter_name: str, path: str) -> None:
-        """Refuse saved weights of other ranks than the adapter's; here all have one, which their shapes show."""
-
     def extra_repr(self) -> str:
         return f"adapted={self.ids.numel()}, num_experts={self.slots.numel()}"
 
@@ -114,6 +127,15 @@ def slots_of(num_experts: int, experts: Sequence[int]) -> torch.Tensor:
     slots = torch.full((num_experts,), -1, dtype=torch.int32, device="cpu")
     slots[list(experts)] = torch.arange(len(experts), dtype=torch.int32, device="cpu")
     return slots
+
+
+def experts_in(slots: torch.Tensor) -> list[int]:
+    """Expert ids by slot, the inverse of `slots_of`; none if the slots are not numbered from 0 on."""
+    used = slots[slots >= 0]
+    order = used.argsort()
+    if slots.dim() != 1 or used[order].tolist() != list(range(used.numel())):
+        return []
+    return (slots >= 0).nonzero().squeeze(-1)[order].tolist()
 
 
 def initialize(

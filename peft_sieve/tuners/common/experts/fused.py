@@ -132,8 +132,7 @@ class FusedSieveExperts(SieveExpertLayer):
         for pack in packs:
             factors += [pack.a, pack.b]
             parts = self._parts(adapter_name, pack.ranks, columns)
-            slots = {expert: slot for slot, expert in enumerate(pack.experts)}
-            found.append(LowRank(slots, pack.ids, parts, dropout, a=len(factors) - 2, b=len(factors) - 1))
+            found.append(LowRank(pack.slot_of, pack.ids, parts, dropout, a=len(factors) - 2, b=len(factors) - 1))
         return found
 
     def _full_delta(
@@ -145,9 +144,8 @@ class FusedSieveExperts(SieveExpertLayer):
             return []
         factors.append(held[adapter_name].used())
         ranks = {p: plan.ranks[p] for p in FACTOR_GROUPS[name] if p in plan.ranks}
-        slots = {expert: slot for slot, expert in enumerate(plan.experts)}
         parts = self._parts(adapter_name, ranks, columns)
-        return [FullDelta(slots, self.slots_module(adapter_name).ids, parts, len(factors) - 1)]
+        return [FullDelta(plan.slot_of, self.slots_module(adapter_name).ids, parts, len(factors) - 1)]
 
     def _parts(self, adapter_name: str, ranks: Mapping[str, int], columns: Mapping[str, slice]) -> list[Part]:
         """Which rows of packed tensors belong to which columns of the product, for projections in the order packed."""

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
 from ....errors import SieveError
 from ....moe.families.family import PROJECTIONS
-from ....moe.placement import execution_device, first_tensor, is_offloaded, onloaded_for_change
-from ....moe.storage import quantisation_of
+from ....moe.placement import execution_device
 from ....moe.topology import MoELayer
+from ..adapter_layer import AdapterLayer
+from ..loading import tensors_in
 from ..patterns import ranks_and_alphas
-from .factors import AdapterPlan, ExpertDeltas, ExpertFactors, ExpertSlots, Pack, initialize, slots_of
+from .factors import FACTOR_NAMES, AdapterPlan, ExpertDeltas, ExpertFactors, ExpertSlots, Pack, experts_in, initialize
 from .hellori import random_share
+from .merging import ExpertMerging
 
 # The projections that read the layer's input share one packed A; down_proj has its own.
 INPUT_PROJECTIONS = PROJECTIONS[:2]
@@ -26,7 +27,7 @@ INPUT_PROJECTIONS = PROJECTIONS[:2]
 FACTOR_GROUPS = {"lora_gate_up": INPUT_PROJECTIONS, "lora_down": PROJECTIONS[2:]}
 
 
-class SieveExpertLayer(nn.Module, LoraLayer):
+class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
     """LoRA on some of the experts of one layer.
 
     Args:
@@ -40,10 +41,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
 
     # Whether `forward` is what the model calls, and takes `adapter_names`, one for each token.
     supports_mixed_batches = False
-    adapter_layer_names = (
-        *("lora_gate_up_A", "lora_gate_up_B", "lora_down_A", "lora_down_B"),
-        *("lora_gate_up_delta", "lora_down_delta"),
-    )
+    adapter_layer_names = FACTOR_NAMES
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_experts", "plans")
 
     def __init__(self, base_layer: nn.Module, layer: MoELayer) -> None:
@@ -100,11 +98,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         if config.hellori_density is not None:
             self._train_a_share(adapter_name, config.hellori_density, config.hellori_seed)
         self._unverified.add(adapter_name)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        dtype = first_tensor(self.get_base_layer()).dtype
-        if dtype.is_floating_point and dtype.itemsize > 1:
-            for factors in self._factors_of(adapter_name):
-                factors.to(dtype)
+        self.place_new(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _new_plan(self, plan: AdapterPlan, config: Any) -> AdapterPlan:
@@ -169,21 +163,8 @@ class SieveExpertLayer(nn.Module, LoraLayer):
 
     def allocate(self, adapter_name: str) -> None:
         """Give memory to the factors of an adapter that was added without values."""
-        for factors in self._factors_of(adapter_name):
+        for factors in self.parts(adapter_name):
             factors.allocate(execution_device(self.get_base_layer()))
-
-    def _factors_of(self, adapter_name: str) -> list[ExpertFactors]:
-        held = (getattr(self, name) for name in self.adapter_layer_names)
-        return [modules[adapter_name] for modules in held if adapter_name in modules]
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # The type stays: PEFT calls this after loading, too, where a half-precision base would round loaded values.
-        if adapter_name not in self.plans:  # as it calls it for every layer of the model
-            return
-        device = device or execution_device(self.get_base_layer())
-        for module in (*self._factors_of(adapter_name), self.slots_module(adapter_name)):
-            if not any(parameter.is_meta for parameter in module.parameters()):
-                module.to(device)
 
     # What is active
 
@@ -214,13 +195,41 @@ class SieveExpertLayer(nn.Module, LoraLayer):
 
     def verify_slots(self, adapter_name: str) -> None:
         """Loaders that assign without asking (transformers' `load_adapter`) may bring the tensors of other experts."""
-        expected = slots_of(self.shape.num_experts, self.plans[adapter_name].experts)
-        if not torch.equal(self.slots_module(adapter_name).slots.cpu(), expected):
-            raise SieveError(
-                f"the weights of adapter '{adapter_name}' in {self.path} belong to other experts than its "
-                "selected_experts name, expected the same: load adapter_config.json and weights of one save"
-            )
+        self.check_saved(adapter_name, dict(tensors_in(self, adapter_name)))
         self._unverified.discard(adapter_name)
+
+    def check_saved(self, adapter_name: str, saved: Mapping[str, torch.Tensor]) -> None:
+        """Refuse the tensors of other experts than those that the adapter has here.
+
+        Args:
+            saved: by attribute and key.
+
+        Raises:
+            SieveError: they are, or do not say whose they are.
+        """
+        expected, slots = self.plans[adapter_name].experts, saved.get("lora_experts.slots")
+        if slots is None:
+            raise SieveError(
+                f"The checkpoint has no {self.path}.lora_experts.slots for adapter '{adapter_name}', which says whose the "
+                "factors are. Save or download the adapter again."
+            )
+        found, of = experts_in(slots.cpu()), self.shape.num_experts
+        if slots.numel() != of or found != list(expected):
+            raise SieveError(
+                f"The weights belong to experts {found} of {slots.numel()} in {self.path}, and adapter '{adapter_name}' "
+                f"selects {list(expected)} of {of}. Resume with the configuration of the checkpoint (its "
+                "adapter_config.json), or start a new run."
+            )
+        for factor, value in saved.items():
+            held = getattr(self, factor.removesuffix(".weight"), None) if factor.endswith(".weight") else None
+            kept = held[adapter_name].kept if held is not None else None
+            # What HELLoRI does not train of a factor must be zero.
+            if kept is not None and value.shape == kept.shape and bool(value.detach().cpu()[~kept.cpu()].any()):
+                raise SieveError(
+                    f"The weights hold values in {self.path}.{factor} outside the share that hellori_density and "
+                    f"hellori_seed of adapter '{adapter_name}' leave. Load them under the configuration that they were "
+                    "saved with."
+                )
 
     def factors(self, adapter_name: str, projection: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """One projection's factors: A (slots, rank, in), B (slots, rank, out) and the scaling; None if not adapted."""
@@ -251,11 +260,10 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         self, adapter_name: str, projection: str, expert: int
     ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """A (rank, in), B (rank, out) and the scaling of one projection of one expert; None if it is not adapted."""
-        factors, slots = self.factors(adapter_name, projection), self.plans[adapter_name].experts
-        if factors is None or expert not in slots:
+        factors, slot = self.factors(adapter_name, projection), self.plans[adapter_name].slot_of.get(expert)
+        if factors is None or slot is None:
             return None
         a, b, scaling = factors
-        slot = slots.index(expert)
         return a[slot], b[slot], scaling
 
     def packs(self, adapter_name: str, name: str) -> list[Pack]:
@@ -265,7 +273,7 @@ class SieveExpertLayer(nn.Module, LoraLayer):
         plan = self.plans[adapter_name]
         ranks = {p: plan.ranks[p] for p in FACTOR_GROUPS[name] if p in plan.ranks}
         a, b = (getattr(self, f"{name}_{side}")[adapter_name].used() for side in "AB")
-        return [Pack(plan.experts, self.slots_module(adapter_name).ids, ranks, a, b)]
+        return [Pack(plan.slot_of, self.slots_module(adapter_name).ids, ranks, a, b)]
 
     def with_deltas(self, projection: str, expert: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """What one projection of one expert gives with the active adapters.
@@ -278,10 +286,10 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             (rows, out); `output` itself where nothing is added.
         """
         for name in self.applied_adapters():
-            full = self.full_delta(name, projection)
-            if full is not None and expert in self.plans[name].experts:
+            full, slot = self.full_delta(name, projection), self.plans[name].slot_of.get(expert)
+            if full is not None and slot is not None:
                 delta, scaling = full
-                output = output + scaling * (x.to(output) @ delta[self.plans[name].experts.index(expert)].to(output).T)
+                output = output + scaling * (x.to(output) @ delta[slot].to(output).T)
                 continue
             factors = self.expert_factors(name, projection, expert)
             if factors is None:
@@ -292,105 +300,13 @@ class SieveExpertLayer(nn.Module, LoraLayer):
             output = output + scaling * (inner @ b.to(output))
         return output
 
-    # Merging
-
-    def expert_weight(self, projection: str, expert: int) -> torch.Tensor:
-        """The base weight of one projection of one expert: a view, (out, in)."""
-        return self.family.expert_weight(self.get_base_layer(), projection, expert)
-
-    def get_delta_weight(self, adapter_name: str, projection: str, expert: int) -> torch.Tensor:
-        """What the adapter adds to one projection of one adapted expert: (out, in), in float32 or wider."""
-        full = self.full_delta(adapter_name, projection)
-        if full is not None:
-            weight, scaling = full
-            slot = self.plans[adapter_name].experts.index(expert)
-            return scaling * weight[slot].detach().to(torch.promote_types(weight.dtype, torch.float32))
-        factors = self.expert_factors(adapter_name, projection, expert)
-        assert factors is not None
-        a, b, scaling = factors
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        return scaling * (b.detach().to(dtype).T @ a.detach().to(dtype))
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the adapters to the weights of their experts; the weights before it are kept for `unmerge`.
-
-        Raises:
-            SieveError: the weights take no sum (`check_mergeable`), or `safe_merge` and a merged weight is not finite;
-                nothing was changed then.
-        """
-        self.check_mergeable()
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name in self.plans:
-                with onloaded_for_change(self):
-                    self._merge_one(adapter_name, safe_merge)
-
-    def check_mergeable(self) -> None:
-        """Refuse to merge into quantised weights, where the sum would be rounded to what little they can say, and into
-        offloaded ones of several modules, which nobody would write back.
-
-        Raises:
-            SieveError: the experts are either.
-        """
-        experts = self.get_base_layer()
-        method = quantisation_of(experts)
-        if method is not None:
-            raise SieveError(
-                f"merging was asked for, and the experts of {self.path} are quantised ({method}), expected weights in "
-                "a floating-point type: load the adapter on the model without quantisation and merge there"
-            )
-        names = self.family.parameter_names(experts, list(self.shape.projections))
-        if is_offloaded(experts) and any("." in name for name in names):
-            raise SieveError(
-                f"merging was asked for, and the experts of {self.path} are in separate modules that are offloaded, "
-                "expected them in memory: load the model without offload and merge there"
-            )
-
-    def _merge_one(self, adapter_name: str, safe_merge: bool) -> None:
-        plan = self.plans[adapter_name]
-        slices = [(projection, expert) for projection in plan.ranks for expert in plan.experts]
-        if safe_merge:
-            for key in slices:
-                self._check_finite(key, adapter_name)
-        for key in slices:
-            weight = self.expert_weight(*key)
-            # In main memory: a quarter of the experts would not fit on the device a second time.
-            self._before_merge.setdefault(key, weight.detach().to("cpu", copy=True))
-            weight.copy_(self._merged(weight, adapter_name, key))
-        self.merged_adapters.append(adapter_name)
-
-    def _merged(self, weight: torch.Tensor, adapter_name: str, key: tuple[str, int]) -> torch.Tensor:
-        delta = self.get_delta_weight(adapter_name, *key)
-        return (weight.to(delta.dtype) + delta).to(weight.dtype)
-
-    def _check_finite(self, key: tuple[str, int], adapter_name: str) -> None:
-        weight = self.expert_weight(*key)
-        if not torch.isfinite(self._merged(weight, adapter_name, key)).all():
-            raise SieveError(
-                f"merging adapter '{adapter_name}' gives values that are not finite in {key[0]} of expert {key[1]} of "
-                f"{self.path}, expected finite weights: the adapter is broken, train or load it again"
-            )
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the weights back, bit for bit."""
-        with onloaded_for_change(self):
-            for key, weight in self._before_merge.items():
-                self.expert_weight(*key).copy_(weight)
-        self._before_merge.clear()
-        self.merged_adapters.clear()
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The experts module without adapters, with their weights added if `merge`."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        self._before_merge.clear()
-        return self.get_base_layer()
-
     def __repr__(self) -> str:
         return "sieve." + super().__repr__()
+
+
+def expert_layers(model: nn.Module) -> list[tuple[str, SieveExpertLayer]]:
+    """(path in the base model, layer) of every layer of expert adapters in `model`."""
+    return [(module.path, module) for module in model.modules() if isinstance(module, SieveExpertLayer)]
 
 
 def group_of(projection: str) -> str:

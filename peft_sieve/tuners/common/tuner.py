@@ -1,0 +1,126 @@
+"""What the tuners of all methods do alike: refuse before anything is changed, inject or leave no trace, load or refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from ...errors import SieveError
+from ...hf.injection import injecting, values_follow
+from .loading import check_loaded, check_state_dict, in_base_model
+from .names import check_adapter_names, check_not_there
+
+
+class MethodTuner(BaseTuner):
+    """The first base of a tuner of this package.
+
+    A tuner says what its adapters cannot do by setting one of the first three attributes to a sentence that says why, and
+    what to do instead.
+
+    Attributes:
+        no_merging, no_weighted_sum, no_mixed_batches: why; None where it can.
+    """
+
+    no_merging: ClassVar[str | None] = None
+    no_weighted_sum: ClassVar[str | None] = None
+    no_mixed_batches: ClassVar[str | None] = None
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # Before PEFT enters the configuration in the place of another's.
+        check_not_there(adapter_name, model)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; after an error, the model is as before.
+
+        Raises:
+            SieveError: the adapter's name would be mistaken for a part of a key, or the method's own reasons.
+        """
+        try:
+            with injecting(model, self, adapter_name):
+                check_adapter_names(model, self.peft_config)
+                # PEFT's own layers, too, draw values that the saved ones replace.
+                with no_init_weights() if values_follow() else nullcontext():
+                    super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):
+                # transformers' add_adapter says "loaded" before anything is.
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            raise
+
+    def _activated(self, layer: Any, adapter_name: str) -> None:
+        """Have a new layer follow the tuner: an additional adapter does not become trainable by being added."""
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+
+    # Loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        given = {in_base_model(key): value for key, value in state_dict.items()}
+        with cls._fitted(model, config, adapter_name, given):
+            check_state_dict(model, adapter_name, given, cls.prefix)
+            return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, dict(state_dict))
+
+    @classmethod
+    @contextmanager
+    def _fitted(
+        cls, model: nn.Module, config: Any, adapter_name: str, given: Mapping[str, torch.Tensor]
+    ) -> Iterator[None]:
+        """In the block, an adapter has the form of the weights that are to be loaded, if training can have come to it.
+
+        After an exception in the block it has its own form again.
+
+        Args:
+            given: the weights, by keys of the base model without adapter names.
+        """
+        yield
+
+    @classmethod
+    def check_loaded(
+        cls, model: nn.Module, adapter_name: str, missing: Iterable[str], unexpected: Iterable[str]
+    ) -> None:
+        """Refuse what a loader that assigns tensors without asking (transformers' `load_adapter`) has loaded.
+
+        Raises:
+            SieveError: tensors are missing or left over, or do not belong to the configuration.
+        """
+        check_loaded(model, adapter_name, missing, unexpected, cls.prefix)
+
+    # What a method may not be able to do
+
+    def _check_merge_allowed(self) -> None:
+        refuse_if(self.no_merging)
+        super()._check_merge_allowed()
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """A weighted sum of adapters as a new one.
+
+        Raises:
+            SieveError: adapters of this method have none.
+        """
+        refuse_if(self.no_weighted_sum)
+        super().add_weighted_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            refuse_if(self.no_mixed_batches)
+        hooks = getattr(super(), "_enable_peft_forward_hooks", None)
+        with nullcontext() if hooks is None else hooks(*args, **kwargs):
+            yield
+
+
+def refuse_if(reason: str | None) -> None:
+    """Raise `SieveError` if there is a reason to."""
+    if reason is not None:
+        raise SieveError(reason)
