@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .methods import adapters_of_package
 
-_START, _END = "<!-- peft_sieve -->", "<!-- /peft_sieve -->"
+START, END = "<!-- peft_sieve -->", "<!-- /peft_sieve -->"
 # PEFT ends a card with its list of versions.
 _VERSIONS = "### Framework versions"
 _TEMPLATE_TITLE = "# Model Card for Model ID"
@@ -42,8 +42,8 @@ def add_to_card(model: Any, path: str) -> None:
         f"{method.title} for {base_link(model)}." if method.describe is None else method.describe(model, name, config)
         for name, config, method in adapters
     ]
-    block = "\n\n".join([_START, *described, _END])
-    text = re.sub(re.escape(_START) + ".*?" + re.escape(_END), "", card.text, flags=re.DOTALL).strip()
+    block = "\n\n".join([START, *described, END])
+    text = re.sub(re.escape(START) + ".*?" + re.escape(END), "", card.text, flags=re.DOTALL).strip()
     before, versions, after = text.partition(_VERSIONS)
     if _is_blank(before):
         # It says nothing that the section does not.

@@ -39,19 +39,39 @@ class Snapshot:
             parameter.requires_grad_(requires_grad)
 
 
+class Injection:
+    """An adapter that is put into a model, and can be taken back.
+
+    Attributes:
+        tuner: that injects it.
+        adapter_name: its name.
+    """
+
+    def __init__(self, model: nn.Module, tuner: Any, adapter_name: str) -> None:
+        self.tuner, self.adapter_name = tuner, adapter_name
+        self._model, self._before = model, Snapshot(model)
+
+    def take_back(self) -> None:
+        """Have model and tuner be as before."""
+        self._before.restore()
+        self.tuner.peft_config.pop(self.adapter_name, None)
+        if not self.tuner.peft_config and getattr(self._model, "_hf_peft_config_loaded", False):
+            # transformers' add_adapter says "loaded" before anything is.
+            self._model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
 class Loading:
     """Saved weights are being loaded.
 
     Attributes:
         values_follow: adapters that are injected meanwhile get saved values before anybody uses them, so that drawing
             some first would be for nothing.
-        injected: (tuner class, adapter name) of those.
+        injected: those injections.
     """
 
     def __init__(self, values_follow: bool) -> None:
         self.values_follow = values_follow
-        self.injected: list[tuple[Any, str]] = []
-        self.snapshots: list[Snapshot] = []
+        self.injected: list[Injection] = []
 
 
 _loading: ContextVar[Loading | None] = ContextVar("_loading", default=None)
@@ -72,8 +92,8 @@ def loading(*, values_follow: bool = False) -> Iterator[Loading]:
     try:
         yield current
     except BaseException:
-        for snapshot in reversed(current.snapshots):
-            snapshot.restore()
+        for injection in reversed(current.injected):
+            injection.take_back()
         raise
     finally:
         _loading.reset(token)
@@ -91,12 +111,11 @@ def injecting(model: nn.Module, tuner: Any, adapter_name: str) -> Iterator[None]
 
     The same holds for exceptions that end a block of `loading` around this one.
     """
-    snapshot, current = Snapshot(model), _loading.get()
+    injection, current = Injection(model, tuner, adapter_name), _loading.get()
     try:
         yield
     except BaseException:
-        snapshot.restore()
+        injection.take_back()
         raise
     if current is not None:
-        current.snapshots.append(snapshot)
-        current.injected.append((type(tuner), adapter_name))
+        current.injected.append(injection)

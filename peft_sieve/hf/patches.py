@@ -114,7 +114,7 @@ def _from_pretrained(original: Callable[..., Any], cls: type, model: Any, *args:
         return _is_ours(given["model_id"], given.get("config"), given.get("kwargs", {}))
 
     placed = _placed_as_it_is(model, is_ours) if "hf_device_map" in vars(model) else nullcontext()
-    with loading(values_follow=True), placed:
+    with placed, loading(values_follow=True):
         return original(cls, model, *args, **kwargs)
 
 
@@ -124,7 +124,8 @@ def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, 
         return original(self, model_id, *args, **kwargs)
     given = inspect.signature(original).bind(self, model_id, *args, **kwargs).arguments
     folder = os.path.join(model_id, kwargs.get("subfolder") or "")
-    with loading(values_follow=True), _placed_as_it_is(self.get_base_model(), lambda: True), explained(folder):
+    placed = _placed_as_it_is(self.get_base_model(), lambda: True)
+    with placed, loading(values_follow=True), explained(folder):
         # An adapter that is there already gets weights without its configuration being read.
         finish_interrupted_saves(folder)
         result = original(self, model_id, *args, **kwargs)
@@ -138,12 +139,13 @@ def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
     path = given.get("peft_model_id") or "the state dict"
     source = (path, given.get("peft_config"), given.get("adapter_kwargs") or {})
-    with loading() as current, _placed_as_it_is(self, lambda: _is_ours(*source), told=True):
+    with _placed_as_it_is(self, lambda: _is_ours(*source), told=True), loading() as current:
         with explained(path, lambda: bool(current.injected)):
             loaded = original(self, *args, **kwargs)
-        for tuner, name in current.injected:
-            unmap(self, name)
-            tuner.check_loaded(self, name, getattr(loaded, "missing_keys", ()), getattr(loaded, "unexpected_keys", ()))
+        for injection in current.injected:
+            unmap(self, injection.adapter_name)
+            keys = getattr(loaded, "missing_keys", ()), getattr(loaded, "unexpected_keys", ())
+            injection.tuner.check_loaded(self, injection.adapter_name, *keys)
     return loaded
 
 

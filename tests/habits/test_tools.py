@@ -26,7 +26,7 @@ from torch import nn
 
 from peft_sieve import SieveError, SieveLoraConfig
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.tuners.common.loading import sieve_layers
+from peft_sieve.tuners.common.experts.layer import expert_layers
 from tests.models import randomize_adapters, tiny_model, token_batch
 
 
@@ -102,7 +102,7 @@ def test_preparing_for_compiled_hotswap_is_refused() -> None:
     model = get_peft_model(tiny_model("olmoe"), config(tiny_model("olmoe")))
     with pytest.raises(SieveError, match="prepare_model_for_compiled_hotswap was called.*leave the call out"):
         hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
-    assert {type(layer.scaling["default"]) for _, layer in sieve_layers(model)} == {float}
+    assert {type(layer.scaling["default"]) for _, layer in expert_layers(model)} == {float}
     assert model.peft_config["default"].r == 4
 
 

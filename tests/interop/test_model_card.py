@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_sieve import SieveLoraConfig
-from peft_sieve.adapters.model_card import END, START
+from peft_sieve.hf.card import END, START
 from tests.models import randomize_adapters, tiny_model, token_batch
 
 PLACE = "REPO_OR_PATH_OF_THIS_ADAPTER"

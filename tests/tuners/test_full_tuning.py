@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from peft_sieve import SieveError, SieveLoraConfig, export_lora, inspect_adapter, merge_checkpoint
 from peft_sieve.kernels.chunks import BACKEND_VARIABLE
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.tuners.common.loading import sieve_layers
+from peft_sieve.tuners.common.experts.layer import expert_layers
 from tests.deepseek_like import deepseek_like
 from tests.habits.test_quantised import check_against_reference, load, with_stacks
 from tests.models import randomize_adapters, small_olmoe, small_tokenizer, tiny_model, token_batch
@@ -70,7 +70,7 @@ def test_it_computes_and_learns_as_if_the_weights_were_changed(
     model = tiny_model(name, torch.float64)
     model.set_experts_implementation(implementation)
     plain = copy.deepcopy(find_moe_layers(model)[0].experts)
-    layer = sieve_layers(adapted(model, **options))[0][1]
+    layer = expert_layers(adapted(model, **options))[0][1]
     projections = list(layer.plans["default"].ranks)
     changed = [(p, e, slot) for p in projections for slot, e in enumerate((1, 4, 6))]
     with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 
 from peft_sieve import EpngConfig, LoraMoeConfig, PerftConfig, SieveError, SieveLoraConfig
-from peft_sieve.tuners.common.names import check_adapter_name
+from peft_sieve.tuners.common.names import check_adapter_names
 from tests.models import randomize_adapters, tiny_model
 from tests.tuners.perft.adapted import randomize
 
@@ -33,7 +33,7 @@ def test_every_part_of_every_key_is_refused(method: str) -> None:
     keys = get_peft_model(tiny_model("olmoe"), config, adapter_name="mine").state_dict()
     for part in {part for key in keys for part in key.split(".")} - {"mine"}:
         with pytest.raises(SieveError, match=f"named '{part}'"):
-            check_adapter_name(part, tiny_model("olmoe"))
+            check_adapter_names(tiny_model("olmoe"), [part])
 
 
 @pytest.mark.parametrize("name", ["lora_sql", "perft_sql", "my-adapter_1", "experts2"])
@@ -53,7 +53,7 @@ def test_a_name_that_is_like_a_part_of_keys_is_saved_beside_another(method: str,
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_name_that_is_part_of_keys_is_refused(method: str) -> None:
-    with pytest.raises(SieveError, match="named 'experts', which is a part of the names of weights"):
+    with pytest.raises(SieveError, match="named 'experts'"):
         get_peft_model(tiny_model("olmoe"), CONFIGS[method](), adapter_name="experts")
     model = get_peft_model(tiny_model("olmoe"), CONFIGS[method]())
     for name in ("mlp", "0", "weight", "gate_up_proj", "experts", "lora_A", "perft_A"):

@@ -14,7 +14,7 @@ from transformers.models.zaya.modeling_zaya import ZayaForCausalLM
 
 from peft_sieve import SieveError, SieveLoraConfig, profile_routing
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.tuners.common.exact_unmerge import WeightReadLinear
+from peft_sieve.tuners.common.exact_unmerge import ExactLinear
 from tests.architectures.tiny import inputs_for, tiny_model
 from tests.models import randomize_adapters, token_batch
 from tests.models import tiny_model as tiny_text_model
@@ -27,7 +27,7 @@ def test_the_adapter_of_a_router_that_is_read_by_its_weight_acts() -> None:
     peft_model = get_peft_model(model, config).eval()
     randomize_adapters(peft_model)
     router = model.model.layers[0].mlp.router
-    assert isinstance(router.classifier, WeightReadLinear)
+    assert isinstance(router.classifier, ExactLinear) and router.classifier.shows_in_weight
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     base = router.classifier.get_base_layer().weight
     a, b = router.classifier.lora_A["default"].weight, router.classifier.lora_B["default"].weight

@@ -163,7 +163,7 @@ class BalanceLoss(TrainingForwards):
         self._used = (loss is not None and self.adds_to_outputs) or not self.trains
         if loss is None or not self.adds_to_outputs:
             return None
-        loss = loss + (self._loss * share_of_step(model, given)).to(loss)
+        loss = loss + self._loss.to(loss.device) * share_of_step(model, given)
         if isinstance(output, tuple):
             return (loss, *output[1:])
         output.loss = loss

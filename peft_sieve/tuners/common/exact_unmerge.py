@@ -16,7 +16,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...moe.placement import execution_device, onloaded, onloaded_for_change
-from ...moe.storage import linear_quantisation
 from .mixed_batch import each_adapter
 
 
@@ -111,7 +110,8 @@ def exact_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any
     if kwargs.get("parameter_name") is not None:
         return ExactParamWrapper(target, adapter_name, config=config, **kwargs)
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if isinstance(base, nn.Linear) and linear_quantisation(base) is None:
+    # Weights of a library's own kind have a layer of PEFT's.
+    if isinstance(base, nn.Linear) and type(base.weight).__module__.partition(".")[0] == "torch":
         kwargs.pop("parameter_name", None)
         return ExactLinear(target, adapter_name, config=config, **kwargs)
     return None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...errors import SieveError
@@ -26,9 +27,17 @@ def in_base_model(key: str) -> str:
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
     """(path in the base model, layer) of the layers that hold an adapter."""
-    for path, layer in model.named_modules():
+    for path, layer in _outside_wrappers(model):
         if isinstance(layer, BaseTunerLayer) and any(True for _ in tensors_in(layer, adapter_name)):
             yield in_base_model(path), layer
+
+
+def _outside_wrappers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, without what PEFT trains whole: that has keys of its own, which PEFT compares."""
+    yield path, module
+    for name, child in module.named_children():
+        if not isinstance(child, AuxiliaryTrainingWrapper):
+            yield from _outside_wrappers(child, f"{path}.{name}" if path else name)
 
 
 def tensors_in(layer: Any, adapter_name: str) -> Iterator[tuple[str, torch.Tensor]]:

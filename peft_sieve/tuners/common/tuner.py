@@ -42,18 +42,11 @@ class MethodTuner(BaseTuner):
         Raises:
             SieveError: the adapter's name would be mistaken for a part of a key, or the method's own reasons.
         """
-        try:
-            with injecting(model, self, adapter_name):
-                check_adapter_names(model, self.peft_config)
-                # PEFT's own layers, too, draw values that the saved ones replace.
-                with no_init_weights() if values_follow() else nullcontext():
-                    super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:
-            self.peft_config.pop(adapter_name, None)
-            if not self.peft_config and getattr(model, "_hf_peft_config_loaded", False):
-                # transformers' add_adapter says "loaded" before anything is.
-                model._hf_peft_config_loaded = False  # type: ignore[assignment]
-            raise
+        with injecting(model, self, adapter_name):
+            check_adapter_names(model, self.peft_config)
+            # PEFT's own layers, too, draw values that the saved ones replace.
+            with no_init_weights() if values_follow() else nullcontext():
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _activated(self, layer: Any, adapter_name: str) -> None:
         """Have a new layer follow the tuner: an additional adapter does not become trainable by being added."""

@@ -19,7 +19,7 @@ register(
         describe=describe,
         key_parts=(*EXPERT_KEY_PARTS, "blocks", "importance", "ledger"),
         only_keys=(SLOTS_KEY,),
-        only_fields=("selected_experts",),
+        only_fields=("expert_blocks", "rank_block"),
         check_files=check_saved_mask,
         check_hotswap=check_hotswap,
     )

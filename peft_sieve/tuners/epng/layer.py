@@ -17,6 +17,7 @@ from ..common.experts.fused import FusedSieveExperts
 from ..common.experts.layer import FACTOR_GROUPS, SieveExpertLayer, group_of
 from ..common.experts.module_list import ModuleListSieveExperts
 from ..common.experts.parallel import ParallelSieveExperts
+from ..common.loading import tensors_in
 from ..sieve.config import SieveLoraConfig
 from .allocation import AllocationRule, share_of
 from .config import EpngConfig
@@ -126,6 +127,10 @@ class EpngExpertLayer(SieveExpertLayer):
         module = self.lora_experts[adapter_name]
         assert isinstance(module, RankedSlots)
         return module
+
+    def verify_slots(self, adapter_name: str) -> None:
+        self.check_saved(adapter_name, dict(tensors_in(self, adapter_name)))
+        super().verify_slots(adapter_name)
 
     def check_saved(self, adapter_name: str, saved: Mapping[str, torch.Tensor]) -> None:
         """As of all expert layers; and refuse rows of other ranks, or without what resuming needs."""

@@ -19,7 +19,7 @@ register(
         describe=describe,
         key_parts=EXPERT_KEY_PARTS,
         only_keys=(SLOTS_KEY,),
-        only_fields=("selected_experts",),
+        only_fields=("selected_experts", "expert_shapes", "top_k_frac"),
         check_files=check_saved_mask,
         check_hotswap=check_hotswap,
     )

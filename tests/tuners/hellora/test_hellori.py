@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, hellora_config
 from peft_sieve.tuners.common.experts.hellori import random_share
-from peft_sieve.tuners.common.loading import sieve_layers
+from peft_sieve.tuners.common.experts.layer import expert_layers
 from tests.models import randomize_adapters, small_olmoe, small_tokenizer, tiny_model, token_batch
 from tests.reference import NaiveAdapter, assert_same, naive_experts
 from tests.test_training import settings
@@ -33,7 +33,7 @@ def config(**options: Any) -> SieveLoraConfig:
 def factors(model: nn.Module, side: str) -> dict[str, Any]:
     return {
         f"{path}.{name}": getattr(layer, f"{name}_{side}")["default"]
-        for path, layer in sieve_layers(model)
+        for path, layer in expert_layers(model)
         for name in ("lora_gate_up", "lora_down")
     }
 
@@ -56,7 +56,7 @@ def test_forward_and_gradients_are_those_of_the_masked_factors(implementation: s
     base = copy.deepcopy(model.model.layers[0].mlp.experts)
     peft_model = get_peft_model(model, config(), autocast_adapter_dtype=False)
     randomize_adapters(peft_model)
-    layer = dict(sieve_layers(peft_model))[EXPERTS]
+    layer = dict(expert_layers(peft_model))[EXPERTS]
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(20, 32, dtype=torch.float64, generator=generator)
     ids = torch.stack([torch.randperm(8, generator=generator)[:3] for _ in range(20)])

@@ -17,7 +17,7 @@ from transformers.models.olmoe.modeling_olmoe import load_balancing_loss_func
 from trl import SFTConfig, SFTTrainer
 
 from peft_sieve import SieveError
-from peft_sieve.tuners.perft.balance import balance_loss
+from peft_sieve.tuners.common.balance import balance_loss
 from peft_sieve.tuners.perft.layer import perft_layers
 from tests.models import small_olmoe, small_tokenizer, token_batch
 from tests.module_models import switch_transformers
@@ -74,12 +74,17 @@ def test_one_layer_is_as_transformers_computes_it(top_k: int) -> None:
     mask[1, 5:] = 0
     for given, real in ((None, None), (mask, mask.flatten().bool())):
         theirs = load_balancing_loss_func((logits,), 5, top_k, given)
-        assert_same(balance_loss(logits, top_k, real), theirs, "loss", rtol=1e-6)
+        probabilities = logits.softmax(-1)
+        ids = probabilities.topk(top_k, dim=-1).indices
+        assert_same(balance_loss(probabilities, ids, real), theirs, "loss", rtol=1e-6)
+        shares = balance_loss(probabilities, ids, real, per_selection=True)
+        assert_same(shares, theirs / top_k, "loss per selection", rtol=1e-6)
 
 
 def test_an_even_router_scores_top_k() -> None:
-    logits = torch.eye(4, dtype=torch.float64) * 1e-9
-    assert balance_loss(logits, 1).item() == pytest.approx(1.0)
+    probabilities = (torch.eye(4, dtype=torch.float64) * 1e-9).softmax(-1)
+    ids = probabilities.argmax(-1, keepdim=True)
+    assert balance_loss(probabilities, ids).item() == pytest.approx(1.0)
 
 
 def test_the_loss_of_a_padded_batch_holds_the_naive_balance_loss() -> None:

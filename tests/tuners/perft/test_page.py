@@ -12,7 +12,7 @@ import pytest
 from peft import PeftConfig, get_peft_model
 
 from peft_sieve import PerftConfig
-from peft_sieve.tuners.perft.config import RUNTIME_ONLY, SELECTION
+from peft_sieve.tuners.common.config import RUNTIME_ONLY, SelectionConfig
 from tests.models import tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -39,7 +39,7 @@ def test_the_table_has_every_setting_and_its_default() -> None:
         several = names.replace("`", "").split(", ")
         values = defaults.split(", ") if ", " in defaults else [defaults] * len(several)
         documented |= dict(zip(several, values, strict=True))
-    elsewhere = {field.name for field in fields(PeftConfig)} | set(SELECTION)
+    elsewhere = {field.name for field in fields(PeftConfig)} | {field.name for field in fields(SelectionConfig)}
     elsewhere -= {"selected_experts", "calibration", "expert_shapes"}
     own = {f.name: str(f.default) for f in fields(PerftConfig) if f.name not in elsewhere}
     assert documented == own

@@ -15,7 +15,6 @@ from ....moe.families.family import PROJECTIONS
 from ....moe.placement import execution_device
 from ....moe.topology import MoELayer
 from ..adapter_layer import AdapterLayer
-from ..loading import tensors_in
 from ..patterns import ranks_and_alphas
 from .factors import FACTOR_NAMES, AdapterPlan, ExpertDeltas, ExpertFactors, ExpertSlots, Pack, experts_in, initialize
 from .hellori import random_share
@@ -195,7 +194,7 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
 
     def verify_slots(self, adapter_name: str) -> None:
         """Loaders that assign without asking (transformers' `load_adapter`) may bring the tensors of other experts."""
-        self.check_saved(adapter_name, dict(tensors_in(self, adapter_name)))
+        self._check_slots(adapter_name, self.slots_module(adapter_name).slots)
         self._unverified.discard(adapter_name)
 
     def check_saved(self, adapter_name: str, saved: Mapping[str, torch.Tensor]) -> None:
@@ -207,7 +206,20 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         Raises:
             SieveError: they are, or do not say whose they are.
         """
-        expected, slots = self.plans[adapter_name].experts, saved.get("lora_experts.slots")
+        self._check_slots(adapter_name, saved.get("lora_experts.slots"))
+        for factor, value in saved.items():
+            held = getattr(self, factor.removesuffix(".weight"), None) if factor.endswith(".weight") else None
+            kept = held[adapter_name].kept if held is not None else None
+            # What HELLoRI does not train of a factor must be zero.
+            if kept is not None and value.shape == kept.shape and bool(value.detach().cpu()[~kept.cpu()].any()):
+                raise SieveError(
+                    f"The weights hold values in {self.path}.{factor} outside the share that hellori_density and "
+                    f"hellori_seed of adapter '{adapter_name}' leave. Load them under the configuration that they were "
+                    "saved with."
+                )
+
+    def _check_slots(self, adapter_name: str, slots: torch.Tensor | None) -> None:
+        expected = self.plans[adapter_name].experts
         if slots is None:
             raise SieveError(
                 f"The checkpoint has no {self.path}.lora_experts.slots for adapter '{adapter_name}', which says whose the "
@@ -220,16 +232,6 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
                 f"selects {list(expected)} of {of}. Resume with the configuration of the checkpoint (its "
                 "adapter_config.json), or start a new run."
             )
-        for factor, value in saved.items():
-            held = getattr(self, factor.removesuffix(".weight"), None) if factor.endswith(".weight") else None
-            kept = held[adapter_name].kept if held is not None else None
-            # What HELLoRI does not train of a factor must be zero.
-            if kept is not None and value.shape == kept.shape and bool(value.detach().cpu()[~kept.cpu()].any()):
-                raise SieveError(
-                    f"The weights hold values in {self.path}.{factor} outside the share that hellori_density and "
-                    f"hellori_seed of adapter '{adapter_name}' leave. Load them under the configuration that they were "
-                    "saved with."
-                )
 
     def factors(self, adapter_name: str, projection: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """One projection's factors: A (slots, rank, in), B (slots, rank, out) and the scaling; None if not adapted."""
