@@ -39,7 +39,9 @@ def add_to_card(model: Any, path: str) -> None:
         card.data.pop("base_model")
         card.data["tags"] = [tag for tag in card.data["tags"] if not tag.startswith("base_model:")]
     described = [
-        f"{method.title} for {base_link(model)}." if method.describe is None else method.describe(model, name, config)
+        section(model, name, method.title, f"{method.title} for {base_link(model)}")
+        if method.describe is None
+        else method.describe(model, name, config)
         for name, config, method in adapters
     ]
     block = "\n\n".join([START, *described, END])
