@@ -62,6 +62,7 @@ test-servers: $(VENV)/servers/.ready
 lint: $(STAMP)-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 
 types: $(STAMP)-test
 	$(BIN)/mypy peft_sieve

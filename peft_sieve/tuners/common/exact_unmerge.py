@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...moe.placement import execution_device, onloaded, onloaded_for_change
-from .mixed_batch import each_adapter
+from .each_adapter import each_adapter
 
 
 class _ExactUnmerge:

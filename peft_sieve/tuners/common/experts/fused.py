@@ -21,7 +21,7 @@ from ....kernels.low_rank import LowRank, Part
 from ....kernels.stacks import ExpertStacks
 from ....moe.families.fused import FusedExperts
 from ....moe.placement import onloaded
-from ..mixed_batch import each_adapter
+from ..each_adapter import each_adapter
 from .layer import FACTOR_GROUPS, SieveExpertLayer
 
 
