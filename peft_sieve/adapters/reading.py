@@ -127,8 +127,9 @@ def sieve_config(adapter: str) -> SieveLoraConfig:
         kind = getattr(config.peft_type, "value", config.peft_type)
         reason = ", since PERFT and LoRA experts are in no weight of the base model" if method_of(kind) else ""
         raise SieveError(
-            f"{adapter} holds an adapter of type {kind}, expected {' or '.join(m.name for m in methods() if issubclass(m.config, SieveLoraConfig))}{reason}: pass an adapter "
-            "that was trained with a SieveLoraConfig or an EpngConfig"
+            f"{adapter} holds an adapter of type {kind}, expected "
+            f"{' or '.join(m.name for m in methods() if issubclass(m.config, SieveLoraConfig))}{reason}: pass an "
+            "adapter that was trained with a SieveLoraConfig or an EpngConfig"
         )
     return config
 

@@ -1,4 +1,5 @@
-"""Injections that are taken back when something goes wrong, be it in them or while saved weights are loaded after them."""
+"""Injections that are taken back when something goes wrong, be it in them or while saved weights are loaded after "
+"them."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ class Method:
         model: its tuner, derived from `tuners.common.tuner.MethodTuner`.
         title: what its adapters are called in the title of a model card, such as "Sparse LoRA".
         tags: of its model cards.
-        describe: (model, adapter name, configuration) -> the section of a model card, in Markdown; None for the shortest.
-        key_parts: words between the dots of its saved keys that are no attributes of its layers: not for adapters' names.
+        describe: (model, adapter name, configuration) -> the section of a model card, Markdown; None for a short one.
+        key_parts: words in its saved keys that are not attributes of its layers, and so cannot be names of adapters.
         only_keys: parts of keys that no method of another package has. A configuration file that was cut short is told
             by the weights beside it.
         only_fields: fields that only its configurations have, by which a file with another `peft_type` is told.
@@ -57,7 +57,7 @@ def register(method: Method) -> None:
     taken back after an error.
     """
     peft_type = _enumerated(method.name)
-    # Not register_peft_method: it refuses a prefix that another method has, and LoRA's is wanted by transformers and TRL.
+    # Not register_peft_method, which refuses a prefix that another method has: transformers and TRL want LoRA's.
     peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = method.config
     peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = method.model
     peft.mapping.PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = method.model.prefix

@@ -41,8 +41,8 @@ class ExpertPruningCallback(TrainerCallback):
         check_same_trainer(self, state)
         if not lora_moe_layers(self._model()):
             raise SieveError(
-                f"The trainer's model, a {type(self.trainer.model).__name__}, has no LoRA experts. Train a LoraMoeConfig, "
-                "or leave ExpertPruningCallback out."
+                f"The trainer's model, a {type(self.trainer.model).__name__}, has no LoRA experts. Train a "
+                "LoraMoeConfig, or leave ExpertPruningCallback out."
             )
         self._check_pruning(args, state)
         wrapped = partial(loss_with_balance, self.trainer)
@@ -71,11 +71,11 @@ class ExpertPruningCallback(TrainerCallback):
             refuse_several_processes()
             if args.n_gpu > 1:
                 raise SieveError(
-                    f"The trainer spreads one process over {args.n_gpu} GPUs, where copies of a router are not counted. "
-                    "Show the process one GPU."
+                    f"The trainer spreads one process over {args.n_gpu} GPUs, where copies of a router are not "
+                    "counted. Show the process one GPU."
                 )
             if step > state.max_steps:
                 raise SieveError(
-                    f"Adapter '{name}' is to be pruned after step {step}, and training has {state.max_steps} steps. Lower "
-                    "prune_step, or set it and prune_ratio to None to keep all experts."
+                    f"Adapter '{name}' is to be pruned after step {step}, and training has {state.max_steps} steps. "
+                    "Lower prune_step, or set it and prune_ratio to None to keep all experts."
                 )

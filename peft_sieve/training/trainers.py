@@ -1,4 +1,5 @@
-"""What callbacks that need their Trainer itself have in common: checks, and methods wrapped for as long as it trains."""
+"""What callbacks that need their Trainer itself have in common: checks, and methods wrapped for as long as it "
+"trains."""
 
 from __future__ import annotations
 
@@ -63,6 +64,6 @@ def check_hooks_see(args: Any, name: str) -> None:
         )
     if args.n_gpu > 1:
         raise SieveError(
-            f"The trainer spreads one process over {args.n_gpu} GPUs, where copies of a layer would count at once. Start "
-            "one process for each (accelerate launch or torchrun), or show it one GPU."
+            f"The trainer spreads one process over {args.n_gpu} GPUs, where copies of a layer would count at once. "
+            "Start one process for each (accelerate launch or torchrun), or show it one GPU."
         )

@@ -178,9 +178,9 @@ def _added_up(model: nn.Module, routed: list[Routed], given: Mapping[str, Any]) 
     """For each group the mean of coefficient times loss, all added up; counts usage on the way."""
     if any(one.coef and one.trainable and not one.probabilities.requires_grad for one in routed):
         raise SieveError(
-            "The routers of the adapters ran without gradients (gradient checkpointing with use_reentrant=True), so that "
-            "their balance loss would train nothing. Pass gradient_checkpointing_kwargs={'use_reentrant': False}, or "
-            "set balance_loss_coef=0."
+            "The routers of the adapters ran without gradients (gradient checkpointing with use_reentrant=True), so "
+            "that their balance loss would train nothing. Pass gradient_checkpointing_kwargs={'use_reentrant': False}, "
+            "or set balance_loss_coef=0."
         )
     groups: dict[str, list[torch.Tensor]] = {}
     masks = _Masks(model, [one.path for one in routed if one.path is not None], given)

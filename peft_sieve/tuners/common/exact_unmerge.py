@@ -105,8 +105,8 @@ class ExactParamWrapper(_ExactUnmerge, ParamWrapper):
 
 
 def exact_layer(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
-    """PEFT's layer around a plain linear layer or a parameter, with an exact `unmerge`; None for what PEFT has others for,
-    such as quantised weights."""
+    """PEFT's layer around a linear layer or a parameter, with an exact `unmerge`; None where PEFT has others, as for
+    quantised weights."""
     if kwargs.get("parameter_name") is not None:
         return ExactParamWrapper(target, adapter_name, config=config, **kwargs)
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target

@@ -17,8 +17,8 @@ from .hooks import hang, take_down
 class TrainingForwards:
     """Is told of the forwards of a model in training mode and with gradients, once each: derive from it.
 
-    Not of evaluation, generation, or a reference model's forward; and not of what gradient checkpointing computes again,
-    which happens in the backward, outside of any forward of the model.
+    Not of evaluation, generation, or a reference model's forward; and not of what gradient checkpointing computes
+    again, which happens in the backward, outside of any forward of the model.
 
     Attributes:
         running: whether such a forward is running.

@@ -36,8 +36,8 @@ def check_adapter_names(model: nn.Module, adapter_names: Iterable[str]) -> None:
     for name in adapter_names:
         if name in words:
             raise SieveError(
-                f"An adapter cannot be named {name!r}, which is a part of the names of weights: saving would mistake one "
-                "for the other. Choose another name, such as 'my_adapter'."
+                f"An adapter cannot be named {name!r}, which is a part of the names of weights: saving would mistake "
+                "one for the other. Choose another name, such as 'my_adapter'."
             )
 
 
@@ -68,6 +68,6 @@ def check_not_there(adapter_name: str, model: nn.Module) -> None:
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     if any(adapter_name in layer._get_available_adapters() for layer in layers):
         raise SieveError(
-            f"The model already has an adapter named {adapter_name!r}, whose place the new one would take. Load the base "
-            "model again, call unload() first, or choose another adapter_name."
+            f"The model already has an adapter named {adapter_name!r}, whose place the new one would take. Load the "
+            "base model again, call unload() first, or choose another adapter_name."
         )

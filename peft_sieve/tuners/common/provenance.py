@@ -38,9 +38,10 @@ def selection_lines(config: Any) -> list[str]:
         tokens = known.get("tokens")
         size = f"{tokens:,}" if isinstance(tokens, int) else "an unknown number of"
         text = (
-            f"Calibrated on {known.get('samples', 'some')} samples ({size} tokens) of `{known.get('dataset', 'unknown')}`, "
-            f"score `{known.get('score', 'unknown')}`, strategy `{known.get('strategy', 'unknown')}`. Coverage is the "
-            "share of a layer's routed tokens (or gate weight, by the score) that its adapted experts received."
+            f"Calibrated on {known.get('samples', 'some')} samples ({size} tokens) of "
+            f"`{known.get('dataset', 'unknown')}`, score `{known.get('score', 'unknown')}`, strategy "
+            f"`{known.get('strategy', 'unknown')}`. Coverage is the share of a layer's routed tokens (or gate weight, "
+            "by the score) that its adapted experts received."
         )
     coverage = known.get("coverage")
     rows = []

@@ -1,4 +1,5 @@
-"""What the tuners of all methods do alike: refuse before anything is changed, inject or leave no trace, load or refuse."""
+"""What the tuners of all methods do alike: refuse before anything is changed, inject or leave no trace, load or "
+"refuse."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ from .names import check_adapter_names, check_not_there
 class MethodTuner(BaseTuner):
     """The first base of a tuner of this package.
 
-    A tuner says what its adapters cannot do by setting one of the first three attributes to a sentence that says why, and
-    what to do instead.
+    A tuner says what its adapters cannot do by setting an attribute to a sentence that says why, and what to do
+    instead.
 
     Attributes:
         no_merging, no_weighted_sum, no_mixed_batches: why; None where it can.

@@ -49,8 +49,8 @@ class EpngModel(SieveLoraModel):
     """
 
     no_weighted_sum = (
-        "EPnG adapters have no weighted sum: their ranks differ by expert. Activate several at once with set_adapter, or "
-        "merge one after the other."
+        "EPnG adapters have no weighted sum: their ranks differ by expert. Activate several at once with set_adapter, "
+        "or merge one after the other."
     )
 
     def update_and_allocate(self, global_step: int, optimizer: Any = None) -> None:

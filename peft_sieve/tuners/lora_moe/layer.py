@@ -168,8 +168,8 @@ class LoraMoeLayer(nn.Module, AdapterLayer):
         if (tuple(experts), bool(pruned[0])) != (plan.experts, plan.pruned):
             raise SieveError(
                 f"The weights belong to {'pruned' if pruned[0] else 'unpruned'} experts {experts}, and adapter "
-                f"'{adapter_name}' has {'pruned' if plan.pruned else 'unpruned'} experts {list(plan.experts)} in a layer. "
-                "Load them under the configuration that they were saved with."
+                f"'{adapter_name}' has {'pruned' if plan.pruned else 'unpruned'} experts {list(plan.experts)} in a "
+                "layer. Load them under the configuration that they were saved with."
             )
 
     def is_trained(self, adapter_name: str) -> bool:

@@ -45,8 +45,8 @@ def fit_to_weights(
             forgotten |= layers[path].reshape(adapter_name, experts, pruned)
     if forgotten:
         warnings.warn(
-            f"The loaded weights are of other experts than adapter '{adapter_name}' had, so its optimizer begins anew with "
-            "these. Load a state of the optimizer that belongs to them if there is one.",
+            f"The loaded weights are of other experts than adapter '{adapter_name}' had, so its optimizer begins anew "
+            "with these. Load a state of the optimizer that belongs to them if there is one.",
             UserWarning,
             stacklevel=2,
         )
@@ -69,7 +69,7 @@ def _checked(
     inside = sorted(set(experts)) == experts and all(0 <= expert < plan.num_experts for expert in experts)
     if len(tokens) != plan.num_experts or sizes != expected or not inside or pruned not in ([0], [1]):
         raise SieveError(
-            f"The weights of {path} are experts {experts} of {len(tokens)} with lora_A of shape {sizes[0]}, and adapter "
-            f"'{adapter_name}' has some of {plan.num_experts} experts of rank {plan.r}. {advice}"
+            f"The weights of {path} are experts {experts} of {len(tokens)} with lora_A of shape {sizes[0]}, and "
+            f"adapter '{adapter_name}' has some of {plan.num_experts} experts of rank {plan.r}. {advice}"
         )
     return experts, pruned == [1]

@@ -33,12 +33,12 @@ class LoraMoeModel(BalancedTuner):
     tuner_layer_cls = LoraMoeLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's, as it declares it)
     no_merging = (
-        "LoRA experts cannot be merged: each token has its own mixture of them. Keep the adapter, or use LoraConfig where "
-        "it must be merged."
+        "LoRA experts cannot be merged: each token has its own mixture of them. Keep the adapter, or use LoraConfig "
+        "where it must be merged."
     )
     no_weighted_sum = (
-        "LoRA experts have no weighted sum. Activate several with set_adapter([...]) of model.base_model, which adds up "
-        "what they give."
+        "LoRA experts have no weighted sum. Activate several with set_adapter([...]) of model.base_model, which adds "
+        "up what they give."
     )
     no_mixed_batches = (
         "adapter_names is not supported for LoRA experts. Call set_adapter, and the model once for each adapter."

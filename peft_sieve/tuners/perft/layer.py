@@ -26,8 +26,8 @@ CHILD = "perft"
 # Names of the two factors by form, so that weights of one form are never taken for those of the other.
 FACTORS = {"lora": ("perft_A", "perft_B"), "bottleneck": ("perft_down", "perft_up")}
 NO_MERGING = (
-    "PERFT adapters cannot be merged: they stand beside whole MoE blocks, whose weights cannot hold what they add. Keep "
-    "the adapter, or remove it with unload()."
+    "PERFT adapters cannot be merged: they stand beside whole MoE blocks, whose weights cannot hold what they add. "
+    "Keep the adapter, or remove it with unload()."
 )
 
 

@@ -36,8 +36,8 @@ class PerftModel(BalancedTuner):
         "(model.base_model.set_adapter with a list), which adds up what they give."
     )
     no_mixed_batches = (
-        "adapter_names is not supported for PERFT adapters, which see tokens and not rows. Call set_adapter, and run one "
-        "adapter after the other."
+        "adapter_names is not supported for PERFT adapters, which see tokens and not rows. Call set_adapter, and run "
+        "one adapter after the other."
     )
 
     # Before injection: everything that can go wrong, goes wrong here

@@ -120,7 +120,8 @@ class SieveLoraConfig(SelectionConfig, LoraConfig):
         self.hellori_density = number("hellori_density", self.hellori_density, lambda given: 0 < given <= 1, kind)
         if self.expert_tuning == "full":
             raise SieveError(
-                "hellori_density is not supported with expert_tuning='full', which has no factors. Leave one of them out."
+                "hellori_density is not supported with expert_tuning='full', which has no factors. Leave one of them "
+                "out."
             )
 
 

@@ -222,15 +222,15 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         expected = self.plans[adapter_name].experts
         if slots is None:
             raise SieveError(
-                f"The checkpoint has no {self.path}.lora_experts.slots for adapter '{adapter_name}', which says whose the "
-                "factors are. Save or download the adapter again."
+                f"The checkpoint has no {self.path}.lora_experts.slots for adapter '{adapter_name}', which says whose "
+                "the factors are. Save or download the adapter again."
             )
         found, of = experts_in(slots.cpu()), self.shape.num_experts
         if slots.numel() != of or found != list(expected):
             raise SieveError(
-                f"The weights belong to experts {found} of {slots.numel()} in {self.path}, and adapter '{adapter_name}' "
-                f"selects {list(expected)} of {of}. Resume with the configuration of the checkpoint (its "
-                "adapter_config.json), or start a new run."
+                f"The weights belong to experts {found} of {slots.numel()} in {self.path}, and adapter "
+                f"'{adapter_name}' selects {list(expected)} of {of}. Resume with the configuration of the checkpoint "
+                "(its adapter_config.json), or start a new run."
             )
 
     def factors(self, adapter_name: str, projection: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
