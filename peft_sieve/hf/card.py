@@ -29,8 +29,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("REPO_OR_PATH_OF_THIS_ADAPTER")
 
 
 def add_to_card(model: Any, path: str) -> None:
-    """Write a section for each adapter of this package in a `PeftModel` into the card at `path`, in place of earlier "
-    "ones."""
+    """Write a section for each adapter of this package into the card of a `PeftModel`, in place of earlier ones."""
     adapters = adapters_of_package(model)
     card = ModelCard.load(path)
     tags = {tag for _, _, method in adapters for tag in method.tags}

@@ -1,5 +1,4 @@
-"""Injections that are taken back when something goes wrong, be it in them or while saved weights are loaded after "
-"them."""
+"""Injections that are taken back when something goes wrong in them, or while saved weights are loaded after them."""
 
 from __future__ import annotations
 

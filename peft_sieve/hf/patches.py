@@ -62,8 +62,7 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 def _save_pretrained(
     original: Callable[..., Any], self: PeftModel, save_directory: str, *args: Any, **kwargs: Any
 ) -> Any:
-    """Missing: a hook for how files are written. A crash in the middle of a save must leave the previous adapter "
-    "whole."""
+    """Missing: a hook for how files are written. A crash in the middle must leave the previous adapter whole."""
     if not adapters_of_package(self):
         return original(self, save_directory, *args, **kwargs)
     given = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments

@@ -1,5 +1,4 @@
-"""What callbacks that need their Trainer itself have in common: checks, and methods wrapped for as long as it "
-"trains."""
+"""What callbacks have in common: checks of their Trainer, and methods of it that are wrapped while it trains."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What the tuners of all methods do alike: refuse before anything is changed, inject or leave no trace, load or "
-"refuse."""
+"""What the tuners of all methods do alike: refuse early, inject or leave no trace, load what fits or nothing."""
 
 from __future__ import annotations
 
