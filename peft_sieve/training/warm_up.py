@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..checks import share
 from ..errors import SieveError
 from ..moe.topology import MoELayer, find_moe_layers
 from ..routing.counting import watching
@@ -24,7 +25,6 @@ from ..routing.data.batches import CalibrationData, calibration_batches, tokens_
 from ..routing.data.sources import ModelBatches, is_model_batch, read_source
 from ..routing.distributed import rank_and_world
 from ..routing.encoder_decoder import IGNORED, decoder_mask
-from ..routing.options import check_share
 from ..routing.profile import RoutingProfile
 from ..routing.profiling import (
     RoutingCounters,
@@ -219,7 +219,7 @@ def _hidden(progress: bool) -> bool | None:
 
 
 def _check(model: nn.Module, fraction: Any, learning_rate: Any) -> None:
-    check_share("fraction", fraction, "the share of the data to warm up on, such as 0.1")
+    share("fraction", fraction)
     if (
         isinstance(learning_rate, bool)
         or not isinstance(learning_rate, int | float)

@@ -14,11 +14,11 @@ from typing import Any
 from peft import LoraConfig, PeftType
 from peft.utils import CONFIG_NAME
 
+from ...checks import share
 from ...errors import SieveError
 from ...files import replaced_when_done
 from ...moe.families.family import PROJECTIONS
-from ...routing.options import check_share, validate_selection_options
-from ...routing.until_stable import check_stability
+from ...routing.strategies import validate_selection_options
 from ..common.config import RUNTIME_ONLY
 from ..common.peft_settings import check_flags, check_names, check_patterns
 
@@ -144,10 +144,10 @@ class SieveLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType("SIEVE_LORA")
         vars(self).update(zip(RUNTIME_ONLY, (calib_dataset, calib_tokenizer, calib_formatting_func), strict=True))
-        validate_selection_options(self.top_k_frac, self.top_k, self.strategy, self.score, self.coverage, self.top_p)
+        names = ("top_k_frac", "top_k", "strategy", "score", "coverage", "top_p")
+        validate_selection_options(**{name: getattr(self, name) for name in names})
         self._check_expert_tuning()
-        if self.calib_stability is not None:
-            check_stability("calib_stability", self.calib_stability)
+        share("calib_stability", self.calib_stability, optional=True)
         for name, plain in _PLAIN.items():
             value = getattr(self, name)
             if value is not None and not isinstance(value, int | float):
@@ -199,7 +199,7 @@ class SieveLoraConfig(LoraConfig):
             )
         if self.hellori_density is None:
             return
-        check_share("hellori_density", self.hellori_density, "the share of B to train, such as 0.1, or to None")
+        share("hellori_density", self.hellori_density)
         if self.expert_tuning == "full":
             raise SieveError(
                 "hellori_density was given with expert_tuning='full', expected 'lora', since it is a share of a "
