@@ -15,8 +15,8 @@ from ..routing.counting import DispatchCounter, Watched, see_mask, watching
 from ..routing.distributed import summed
 from ..routing.drift import routing_drift
 from ..routing.encoder_decoder import decoder_layers
+from ..routing.plain_model import unwrapped
 from ..routing.profile import RoutingProfile
-from ..routing.profiling import unwrapped
 from ..routing.scores import check_score
 from ..routing.selection import ExpertSelection
 from ..tuners.common.experts.layer import SieveExpertLayer

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..errors import SieveError
-from ..routing.profiling import unwrapped
+from ..routing.plain_model import unwrapped
 from ..tuners.lora_moe.pruning import adapters_to_prune, lora_moe_layers, refuse_several_processes, update_and_prune
 from .trainer_methods import wrap_method
 

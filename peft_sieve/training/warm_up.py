@@ -25,16 +25,11 @@ from ..routing.data.batches import CalibrationData, calibration_batches, tokens_
 from ..routing.data.sources import ModelBatches, is_model_batch, read_source
 from ..routing.distributed import rank_and_world
 from ..routing.encoder_decoder import IGNORED, decoder_mask
+from ..routing.layer_counters import RoutingCounters
+from ..routing.model_inputs import check_vocabulary, find_tokenizer, input_device, on_device
+from ..routing.plain_model import check_model
 from ..routing.profile import RoutingProfile
-from ..routing.profiling import (
-    RoutingCounters,
-    check_model,
-    check_reached,
-    check_vocabulary,
-    find_tokenizer,
-    input_device,
-    on_device,
-)
+from ..routing.profiling import check_reached
 from ..tuners.common.undo import as_before_on_error
 from ..tuners.sieve.config import SieveLoraConfig
 
