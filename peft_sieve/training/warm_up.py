@@ -22,7 +22,8 @@ from ..errors import SieveError
 from ..moe.topology import MoELayer, find_moe_layers
 from ..routing.counting import watching
 from ..routing.data.batches import CalibrationData, calibration_batches, tokens_in
-from ..routing.data.sources import ModelBatches, is_model_batch, read_source
+from ..routing.data.ready_batches import ModelBatches, is_model_batch
+from ..routing.data.sources import Choice, read_source
 from ..routing.distributed import rank_and_world
 from ..routing.encoder_decoder import IGNORED, decoder_mask
 from ..routing.layer_counters import RoutingCounters
@@ -191,7 +192,7 @@ def _with_adapter(model: nn.Module, config: SieveLoraConfig, seed: int) -> Itera
 
 def _number_of_samples(data: Any, split: str) -> int:
     if isinstance(data, str | os.PathLike):
-        source = read_source(data, split=split, max_samples=sys.maxsize, seed=0, all_columns=True)
+        source = read_source(data, Choice(sys.maxsize, 0, split, all_columns=True))
         return sum(map(_rows, source.batches)) if isinstance(source, ModelBatches) else len(source.rows)
     if isinstance(data, Mapping) and split in data and not is_model_batch(data):
         data = data[split]
