@@ -47,7 +47,7 @@ class RoutingCounters:
         """Say what the next forward reads.
 
         Args:
-            batch: with `input_ids`, one sample a row.
+            batch: with `input_ids`, one sample per row.
             decoder_mask: as `attention_mask`, of the decoder of an encoder-decoder; None if all its tokens are real.
         """
         for path, counter in self.counters.items():

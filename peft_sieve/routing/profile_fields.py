@@ -76,18 +76,20 @@ def as_counts(values: Any, layer: str) -> Tensor:
     bad = counts < 0
     if vector.is_floating_point():
         bad |= counts.to(torch.float64) != vector.to(torch.float64)
-    _refuse(vector, bad, f"The counts of layer {layer!r}", "whole numbers of at least 0")
+    _refuse_values(vector, bad, f"The counts of layer {layer!r}", "whole numbers of at least 0")
     return counts
 
 
 def as_mass(values: Any, layer: str, what: str = "mass") -> Tensor:
     """Finite numbers of at least 0, `(num_experts,)`, float64."""
     mass = as_vector(values, what, layer).to(MASS_DTYPE)
-    _refuse(mass, ~(torch.isfinite(mass) & (mass >= 0)), f"The {what} of layer {layer!r}", "finite and at least 0")
+    _refuse_values(
+        mass, ~(torch.isfinite(mass) & (mass >= 0)), f"The {what} of layer {layer!r}", "finite and at least 0"
+    )
     return mass
 
 
-def _refuse(values: Tensor, bad: Tensor, name: str, kind: str) -> None:
+def _refuse_values(values: Tensor, bad: Tensor, name: str, kind: str) -> None:
     for value, is_bad in zip(values.tolist(), bad.tolist(), strict=True):
         if is_bad:
             raise must_be(name, kind, value)

@@ -23,7 +23,7 @@ Profile = TypeVar("Profile")  # a RoutingProfile, which this module does not imp
 
 # A profile without averages over samples is written as version 1, which every release reads.
 FORMAT_VERSION, FORMAT_WITH_AVERAGES = 1, 2
-HEADER_KEY = "peft_sieve_routing_profile"  # under it lies the JSON header in the safetensors string metadata
+HEADER_KEY = "peft_sieve_routing_profile"  # of the JSON header, in the safetensors metadata
 _COUNTS = "counts."
 _WEIGHTS = {what: f"{what}." for what in WEIGHTS}
 

@@ -182,13 +182,7 @@ def select_experts(
         SieveError: if an option is out of range, the profile lacks the score, or no token reached any layer.
     """
     options = SelectionOptions(
-        top_k_frac=top_k_frac,
-        top_k=top_k,
-        strategy=strategy,
-        score=score,
-        coverage=coverage,
-        top_p=top_p,
-        seed=seed,
+        top_k_frac=top_k_frac, top_k=top_k, strategy=strategy, score=score, coverage=coverage, top_p=top_p, seed=seed
     )
     scores = layer_scores(profile, score)
     for layer, values in scores.items():

@@ -104,7 +104,7 @@ def _greedy(scores: Scores, options: SelectionOptions) -> Selected:
     return selected
 
 
-def _coverage(scores: Scores, options: SelectionOptions) -> Selected:
+def _up_to_coverage(scores: Scores, options: SelectionOptions) -> Selected:
     selected: dict[str, list[int]] = {}
     for layer, values in scores.items():
         total = total_of(values)
@@ -159,7 +159,7 @@ def _random(scores: Scores, options: SelectionOptions) -> Selected:
 STRATEGIES: dict[str, Callable[[Scores, SelectionOptions], Selected]] = {
     "uniform": _uniform,
     "greedy": _greedy,
-    "coverage": _coverage,
+    "coverage": _up_to_coverage,
     "cumulative": _cumulative,
     "random": _random,
 }

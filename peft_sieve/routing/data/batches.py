@@ -77,7 +77,7 @@ def calibration_batches(
 
     Args:
         data: one of
-            - str or path: a file `.jsonl`, `.json`, `.csv`, `.txt` (one sample a line), also compressed, or
+            - str or path: a file `.jsonl`, `.json`, `.csv`, `.txt` (one sample per line), also compressed, or
               `.parquet`; a folder that `datasets` reads; otherwise a Hub id;
             - a `datasets.Dataset`, `IterableDataset`, or a dict of either, from which `split` is taken;
             - a sequence or an iterator of rows: str, or dicts with `text`, `messages`, `prompt` + `completion`,
@@ -91,7 +91,7 @@ def calibration_batches(
         max_samples: samples used at most; of more, a subset drawn with `seed`. A stream is drawn from its beginning:
             1,000 rows or twice `max_samples`, whichever is more.
         max_length: tokens kept of a sample, from its beginning.
-        batch_size: samples a batch, in one process.
+        batch_size: samples per batch, in one process.
         seed: which samples; also how a shuffling `DataLoader` shuffles.
         shard: `(rank, world_size)`: this process takes every `world_size`-th sample in order of length (of batches
             that came ready: every `world_size`-th batch). The shares of all ranks are disjoint and make up what a
@@ -119,7 +119,7 @@ def calibration_batches(
                     "calib_formatting_func cannot change. Leave it out, or pass rows."
                 )
             ready = source.take(max_samples)
-            return _calibration(source.name, ready[rank::world_size], [ids for b in ready for ids in used_ids(b)])
+            return _with_provenance(source.name, ready[rank::world_size], [ids for b in ready for ids in used_ids(b)])
         samples = [
             sample
             for position, row in zip(source.positions, source.rows, strict=True)
@@ -131,10 +131,10 @@ def calibration_batches(
     kept = [sample for sample in tokens if sample.num_tokens > 0]
     share = sorted(kept, key=lambda sample: -len(sample.ids))[rank::world_size]  # stable: ties in sample order
     batches = [_pad(share[start : start + batch_size], pad_id) for start in range(0, len(share), batch_size)]
-    return _calibration(source.name, batches, [sample.used_ids() for sample in kept], len(tokens) - len(kept))
+    return _with_provenance(source.name, batches, [sample.used_ids() for sample in kept], len(tokens) - len(kept))
 
 
-def _calibration(
+def _with_provenance(
     name: str, share: list[dict[str, Any]], used: list[list[int]], num_dropped_empty: int = 0
 ) -> CalibrationData:
     """What this process's batches and the token ids of all samples make; an error if there is no token at all."""

@@ -205,8 +205,8 @@ def _unknown_columns(row: Mapping[str, Any]) -> SieveError:
     names = [name for name in row if isinstance(name, str) and not {'"', "\\"} & set(repr(name))]
     named_ids = {name for name in names if name.lower() in ("id", "idx", "index") or name.lower().endswith("_id")}
     texts = [name for name in names if isinstance(row[name], str) and name not in named_ids]
-    shown = (texts or names)[:3] or ["column"]
-    body = 'f"' + r"\n".join(f"{{row[{name!r}]}}" for name in shown) + '"'
+    told = (texts or names)[:3] or ["column"]
+    body = 'f"' + r"\n".join(f"{{row[{name!r}]}}" for name in told) + '"'
     for name in names:
         if isinstance(row[name], (list, tuple)) and row[name] and all(map(_is_message, row[name])):
             body = f"row[{name!r}]"
