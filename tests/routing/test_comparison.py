@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from peft_sieve import RoutingProfile, SieveError, select_experts
 from peft_sieve.routing.comparison import coverage_curves, jaccard_matrix, resampled_stability, smaller_sample_stability
-
-TELEMETRY = Path(__file__).parents[1] / "data" / "olmoe_1b_7b.npz"
-
-
-@pytest.fixture(scope="module")
-def olmoe() -> dict[str, RoutingProfile]:
-    with np.load(TELEMETRY) as arrays:
-        names = sorted({key.split(".")[0] for key in arrays})
-        return {
-            name: RoutingProfile.from_arrays(arrays[f"{name}.counts"], arrays[f"{name}.mass"], num_experts_per_tok=8)
-            for name in names
-        }
 
 
 def test_curves_are_the_coverage_of_every_k(olmoe: dict[str, RoutingProfile]) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import statistics
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from peft_sieve import RoutingProfile, SieveError, selection_stability, subsample_stability
-
-TELEMETRY = Path(__file__).parents[1] / "data" / "olmoe_1b_7b.npz"
 
 
 def test_layer_by_layer() -> None:
@@ -57,9 +54,8 @@ def test_a_token_has_as_many_dispatches_as_the_router_gives_it() -> None:
         subsample_stability(profile, [2])
 
 
-def test_more_tokens_agree_more_and_sizes_do_not_depend_on_each_other() -> None:
-    with np.load(TELEMETRY) as arrays:
-        profile = RoutingProfile.from_arrays(arrays["gsm8k.counts"], num_experts_per_tok=8)
+def test_more_tokens_agree_more_and_sizes_do_not_depend_on_each_other(olmoe: dict[str, RoutingProfile]) -> None:
+    profile = olmoe["gsm8k"]
     found = subsample_stability(profile, [2000, 100, 20_000], repeats=3, top_k=16)
     assert list(found) == [2000, 100, 20_000]
     assert all(list(layers) == list(profile.counts) for layers in found.values())

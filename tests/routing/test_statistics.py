@@ -1,25 +1,14 @@
 """Routing skew: the definitions on small numbers, and the published figures on OLMoE's real telemetry."""
 
 import math
-from pathlib import Path
 from statistics import fmean
 
-import numpy as np
 import pytest
 
 from peft_sieve.errors import SieveError
 from peft_sieve.routing.profile import RoutingProfile
 from peft_sieve.routing.selection import select_experts
 from peft_sieve.routing.statistics import routing_statistics
-
-
-@pytest.fixture(scope="module")
-def olmoe() -> dict[str, RoutingProfile]:
-    """The telemetry of OLMoE-1B-7B on ten data sets."""
-    arrays = np.load(Path(__file__).parent.parent / "data" / "olmoe_1b_7b.npz")
-    names = sorted({key.split(".")[0] for key in arrays})
-    return {name: RoutingProfile.from_arrays(arrays[f"{name}.counts"], num_experts_per_tok=8) for name in names}
-
 
 # --- the paper (MoE-Sieve, arXiv 2603.24044) ------------------------------------------------------------------------
 
