@@ -14,13 +14,13 @@ from peft.utils import get_peft_model_state_dict
 from torch import nn
 
 from .adapters.reading import skeleton_maker
+from .checks import quoted
 from .errors import SieveError
 from .moe.topology import find_moe_layers
 from .routing.comparison import coverage_curves
-from .routing.options import experts_per_layer
 from .routing.profile import RoutingProfile
-from .routing.profile_checks import quoted
 from .routing.selection import select_experts
+from .routing.strategies import experts_per_layer
 from .table import Table
 from .tuners.common.experts.layer import expert_layers
 from .tuners.sieve.config import SieveLoraConfig

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_sieve import RoutingProfile, SieveExpertLayer, select_experts
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.routing.profiling import unwrapped
+from peft_sieve.routing.plain_model import unwrapped
 
 
 class StepSelection:

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import share
 from ..errors import SieveError
 from .profile import RoutingProfile, check_profile
-from .profile_checks import quoted
+from .profile_fields import check_experts_match
 from .scores import layer_scores
 from .selection import select_experts
 from .stability import drawable
@@ -83,8 +84,7 @@ def resampled_stability(
     """
     check_profile(profile)
     for fraction in fractions:
-        if not 0 < fraction <= 1:
-            raise SieveError(f"received the fraction {fraction!r}, expected a number above 0 and at most 1: pass one")
+        share("fraction", fraction)
     # The mass of a part is not known, only its counts.
     whole = RoutingProfile(counts={name: counts for name, counts in profile.counts.items() if bool(counts.any())})
     reference = select_experts(whole, **options)
@@ -141,15 +141,11 @@ def check_same_layers(profiles: Mapping[str, RoutingProfile]) -> None:
         SieveError: if layers or numbers of experts differ, or there is no profile.
     """
     if not profiles:
-        raise SieveError("received no routing profile, expected at least one: pass profiles by name")
-    sizes = {name: {layer: len(c) for layer, c in profile.counts.items()} for name, profile in profiles.items()}
-    first = next(iter(sizes))
-    others = [name for name in sizes if sizes[name] != sizes[first]]
-    if others:
-        raise SieveError(
-            f"received profiles of which {quoted(others)} have other layers or numbers of experts than {first!r}, "
-            "expected profiles of one model: compare those of each model apart"
-        )
+        raise SieveError("There is no routing profile. Pass profiles by name.")
+    (first, reference), *others = profiles.items()
+    for name, profile in others:
+        both = f"the profiles {first!r} and {name!r}"
+        check_experts_match(reference.counts, profile.counts, both, "Compare profiles of one model.")
 
 
 def _part(profile: RoutingProfile, fraction: float, generator: np.random.Generator) -> RoutingProfile:

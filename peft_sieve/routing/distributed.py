@@ -66,6 +66,6 @@ def check_agreement(what: str, value: Any) -> None:
     different = [rank for rank, other in enumerate(values) if other != values[0]]
     if different:
         raise SieveError(
-            f"processes {different} of {len(values)} hold other {what} than process 0, expected the same on all, since "
-            "training would average weights of unrelated experts: give every process the same configuration"
+            f"processes {different} of {len(values)} hold other {what} than process 0, and training would average "
+            "weights of unrelated experts. Give every process the same configuration."
         )

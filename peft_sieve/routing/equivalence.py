@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import reprlib
 import statistics
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
+from ..checks import is_number, must_be, number
 from ..errors import SieveError
 from ..table import UNKNOWN, Table
 
@@ -59,14 +58,14 @@ class PairedEquivalence:
         return self.std_ratio**2
 
     def to_table(self) -> Table:
-        """One row a question: what was found, its 95% interval, and the p-value of the test."""
-        mean, std = f"{self.mean_difference:+.4g}", _number(self.std_ratio)
-        variance = _number(self.variance_ratio)
+        """One row per question: what was found, its 95% interval, and the p-value of the test."""
+        mean, std = f"{self.mean_difference:+.4g}", _rounded(self.std_ratio)
+        variance = _rounded(self.variance_ratio)
         within = f"within {self.margin:g}: {'shown' if self.equivalent else 'not shown'}"
         rows = [
-            ("mean difference", mean, _interval(self.confidence_interval), _number(self.p_value)),
-            (within, mean, UNKNOWN, _number(self.tost_p_value)),
-            ("ratio of variances", variance, _interval(self.variance_ratio_interval), _number(self.variance_p_value)),
+            ("mean difference", mean, _interval(self.confidence_interval), _rounded(self.p_value)),
+            (within, mean, UNKNOWN, _rounded(self.tost_p_value)),
+            ("ratio of variances", variance, _interval(self.variance_ratio_interval), _rounded(self.variance_p_value)),
             ("ratio of standard deviations", std, UNKNOWN, UNKNOWN),
         ]
         return Table((f"candidate against reference, {self.num_pairs} seeds", "value", "95% interval", "p"), rows)
@@ -143,15 +142,10 @@ def holm_correction(p_values: Mapping[str, float]) -> dict[str, float]:
         SieveError: if a p-value is not a number in [0, 1].
     """
     if not isinstance(p_values, Mapping):
-        raise SieveError(
-            f"received {type(p_values).__name__} as p-values, expected a mapping from condition to p-value: pass a dict"
-        )
+        raise must_be("p_values", "a mapping from condition to p-value", p_values)
     for condition, value in p_values.items():
-        if not _is_number(value) or not 0 <= value <= 1:
-            raise SieveError(
-                f"received the p-value {reprlib.repr(value)} for {condition!r}, expected a number from 0 to 1: "
-                "leave out conditions that could not be tested"
-            )
+        advice = "Leave out conditions that could not be tested."
+        number(f"The p-value of {condition!r}", value, lambda given: 0 <= given <= 1, "a number from 0 to 1", advice)
     adjusted: dict[str, float] = {}
     largest = 0.0
     for rank, condition in enumerate(sorted(p_values, key=lambda name: p_values[name])):
@@ -180,8 +174,8 @@ def _t_tests(differences: list[float], margin: float) -> tuple[tuple[float, floa
 def _limits(mean: float, margin: float, largest: float) -> tuple[tuple[float, float], float, float]:
     """The same for differences without variation."""
     warnings.warn(
-        f"all seeds give the same difference, {mean:.6g}, so the p-values are limits and prove little: check that the "
-        "conditions are two and that the metric is fine enough to vary",
+        f"All seeds give the same difference, {mean:.6g}, so the p-values are limits and prove little. Check that the "
+        "conditions are two and that the metric is fine enough to vary.",
         UserWarning,
         stacklevel=3,
     )
@@ -218,7 +212,7 @@ def _variances(x: list[float], y: list[float], largest: float) -> tuple[float, t
     return ratio, (ratio**2 / factor**2, ratio**2 * factor**2), p_value
 
 
-def _number(value: float) -> str:
+def _rounded(value: float) -> str:
     return UNKNOWN if math.isnan(value) else f"{value:.3g}"
 
 
@@ -233,51 +227,29 @@ def _constant(values: list[float], largest: float) -> bool:
 # --- input ----------------------------------------------------------------------------------------------------------
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def _checked_bounds(bounds: Any) -> tuple[float, float]:
     if bounds is None:
         return -math.inf, math.inf
-    fine = isinstance(bounds, tuple | list) and len(bounds) == 2 and all(map(_is_number, bounds))
+    fine = isinstance(bounds, tuple | list) and len(bounds) == 2 and all(map(is_number, bounds))
     if not fine or not bounds[0] < bounds[1]:
-        raise SieveError(
-            f"received bounds={reprlib.repr(bounds)}, expected the least and the greatest value of the metric or None: "
-            "pass (0, 1) for shares, (0, 100) for percents"
-        )
+        advice = "Pass (0, 1) for shares, (0, 100) for percents."
+        raise must_be("bounds", "the least and the greatest value of the metric, or None", bounds, advice)
     return float(bounds[0]), float(bounds[1])
 
 
 def _checked_margin(margin: Any, width: float) -> float:
-    if not _is_number(margin) or not 0 < margin < width or math.isinf(margin):
-        below = "" if math.isinf(width) else f" and below {width:g}, the whole range of the metric"
-        raise SieveError(
-            f"received margin={reprlib.repr(margin)}, expected a number above 0{below}: "
-            "pass the difference that counts as none in the unit of the accuracies, such as 0.02 for two percentage "
-            "points of shares"
-        )
-    return float(margin)
+    below = "" if math.isinf(width) else f" and below {width:g}, the whole range of the metric"
+    advice = "It is in the unit of the accuracies, such as 0.02 for two percentage points of shares."
+    return float(number("margin", margin, lambda given: 0 < given < width, f"a number above 0{below}", advice))
 
 
 def _checked_values(values: Any, which: str, low: float, high: float) -> dict[Any, float]:
     if not isinstance(values, Mapping):
-        raise SieveError(
-            f"received {type(values).__name__} as {which}, expected a mapping from seed to accuracy: "
-            "pass a dict, so that runs are paired by their seed"
-        )
+        raise must_be(which, "a mapping from seed to accuracy", values)
+    kind = f"a finite number from {low:g} to {high:g}"
+    advice = "Pass bounds=(0, 100) for percents, None for a loss, and leave seeds out whose run failed."
     for seed, value in values.items():
-        if not _is_number(value) or not math.isfinite(value):
-            raise SieveError(
-                f"received {reprlib.repr(value)} as the {which}'s accuracy for seed {seed!r}, expected a finite "
-                "number: leave the seed out of both conditions if its run failed"
-            )
-        if not low <= value <= high:
-            raise SieveError(
-                f"received {value:g} as the {which}'s accuracy for seed {seed!r}, expected a number from {low:g} to "
-                f"{high:g}: pass bounds=(0, 100) and a margin in percentage points for percents, bounds=None for a "
-                "metric without bounds"
-            )
+        number(f"The {which}'s accuracy for seed {seed!r}", value, lambda given: low <= given <= high, kind, advice)
     return {seed: float(value) for seed, value in values.items()}
 
 
@@ -286,16 +258,10 @@ def _check_same_seeds(first: Mapping[Any, float], second: Mapping[Any, float]) -
     if only_one:
         same_text = {str(seed) for seed in first} == {str(seed) for seed in second}
         advice = (
-            "make both whole numbers, since JSON turns the keys of a mapping into strings"
+            "Make both whole numbers: JSON turns the keys of a mapping into strings."
             if same_text
-            else "run what is missing or leave it out of both"
+            else "Run what is missing or leave it out of both."
         )
-        raise SieveError(
-            f"received accuracies of which only one condition has the seeds {', '.join(only_one)}, expected the same "
-            f"seeds in both: {advice}"
-        )
+        raise SieveError(f"Only one condition has the seeds {', '.join(only_one)}. {advice}")
     if len(first) < 2:
-        raise SieveError(
-            f"received {len(first)} pairs of accuracies, expected 2 or more, since one says nothing of how much they "
-            "vary: run more seeds"
-        )
+        raise SieveError(f"There must be at least 2 pairs of accuracies, got {len(first)}. Run more seeds.")

@@ -12,22 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import must_be, whole
 from ..errors import SieveError
 from ..table import UNKNOWN, Table
 from . import profile_file
-from .profile_checks import (
+from .profile_fields import (
+    WEIGHTS,
     as_counts,
     as_json,
     as_mass,
     as_rows,
-    check_same_layers,
-    check_whole,
+    check_experts_match,
     checked_names,
     per_layer,
-    quoted,
 )
-
-_WEIGHTS = ("mass", "sample_share", "sample_mass")  # what a profile may hold beside its counts
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -67,31 +65,21 @@ class RoutingProfile:
 
     def __post_init__(self) -> None:
         counts = per_layer(self.counts, "counts", as_counts)
-        weights = {}
-        for what in _WEIGHTS:
-            given = getattr(self, what)
-            layers = None if given is None else per_layer(given, what, partial(as_mass, what=what))
-            if layers is not None:
-                check_same_layers(counts, layers, what)
-                layers = {name: layers[name] for name in counts}
-            weights[what] = layers
-        check_whole("num_samples", self.num_samples, minimum=0)
-        check_whole("num_tokens", self.num_tokens, minimum=0)
-        check_whole("num_experts_per_tok", self.num_experts_per_tok, minimum=1)
+        checked: dict[str, Any] = {"counts": counts, "metadata": as_json(self.metadata)}
+        for what in WEIGHTS:
+            if getattr(self, what) is not None:
+                weights = per_layer(getattr(self, what), what, partial(as_mass, what=what))
+                check_experts_match(counts, weights, f"counts and {what}", f"Pass both for each layer, or no {what}.")
+                checked[what] = {name: weights[name] for name in counts}
+        for name, least in (("num_tokens", 0), ("num_experts_per_tok", 1), ("num_samples", 0)):
+            checked[name] = whole(name, getattr(self, name), least=least, optional=True)
         most_experts = max(layer.numel() for layer in counts.values())
-        if self.num_experts_per_tok is not None and self.num_experts_per_tok > most_experts:
-            raise SieveError(
-                f"received num_experts_per_tok={self.num_experts_per_tok} for layers of at most {most_experts} "
-                "experts, expected no more than the experts of a layer: pass the router's top-k"
-            )
+        if (checked["num_experts_per_tok"] or 0) > most_experts:
+            kind = f"at most {most_experts}, the experts of the largest layer"
+            raise must_be("num_experts_per_tok", kind, self.num_experts_per_tok)
         # Frozen for everybody else: this is where the values become what the annotations say.
-        object.__setattr__(self, "counts", counts)
-        for what, layers in weights.items():
-            object.__setattr__(self, what, layers)
-        for name in ("num_tokens", "num_experts_per_tok", "num_samples"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else int(value))
-        object.__setattr__(self, "metadata", as_json(self.metadata))
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -116,7 +104,7 @@ class RoutingProfile:
             mass: the same for the summed gate weights, or None when unknown.
             num_experts_per_tok: the router's top-k. From it follows `num_tokens`: the largest layer total divided by
                 it, rounded down; without it `num_tokens` is None.
-            layer_names: one distinct name a layer; `layers.0`, `layers.1`, ... by default.
+            layer_names: one distinct name per layer; `layers.0`, `layers.1`, ... by default.
             sample_share: average over samples, as `counts`, or None when unknown (see `RoutingProfile`).
             sample_mass: the same of the gate weights.
 
@@ -129,20 +117,17 @@ class RoutingProfile:
         rows = as_rows(counts, "counts")
         names = checked_names(layer_names, len(rows))
         by_layer = {name: as_counts(row, name) for name, row in zip(names, rows, strict=True)}
-        weights: dict[str, Any] = {}
-        for what, array in {"mass": mass, "sample_share": sample_share, "sample_mass": sample_mass}.items():
-            weight_rows = None if array is None else as_rows(array, what)
-            if weight_rows is not None and len(weight_rows) != len(rows):
-                raise SieveError(
-                    f"received {what} for {len(weight_rows)} layers and counts for {len(rows)}, "
-                    "expected as many: pass two arrays of shape (layers, experts) from the same run"
-                )
-            weights[what] = None if weight_rows is None else dict(zip(names, weight_rows, strict=True))
-        check_whole("num_experts_per_tok", num_experts_per_tok, minimum=1)
-        num_tokens = None
-        if num_experts_per_tok is not None:
-            num_tokens = max(int(layer.sum()) for layer in by_layer.values()) // int(num_experts_per_tok)
-        return cls(counts=by_layer, num_tokens=num_tokens, num_experts_per_tok=num_experts_per_tok, **weights)
+        weights: dict[str, Any] = {"mass": mass, "sample_share": sample_share, "sample_mass": sample_mass}
+        for what, array in weights.items():
+            if array is not None:
+                weight_rows = as_rows(array, what)
+                if len(weight_rows) != len(rows):
+                    numbers = f"{what} has {len(weight_rows)} layers and counts has {len(rows)}"
+                    raise SieveError(f"{numbers}. Pass arrays of the same shape.")
+                weights[what] = dict(zip(names, weight_rows, strict=True))
+        top_k = whole("num_experts_per_tok", num_experts_per_tok, optional=True)
+        num_tokens = max(int(layer.sum()) for layer in by_layer.values()) // top_k if top_k else None
+        return cls(counts=by_layer, num_tokens=num_tokens, num_experts_per_tok=top_k, **weights)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the profile as one safetensors file, whole or not at all.
@@ -186,37 +171,22 @@ class RoutingProfile:
         """
         if not isinstance(other, RoutingProfile):
             return NotImplemented
-        only_one = sorted(set(self.counts) ^ set(other.counts))
-        if only_one:
-            raise SieveError(
-                f"received two profiles of which only one has {quoted(only_one)}, "
-                "expected the same layers in both: add profiles of the same model"
-            )
-        for name, layer in self.counts.items():
-            if layer.shape != other.counts[name].shape:
-                raise SieveError(
-                    f"received {layer.numel()} and {other.counts[name].numel()} experts in layer {name!r}, "
-                    "expected as many in both profiles: add profiles of the same model"
-                )
-        top_ks = {self.num_experts_per_tok, other.num_experts_per_tok} - {None}
-        if len(top_ks) > 1:
-            raise SieveError(
-                f"received profiles with num_experts_per_tok {self.num_experts_per_tok} and "
-                f"{other.num_experts_per_tok}, expected the same: add profiles of the same model"
-            )
-        known = self.num_tokens is not None and other.num_tokens is not None
+        advice = "Add profiles of the same model."
+        check_experts_match(self.counts, other.counts, "the two profiles", advice)
+        top_ks = [each.num_experts_per_tok for each in (self, other) if each.num_experts_per_tok is not None]
+        if len(set(top_ks)) > 1:
+            raise SieveError(f"num_experts_per_tok of the two profiles is {top_ks[0]} and {top_ks[1]}. {advice}")
+        mass = None
+        if self.mass is not None and other.mass is not None:
+            mass = {name: layer + other.mass[name] for name, layer in self.mass.items()}
         return RoutingProfile(
             counts={name: layer + other.counts[name] for name, layer in self.counts.items()},
-            mass=None
-            if self.mass is None or other.mass is None
-            else {name: layer + other.mass[name] for name, layer in self.mass.items()},
-            num_tokens=self.num_tokens + other.num_tokens if known else None,  # type: ignore[operator]
-            num_experts_per_tok=next(iter(top_ks), None),
+            mass=mass,
+            num_tokens=_sum_if_known(self.num_tokens, other.num_tokens),
+            num_experts_per_tok=top_ks[0] if top_ks else None,
             sample_share=_averaged(self, other, "sample_share"),
             sample_mass=_averaged(self, other, "sample_mass"),
-            num_samples=None
-            if self.num_samples is None or other.num_samples is None
-            else self.num_samples + other.num_samples,
+            num_samples=_sum_if_known(self.num_samples, other.num_samples),
             metadata={"parts": _parts(self) + _parts(other)},
         )
 
@@ -228,7 +198,7 @@ class RoutingProfile:
             and self.num_experts_per_tok == other.num_experts_per_tok
             and self.num_samples == other.num_samples
             and _same_tensors(self.counts, other.counts)
-            and all(_same_tensors(getattr(self, what) or {}, getattr(other, what) or {}) for what in _WEIGHTS)
+            and all(_same_tensors(getattr(self, what) or {}, getattr(other, what) or {}) for what in WEIGHTS)
         )
 
     def __repr__(self) -> str:
@@ -240,8 +210,8 @@ class RoutingProfile:
         return f"RoutingProfile({len(self.counts)} layers x {experts} experts{top_k}{tokens}, {mass} mass)"
 
     def to_table(self) -> Table:
-        """One row a layer: its experts, the tokens routed to them (each counts once for every expert that it goes to),
-        the most used expert, and the share that it gets."""
+        """One row per layer: its experts, the tokens routed to them (a token counts once for each expert that it goes
+        to), the most used expert, and the share that it gets."""
         rows = []
         for name, counts in self.counts.items():
             routed, hottest = int(counts.sum()), int(counts.argmax())
@@ -255,6 +225,10 @@ class RoutingProfile:
 
 def _same_tensors(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(layer, right[name]) for name, layer in left.items())
+
+
+def _sum_if_known(first: int | None, second: int | None) -> int | None:
+    return None if first is None or second is None else first + second
 
 
 def _averaged(first: RoutingProfile, second: RoutingProfile, what: str) -> dict[str, Tensor] | None:
@@ -276,7 +250,5 @@ def _parts(profile: RoutingProfile) -> list[Any]:
 def check_profile(profile: Any) -> None:
     """Raise `SieveError` unless `profile` is a `RoutingProfile`."""
     if not isinstance(profile, RoutingProfile):
-        raise SieveError(
-            f"received {type(profile).__name__} as a profile, expected a RoutingProfile: "
-            "make one with profile_routing, RoutingProfile.load or RoutingProfile.from_arrays"
-        )
+        advice = "Make one with profile_routing, RoutingProfile.load or RoutingProfile.from_arrays."
+        raise must_be("The profile", "a RoutingProfile", profile, advice)

@@ -5,31 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import reprlib
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from ..checks import must_be, one_line
 from ..errors import SieveError
-from .profile_checks import COUNTS_DTYPE, MASS_DTYPE, one_line
+from .profile_fields import COUNTS_DTYPE, MASS_DTYPE, WEIGHTS
 
-if TYPE_CHECKING:
-    from .profile import RoutingProfile
+Profile = TypeVar("Profile")  # a RoutingProfile, which this module does not import: it is imported by it
 
 # A profile without averages over samples is written as version 1, which every release reads.
 FORMAT_VERSION, FORMAT_WITH_AVERAGES = 1, 2
-HEADER_KEY = "peft_sieve_routing_profile"  # under it lies the JSON header in the safetensors string metadata
+HEADER_KEY = "peft_sieve_routing_profile"  # of the JSON header, in the safetensors metadata
 _COUNTS = "counts."
-_WEIGHTS = {"mass": "mass.", "sample_share": "sample_share.", "sample_mass": "sample_mass."}
+_WEIGHTS = {what: f"{what}." for what in WEIGHTS}
 
 
-def write(profile: RoutingProfile, path: Any) -> None:
+def write(profile: Any, path: Any) -> None:
     """What `RoutingProfile.save` does."""
     tensors = {_COUNTS + name: layer for name, layer in profile.counts.items()}
     for what, prefix in _WEIGHTS.items():
@@ -53,7 +52,7 @@ def write(profile: RoutingProfile, path: Any) -> None:
             scratch.unlink()
 
 
-def read(path: Any, make: Callable[..., RoutingProfile]) -> RoutingProfile:
+def read(path: Any, make: Callable[..., Profile]) -> Profile:
     """What `RoutingProfile.load` does.
 
     Args:
@@ -71,16 +70,16 @@ def read(path: Any, make: Callable[..., RoutingProfile]) -> RoutingProfile:
         return profile
     except (OSError, SafetensorError, _BadFile, SieveError) as error:
         raise SieveError(
-            f"could not read a routing profile from {source} ({one_line(error)}), expected an unaltered file "
-            "written by RoutingProfile.save: check the path, copy the file again or profile again"
+            f"could not read a routing profile from {source}: {one_line(error)}. Check the path, copy the file again "
+            "or profile again."
         ) from error
 
 
 class _BadFile(Exception):
-    """Why a file is no routing profile: becomes part of the `SieveError` that `RoutingProfile.load` raises."""
+    """Why a file is not a routing profile: becomes part of the `SieveError` that `RoutingProfile.load` raises."""
 
 
-def _header(profile: RoutingProfile) -> dict[str, Any]:
+def _header(profile: Any) -> dict[str, Any]:
     """The JSON header of a profile's file.
 
     safetensors keeps no order, so the header does. Its digest covers the header and the numbers: an altered or
@@ -102,7 +101,7 @@ def _header(profile: RoutingProfile) -> dict[str, Any]:
     return header | {"digest": digest}
 
 
-def _has_averages(profile: RoutingProfile) -> bool:
+def _has_averages(profile: Any) -> bool:
     return any(value is not None for value in (profile.sample_share, profile.sample_mass, profile.num_samples))
 
 
@@ -114,15 +113,15 @@ def _parsed_header(text: str | None) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _BadFile("its header is not JSON") from error
     if not isinstance(header, dict) or not isinstance(header.get("version"), int):
-        raise _BadFile("its header names no format version")
+        raise _BadFile("its header has no format version")
     if header["version"] not in (FORMAT_VERSION, FORMAT_WITH_AVERAGES):
         raise _BadFile(
-            f"it has format version {header['version']} where this release of peft_sieve reads {FORMAT_VERSION} and "
-            f"{FORMAT_WITH_AVERAGES}"
+            f"this release of peft_sieve reads format versions {FORMAT_VERSION} and {FORMAT_WITH_AVERAGES}, got "
+            f"{header['version']}"
         )
     layers = header.get("layers")
     if not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
-        raise _BadFile("its header lists no layers")
+        raise _BadFile("its header has no list of layers")
     return header
 
 
@@ -145,6 +144,4 @@ def _as_path(path: Any) -> Path:
     try:
         return Path(path)
     except TypeError as error:
-        raise SieveError(
-            f"received {reprlib.repr(path)} as a path, expected a string or a path object: pass the file's name"
-        ) from error
+        raise must_be("path", "a string or a path object", path) from error

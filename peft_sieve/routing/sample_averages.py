@@ -29,7 +29,7 @@ class SampleAverages:
         Args:
             bins: expert of each slot, (tokens, top_k), samples one after the other; num_experts where none counts.
             weights: of the same shape.
-            real: which tokens are no padding, (tokens,); None if all are.
+            real: which tokens are not padding, (tokens,); None if all are.
         """
         num_tokens, top_k = bins.shape
         if self.num_rows == 0 or num_tokens % self.num_rows:

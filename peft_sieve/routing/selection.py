@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import reprlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from numbers import Integral
 from typing import Any
 
+from ..checks import is_whole, must_be, quoted
 from ..errors import SieveError
 from ..table import Table
-from .options import experts_per_layer, validate_selection_options
 from .profile import RoutingProfile
-from .profile_checks import quoted
-from .scores import TOP_P, hottest_first, layer_scores, total_of
-from .strategies import STRATEGIES, Scores, Targets
+from .profile_fields import check_layers_match
+from .scores import hottest_first, layer_scores, total_of
+from .strategies import STRATEGIES, SelectionOptions
+
+_SAME_MODEL = "Use a profile of the same model."
 
 
 class ExpertSelection(Mapping[str, tuple[int, ...]]):
@@ -35,10 +35,7 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
 
     def __init__(self, experts: Mapping[str, Iterable[int]]) -> None:
         if not isinstance(experts, Mapping):
-            raise SieveError(
-                f"received {type(experts).__name__} as selected experts, "
-                "expected a mapping from layer name to expert ids: pass a dict"
-            )
+            raise must_be("The selected experts", "a mapping from layer name to expert ids", experts)
         checked = {layer: _ascending_ids(layer, ids) for layer, ids in experts.items()}
         object.__setattr__(self, "_experts", checked)
 
@@ -61,7 +58,7 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
         return f"ExpertSelection({len(self)} layers, {sum(map(len, self.values()))} experts)"
 
     def to_table(self) -> Table:
-        """One row a layer: how many experts are selected, and which."""
+        """One row per layer: how many experts are selected, and which."""
         rows = [(layer, str(len(experts)), " ".join(map(str, experts))) for layer, experts in self.items()]
         total = ("all layers", str(sum(map(len, self.values()))), "")
         return Table(("layer", "selected", "expert ids"), rows, total, wrapped=(2,))
@@ -86,17 +83,14 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
         scores = layer_scores(profile, score)
         missing = [layer for layer in self if layer not in scores]
         if missing:
-            raise SieveError(
-                f"received a profile without {quoted(missing)}, expected every layer of the selection: "
-                "use a profile of the same model"
-            )
+            raise SieveError(f"The profile does not have the layers {quoted(missing)}. {_SAME_MODEL}")
         shares = {}
         for layer, experts in self.items():
             values = scores[layer]
             if experts and experts[-1] >= len(values):
                 raise SieveError(
-                    f"received a profile with {len(values)} experts in layer {layer!r} where expert {experts[-1]} is "
-                    "selected, expected more experts than the largest selected id: use a profile of the same model"
+                    f"Expert {experts[-1]} of layer {layer!r} is selected, but the profile has {len(values)} experts "
+                    f"there. {_SAME_MODEL}"
                 )
             total = total_of(values)
             shares[layer] = total_of([values[expert] for expert in experts]) / total if total else 0.0
@@ -134,12 +128,7 @@ class ExpertSelection(Mapping[str, tuple[int, ...]]):
     def layer_jaccard(self, other: Mapping[str, Iterable[int]]) -> dict[str, float]:
         """As `jaccard`, layer by layer: layer name -> a number in [0, 1], in the selection's order."""
         theirs = other if isinstance(other, ExpertSelection) else ExpertSelection(other)
-        only_one = sorted(set(self) ^ set(theirs))
-        if only_one:
-            raise SieveError(
-                f"received two selections of which only one has {quoted(only_one)}, "
-                "expected the same layers in both: compare selections for the same model"
-            )
+        check_layers_match(self, theirs, "the two selections", "Compare selections for the same model.")
         overlaps = {}
         for layer, experts in self.items():
             either = set(experts) | set(theirs[layer])
@@ -171,10 +160,10 @@ def select_experts(
     Args:
         profile: what the router did on the calibration data.
         top_k_frac: share of a layer's experts, in (0, 1].
-        top_k: number of experts a layer, from 1 to the smallest layer's number of experts; wins over `top_k_frac`.
+        top_k: number of experts per layer, from 1 to the smallest layer's number of experts; wins over `top_k_frac`.
         strategy: `uniform`: each layer's highest scores, as many as its budget. `greedy`: as many in all as `uniform`
             takes, given out one by one to the expert with the largest share of its own layer's score, ties to the
-            earlier layer, and at least one a layer. `coverage`: the fewest of each layer that hold the share
+            earlier layer, and at least one per layer. `coverage`: the fewest of each layer that hold the share
             `coverage` of its score; no budget. `cumulative`: each layer's highest scores until their sum, not their
             share, reaches `top_p`, the expert that reaches it included; no budget; for scores that are averages
             (ESFT, arXiv 2407.01906). `random`: as many as `uniform` but drawn with `seed`, a control.
@@ -192,51 +181,31 @@ def select_experts(
     Raises:
         SieveError: if an option is out of range, the profile lacks the score, or no token reached any layer.
     """
-    validate_selection_options(top_k_frac, top_k, strategy, score, coverage, top_p)
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
-        raise SieveError(f"received seed={reprlib.repr(seed)}, expected a whole number: pass one such as 0")
+    options = SelectionOptions(
+        top_k_frac=top_k_frac, top_k=top_k, strategy=strategy, score=score, coverage=coverage, top_p=top_p, seed=seed
+    )
     scores = layer_scores(profile, score)
-    budgets = {layer: experts_per_layer(len(values), top_k_frac, top_k) for layer, values in scores.items()}
     for layer, values in scores.items():
-        if budgets[layer] > len(values):
-            raise SieveError(
-                f"received top_k={top_k} for layer {layer!r} of {len(values)} experts, "
-                "expected no more than every layer has: lower top_k or use top_k_frac"
-            )
-    reached = {
-        layer: values for layer, values in scores.items() if bool(profile.counts[layer].any()) and total_of(values) > 0
-    }
-    unreached = [layer for layer in scores if layer not in reached]
-    weightless = any(bool(profile.counts[layer].any()) for layer in unreached)
-    no_token = f"no token with a {score} above 0" if weightless else "no token"
+        if options.budget(len(values)) > len(values):
+            kind = f"at most {len(values)}, the number of experts of layer {layer!r}"
+            raise must_be("top_k", kind, top_k, "Lower it or use top_k_frac.")
+    with_tokens = [layer for layer, counts in profile.counts.items() if counts.any()]
+    reached = {layer: scores[layer] for layer in with_tokens if total_of(scores[layer]) > 0}
+    no_token = "No token" if len(with_tokens) == len(reached) else f"No token with a {score} above 0"
     if not reached:
         raise SieveError(
-            f"received a profile in which {no_token} reached any of the {len(scores)} layers, "
-            "expected routed tokens in at least one: profile on calibration data that is not empty"
+            f"{no_token} reached any of the {len(scores)} layers. Profile on calibration data that is not empty."
         )
+    unreached = [layer for layer in scores if layer not in reached]
     if unreached:
         warnings.warn(
-            f"{no_token} reached {quoted(unreached)}, so no expert is selected there: "
-            "profile on more data if these layers should be adapted",
+            f"{no_token} reached {quoted(unreached)}, so no expert is selected there. Profile on more data to adapt "
+            "these layers.",
             UserWarning,
             stacklevel=2,
         )
-    targets = Targets(budgets, float(coverage), float(top_p or TOP_P.get(score, 1.0)), int(seed))
-    if strategy == "cumulative":
-        _warn_of_small_sums(reached, score, targets.top_p)
-    selected = STRATEGIES[strategy](reached, targets)
+    selected = STRATEGIES[strategy](reached, options)
     return ExpertSelection({layer: selected.get(layer, ()) for layer in scores})
-
-
-def _warn_of_small_sums(scores: Scores, score: str, top_p: float) -> None:
-    small = [layer for layer, values in scores.items() if total_of(values) < top_p]
-    if small:
-        warnings.warn(
-            f"the {score} of all experts together stays below top_p={top_p:g} in {quoted(small)}, so that every expert "
-            "with a score above 0 is selected there: lower top_p if fewer should be adapted",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def hottest_experts(profile: RoutingProfile, sizes: Mapping[str, int], *, score: str = "count") -> ExpertSelection:
@@ -257,18 +226,13 @@ def hottest_experts(profile: RoutingProfile, sizes: Mapping[str, int], *, score:
 
 
 def _ascending_ids(layer: Any, ids: Any) -> tuple[int, ...]:
-    if not isinstance(layer, str) or isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
-        raise SieveError(
-            f"received {reprlib.repr(layer)}: {reprlib.repr(ids)} as selected experts, "
-            "expected a layer name and a list of expert ids: pass a dict from names to lists"
-        )
-    experts = list(ids)
-    whole = all(
-        isinstance(expert, Integral) and not isinstance(expert, bool) and int(expert) >= 0 for expert in experts
-    )
-    if not whole or len(set(experts)) != len(experts):
-        raise SieveError(
-            f"received {reprlib.repr(experts)} as the experts of layer {layer!r}, "
-            "expected distinct whole numbers of at least 0: name each expert once by its id"
-        )
-    return tuple(sorted(int(expert) for expert in experts))
+    if not isinstance(layer, str):
+        raise must_be("The name of a layer", "a string", layer)
+    experts = list(ids) if isinstance(ids, Iterable) and not isinstance(ids, str | bytes) else None
+    if (
+        experts is None
+        or not all(is_whole(expert) and expert >= 0 for expert in experts)
+        or len(set(experts)) != len(experts)
+    ):
+        raise must_be(f"The experts of layer {layer!r}", "distinct whole numbers of at least 0", ids)
+    return tuple(sorted(map(int, experts)))

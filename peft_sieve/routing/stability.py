@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from ..checks import must_be, whole
 from ..errors import SieveError
 from .profile import RoutingProfile, check_profile
 from .selection import select_experts
@@ -62,37 +62,29 @@ def subsample_stability(
     top_k = profile.num_experts_per_tok
     if top_k is None:
         raise SieveError(
-            "received a profile without num_experts_per_tok, expected the router's top-k, which turns tokens into "
-            "dispatches: pass it to RoutingProfile.from_arrays"
+            "The profile has no num_experts_per_tok, which turns tokens into dispatches. Pass it to "
+            "RoutingProfile.from_arrays."
         )
-    _check_whole("repeats", repeats, 1)
-    _check_whole("seed", seed, 0)
+    repeats, seed = whole("repeats", repeats), whole("seed", seed, least=0)
     counts = {layer: values.numpy() for layer, values in profile.counts.items() if bool(values.any())}
     if not counts:
-        raise SieveError(
-            "received a profile in which no token reached any layer, expected routed tokens to draw from: profile on "
-            "calibration data that is not empty"
-        )
+        raise SieveError("No token reached any layer of the profile. Profile on calibration data that is not empty.")
     largest = min(int(values.sum()) for values in counts.values()) // (2 * top_k)
     if not isinstance(num_tokens, Iterable) or isinstance(num_tokens, str):
-        raise SieveError(
-            f"received num_tokens={num_tokens!r}, expected a list of numbers of tokens: pass one as [1000]"
-        )
+        raise must_be("num_tokens", "a list of numbers of tokens", num_tokens)
     found = {}
     for size in num_tokens:
-        _check_whole("num_tokens", size, 1)
+        size = whole("num_tokens", size)
         if size > largest:
-            raise SieveError(
-                f"received num_tokens={size} for a profile whose least used layer has {2 * largest} tokens, expected "
-                f"at most half of them, {largest}, since two sets are drawn: ask for fewer"
-            )
-        generator = np.random.default_rng([int(seed), int(size)])  # a size's result does not depend on the others
+            kind = f"at most {largest}, half of the tokens of the least used layer"
+            raise must_be("num_tokens", kind, size, "Two sets are drawn that share no token.")
+        generator = np.random.default_rng([seed, size])  # a size's result does not depend on the others
         agreement = dict.fromkeys(counts, 0.0)
         for _ in range(repeats):
-            pair = _two_draws(counts, int(size) * top_k, generator)
+            pair = _two_draws(counts, size * top_k, generator)
             for layer, value in selection_stability(*pair, **selection).items():
                 agreement[layer] += value / repeats
-        found[int(size)] = agreement
+        found[size] = agreement
     return found
 
 
@@ -115,8 +107,3 @@ def drawable(counts: np.ndarray) -> np.ndarray:
     while counts.sum() >= _MOST_DISPATCHES:
         counts = counts // 2
     return counts
-
-
-def _check_whole(what: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise SieveError(f"received {what}={value!r}, expected a whole number of at least {least}: pass one")

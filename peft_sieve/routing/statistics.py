@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..checks import share
 from ..table import UNKNOWN, Table
-from .options import check_share, experts_per_layer
 from .profile import RoutingProfile, check_profile
+from .strategies import experts_per_layer
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,15 @@ class LayerStatistics:
     normalized_entropy: float
 
 
+def _mean_over_layers(name: str) -> property:
+    def mean(statistics: RoutingStatistics) -> float:
+        values = (getattr(layer, name) for layer in statistics.layers.values())
+        known = [value for value in values if not math.isnan(value)]
+        return math.fsum(known) / len(known) if known else math.nan
+
+    return property(mean, doc=f"Mean of the layers' `{name}`, over those that tokens reached; NaN if there are none.")
+
+
 @dataclass(frozen=True)
 class RoutingStatistics:
     """A profile's routing skew, by layer and overall (MoE-Sieve Table 2, for one data set).
@@ -40,48 +50,30 @@ class RoutingStatistics:
         global_cv: coefficient of variation of the counts summed over the layers, expert index by expert index; small
             where the layers' hot experts differ. NaN if layers have different numbers of experts, for their indices
             then do not match, or if no token was routed.
+        mean_layer_cv, mean_cold_fraction, mean_coverage, mean_normalized_entropy: means over the layers that tokens
+            reached; NaN if there are none.
     """
 
     layers: dict[str, LayerStatistics]
     global_cv: float
 
-    @property
-    def mean_layer_cv(self) -> float:
-        """Mean of the layers' `cv`, over the layers that tokens reached; NaN if there are none."""
-        return self._mean([layer.cv for layer in self.layers.values()])
-
-    @property
-    def mean_cold_fraction(self) -> float:
-        """Mean of the layers' `cold_fraction`, over the layers that tokens reached; NaN if there are none."""
-        return self._mean([layer.cold_fraction for layer in self.layers.values()])
-
-    @property
-    def mean_coverage(self) -> float:
-        """Mean of the layers' `coverage`, over the layers that tokens reached; NaN if there are none."""
-        return self._mean([layer.coverage for layer in self.layers.values()])
-
-    @property
-    def mean_normalized_entropy(self) -> float:
-        """Mean of the layers' `normalized_entropy`, over the layers that tokens reached; NaN if there are none."""
-        return self._mean([layer.normalized_entropy for layer in self.layers.values()])
+    mean_layer_cv = _mean_over_layers("cv")
+    mean_cold_fraction = _mean_over_layers("cold_fraction")
+    mean_coverage = _mean_over_layers("coverage")
+    mean_normalized_entropy = _mean_over_layers("normalized_entropy")
 
     def to_table(self) -> Table:
-        """One row a layer, and a summary with the means over the layers that tokens reached; "-" for NaN."""
+        """One row per layer, and a summary with the means over the layers that tokens reached; "-" for NaN."""
         rows = [
-            _row(name, (layer.cv, layer.cold_fraction, layer.coverage, layer.normalized_entropy))
+            _cells(name, (layer.cv, layer.cold_fraction, layer.coverage, layer.normalized_entropy))
             for name, layer in self.layers.items()
         ]
         means = (self.mean_layer_cv, self.mean_cold_fraction, self.mean_coverage, self.mean_normalized_entropy)
         header = ("layer", "CV", "cold experts", "coverage of the hottest", "entropy")
-        return Table(header, rows, _row("mean of the layers", means))
+        return Table(header, rows, _cells("mean of the layers", means))
 
     def _repr_html_(self) -> str:
         return self.to_table().to_html()
-
-    @staticmethod
-    def _mean(values: Sequence[float]) -> float:
-        known = [value for value in values if not math.isnan(value)]
-        return math.fsum(known) / len(known) if known else math.nan
 
 
 def routing_statistics(profile: RoutingProfile, *, top_k_frac: float = 0.25) -> RoutingStatistics:
@@ -98,7 +90,7 @@ def routing_statistics(profile: RoutingProfile, *, top_k_frac: float = 0.25) -> 
     Raises:
         SieveError: if `top_k_frac` is not in (0, 1] or `profile` is not a `RoutingProfile`.
     """
-    check_share("top_k_frac", top_k_frac, "the share of each layer's experts to report the coverage of, such as 0.25")
+    share("top_k_frac", top_k_frac)
     check_profile(profile)
     counts: dict[str, list[int]] = {name: layer.tolist() for name, layer in profile.counts.items()}
     global_cv = math.nan
@@ -109,7 +101,7 @@ def routing_statistics(profile: RoutingProfile, *, top_k_frac: float = 0.25) -> 
     )
 
 
-def _row(name: str, values: Sequence[float]) -> tuple[str, ...]:
+def _cells(name: str, values: Sequence[float]) -> tuple[str, ...]:
     forms = (".2f", ".1%", ".1%", ".3f")
     return name, *(UNKNOWN if math.isnan(v) else format(v, form) for v, form in zip(values, forms, strict=True))
 

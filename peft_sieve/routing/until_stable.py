@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from ..checks import share
 from .data.batches import CalibrationData
 from .distributed import gathered, on_every_rank, summed
-from .options import check_share
 from .profile import RoutingProfile
 from .stability import selection_stability
 
@@ -31,7 +31,7 @@ class StabilityRule:
     seed: int
 
     def __post_init__(self) -> None:
-        check_stability("stability", self.threshold)
+        share("stability", self.threshold)
 
     def measured(self, first: RoutingProfile, second: RoutingProfile) -> dict[str, float]:
         """Layer name -> agreement; 0 everywhere if either half reached no layer at all, which shows nothing."""
@@ -60,11 +60,6 @@ class StableProfile:
     profile: RoutingProfile
     data: CalibrationData
     stability: dict[str, float]
-
-
-def check_stability(option: str, threshold: Any) -> None:
-    """Raise `SieveError` unless `threshold`, the value of `option`, is a number in (0, 1]."""
-    check_share(option, threshold, "the least agreement between halves of the data, such as 0.7, or to None")
 
 
 def profile_until(
@@ -106,24 +101,26 @@ def profile_until(
         target *= 2
     if most < 2:
         warnings.warn(
-            f"the calibration data {calibration.name!r} are a single batch, expected at least two, to compare one with "
-            "the other: pass more data, or lower batch_size (calib_batch_size)",
+            f"The calibration data {calibration.name!r} are a single batch, which has no halves to compare. Pass more "
+            "data, or lower batch_size (calib_batch_size).",
             UserWarning,
         )
     elif rule.unstable(agreement):
-        _warn(rule, agreement, calibration.name, (first + second).num_tokens)
+        _warn_of_instability(rule, agreement, calibration.name, (first + second).num_tokens)
     used = calibration.part(batches[:done])
     metadata = counted[0].metadata | {"samples": used.num_samples, "tokens": used.num_tokens}
     metadata |= {"stability": agreement, "stability_threshold": rule.threshold}
     return StableProfile(replace(halves[0] + halves[1], metadata=metadata), used, agreement)
 
 
-def _warn(rule: StabilityRule, agreement: Mapping[str, float], name: str, num_tokens: int | None) -> None:
+def _warn_of_instability(
+    rule: StabilityRule, agreement: Mapping[str, float], name: str, num_tokens: int | None
+) -> None:
     below = rule.unstable(agreement)
     lowest = min(below, key=lambda layer: below[layer])
     warnings.warn(
-        f"the calibration data {name!r} ended after {num_tokens:,} tokens before the selection was stable: two halves "
-        f"of it agree on less than {rule.threshold:g} of the experts in {len(below)} of {len(agreement)} layers, least "
-        f"in {lowest!r} with {below[lowest]:.2f}; pass more data, or raise max_samples (calib_samples)",
+        f"The calibration data {name!r} ended after {num_tokens:,} tokens, before the selection was stable: their "
+        f"halves agree on less than {rule.threshold:g} of the experts in {len(below)} of {len(agreement)} layers, "
+        f"least in {lowest!r} with {below[lowest]:.2f}. Pass more data, or raise max_samples (calib_samples).",
         UserWarning,
     )

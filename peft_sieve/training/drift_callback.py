@@ -14,8 +14,8 @@ from ..errors import SieveError
 from ..routing.counting import DispatchCounter
 from ..routing.distributed import summed
 from ..routing.drift import routing_drift
+from ..routing.plain_model import unwrapped
 from ..routing.profile import RoutingProfile
-from ..routing.profiling import unwrapped
 from ..routing.scores import check_score
 from ..routing.selection import ExpertSelection
 from ..tuners.common.experts.layer import SieveExpertLayer

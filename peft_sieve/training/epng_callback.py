@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..errors import SieveError
-from ..routing.profiling import unwrapped
+from ..routing.plain_model import unwrapped
 from ..tuners.epng.update import trained_adapters, update_and_allocate
 from .trainers import check_hooks_see
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..errors import SieveError
-from ..routing.profiling import unwrapped
+from ..routing.plain_model import unwrapped
 from ..tuners.common.balance_in_trainers import loss_with_balance
 from ..tuners.lora_moe.pruning import adapters_to_prune, lora_moe_layers, refuse_several_processes, update_and_prune
 from .trainers import check_same_trainer, check_trainer, wrap_method

@@ -17,25 +17,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..checks import share
 from ..errors import SieveError
 from ..hf.injection import Snapshot
 from ..moe.topology import MoELayer, find_moe_layers
 from ..routing.counting import watching
 from ..routing.data.batches import CalibrationData, calibration_batches, tokens_in
-from ..routing.data.sources import ModelBatches, is_model_batch, read_source
+from ..routing.data.ready_batches import ModelBatches, is_model_batch
+from ..routing.data.sources import Choice, read_source
 from ..routing.distributed import rank_and_world
 from ..routing.encoder_decoder import IGNORED, decoder_mask
-from ..routing.options import check_share
+from ..routing.layer_counters import RoutingCounters
+from ..routing.model_inputs import check_vocabulary, find_tokenizer, input_device, on_device
+from ..routing.plain_model import check_model
 from ..routing.profile import RoutingProfile
-from ..routing.profiling import (
-    RoutingCounters,
-    check_model,
-    check_reached,
-    check_vocabulary,
-    find_tokenizer,
-    input_device,
-    on_device,
-)
+from ..routing.profiling import check_reached
 from ..tuners.sieve.config import SieveLoraConfig
 
 _ADVICE = "warm up with batch_size=1"
@@ -191,7 +187,7 @@ def _with_adapter(model: nn.Module, config: SieveLoraConfig, seed: int) -> Itera
 
 def _number_of_samples(data: Any, split: str) -> int:
     if isinstance(data, str | os.PathLike):
-        source = read_source(data, split=split, max_samples=sys.maxsize, seed=0, all_columns=True)
+        source = read_source(data, Choice(sys.maxsize, 0, split, all_columns=True))
         return sum(map(_rows, source.batches)) if isinstance(source, ModelBatches) else len(source.rows)
     if isinstance(data, Mapping) and split in data and not is_model_batch(data):
         data = data[split]
@@ -214,7 +210,7 @@ def _hidden(progress: bool) -> bool | None:
 
 
 def _check(model: nn.Module, fraction: Any, learning_rate: Any) -> None:
-    check_share("fraction", fraction, "the share of the data to warm up on, such as 0.1")
+    share("fraction", fraction)
     if (
         isinstance(learning_rate, bool)
         or not isinstance(learning_rate, int | float)

@@ -69,11 +69,14 @@ def test_text_of_a_file_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["{model}", "--data", "{rows}", "--template", "{{quest}}"], "KeyError: 'quest'"),
         (["{model}", "--data", "{rows}", "--template", "question"], "names no column, expected {COLUMN}"),
         (["{model}", "--data", "{rows}", "--template", "{{question"], "expected {COLUMN} for columns"),
-        (["{model}", "--data", "missing.jsonl"], "the calibration file 'missing.jsonl' does not exist"),
+        (["{model}", "--data", "missing.jsonl"], "'missing.jsonl' does not exist"),
         (["no/such-model", "--data", "{rows}"], "the model 'no/such-model' cannot be loaded"),
         (["{model}", "--data", "{rows}", "--tokenizer", "no/such"], "the tokenizer 'no/such' cannot be loaded"),
         (["{model}", "--data", "{rows}", "--device", "abacus"], "the device 'abacus' cannot be used"),
-        (["{model}", "--data", "{rows}", "--max-samples", "0"], "expected a positive int"),
+        (
+            ["{model}", "--data", "{rows}", "--max-samples", "0"],
+            "max_samples (calib_samples) must be a positive whole number, got 0",
+        ),
     ],
 )
 def test_errors_are_one_sentence_and_write_nothing(

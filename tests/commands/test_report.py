@@ -55,10 +55,10 @@ def test_errors_are_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str
     first = f"{folder}/a/profile.safetensors"
     (folder / "taken").write_text("x")
     for words, text in (
-        ([first, f"x={folder}/other/profile.safetensors", "-o", f"{folder}/out"], "'x' have other layers or numbers"),
+        ([first, f"x={folder}/other/profile.safetensors", "-o", f"{folder}/out"], "and 'x'"),
         ([f"{folder}/none.safetensors", "-o", f"{folder}/out"], "could not read a routing profile"),
         ([first, "-o", f"{folder}/taken"], "could not write the report"),
-        ([first, "-o", f"{folder}/out", "--score", "mass"], "for a profile that holds no gate weights"),
+        ([first, "-o", f"{folder}/out", "--score", "mass"], "score='mass' needs a profile with mass"),
     ):
         assert main(["report", *words]) == 1
         printed = capsys.readouterr()

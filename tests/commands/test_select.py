@@ -65,7 +65,7 @@ def test_a_layer_without_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["select", path, "--ids", "-o", str(tmp_path / "mask.json")]) == 0
     assert json.loads((tmp_path / "mask.json").read_text()) == {"a": [1]}
     printed = capsys.readouterr()
-    assert printed.err.startswith("peft-sieve select: warning: no token reached 'b'")
+    assert printed.err.startswith("peft-sieve select: warning: No token reached 'b'")
     assert printed.err.count("\n") == 1
     assert "expert ids" in printed.out
 
@@ -74,8 +74,11 @@ def test_a_layer_without_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("words", "text"),
     [
         (["missing.safetensors"], "could not read a routing profile from missing.safetensors"),
-        (["{0}", "--strategy", "unifrom"], "received strategy='unifrom', expected one of 'uniform'"),
-        (["{0}", "--top-k", "65"], "received top_k=65 for layer 'model.layers.0.mlp.experts' of 64 experts"),
+        (["{0}", "--strategy", "unifrom"], "strategy must be one of 'uniform'"),
+        (
+            ["{0}", "--top-k", "65"],
+            "top_k must be at most 64, the number of experts of layer 'model.layers.0.mlp.experts', got 65",
+        ),
         (["{0}", "-o", "/no/such/folder/mask.json"], "would lie in /no/such/folder, which is no folder"),
         (["{0}", "-o", "/tmp"], "/tmp is a folder, expected the name of a file"),
     ],

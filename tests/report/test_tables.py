@@ -75,7 +75,7 @@ def test_layers_without_tokens_and_layers_of_several_sizes():
 
 
 def test_a_selection_for_another_model(olmoe):
-    with pytest.raises(SieveError, match="use a profile of the same model"):
+    with pytest.raises(SieveError, match="profile of the same model"):
         coverage_table(olmoe, {"model.layers.99.mlp.experts": [0]})
-    with pytest.raises(SieveError, match="with 64 experts"):
+    with pytest.raises(SieveError, match="has 64 experts"):
         coverage_table(olmoe, {olmoe.layer_names[0]: [64]})

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from peft_sieve import RoutingProfile, SieveError, select_experts
 from peft_sieve.routing.comparison import coverage_curves, jaccard_matrix, resampled_stability, smaller_sample_stability
-
-TELEMETRY = Path(__file__).parents[1] / "data" / "olmoe_1b_7b.npz"
-
-
-@pytest.fixture(scope="module")
-def olmoe() -> dict[str, RoutingProfile]:
-    with np.load(TELEMETRY) as arrays:
-        names = sorted({key.split(".")[0] for key in arrays})
-        return {
-            name: RoutingProfile.from_arrays(arrays[f"{name}.counts"], arrays[f"{name}.mass"], num_experts_per_tok=8)
-            for name in names
-        }
 
 
 def test_curves_are_the_coverage_of_every_k(olmoe: dict[str, RoutingProfile]) -> None:
@@ -39,7 +25,7 @@ def test_curves_are_the_coverage_of_every_k(olmoe: dict[str, RoutingProfile]) ->
 def test_curves_of_layers_of_several_sizes_and_without_tokens() -> None:
     profile = RoutingProfile(counts={"a": [1, 3], "b": [0, 0, 0], "c": [2, 2, 4]})
     assert coverage_curves(profile) == {"a": [0.75, 1.0], "c": [0.5, 0.75, 1.0]}
-    with pytest.raises(SieveError, match="holds no gate weights"):
+    with pytest.raises(SieveError, match="needs a profile with mass"):
         coverage_curves(profile, score="mass")
 
 
@@ -55,7 +41,7 @@ def test_jaccard_between_data_sets(olmoe: dict[str, RoutingProfile]) -> None:
 
 
 def test_profiles_of_different_models_do_not_compare(olmoe: dict[str, RoutingProfile]) -> None:
-    with pytest.raises(SieveError, match="'small' have other layers or numbers of experts than 'gsm8k'"):
+    with pytest.raises(SieveError, match="the profiles 'gsm8k' and 'small'"):
         jaccard_matrix({"gsm8k": olmoe["gsm8k"], "small": RoutingProfile.from_arrays([[1, 2]])})
     with pytest.raises(SieveError, match="no routing profile"):
         jaccard_matrix({})
@@ -76,7 +62,7 @@ def test_a_part_is_drawn_from_what_was_counted() -> None:
     # A single one may hit either; never an expert without tokens, so the two hottest are hit or shared.
     single = resampled_stability(profile, [1 / 15], top_k=1, repeats=200)[0]
     assert 0.55 < single < 0.78  # two thirds of the draws are of the hottest
-    with pytest.raises(SieveError, match="received the fraction 0"):
+    with pytest.raises(SieveError, match="fraction must be .*got 0"):
         resampled_stability(profile, [0])
 
 

@@ -166,7 +166,7 @@ def test_numbers_of_numpy_will_do():
 
 def test_the_same_accuracies_twice():
     values = {0: 0.25, 1: 0.5, 2: 0.75}
-    with pytest.warns(UserWarning, match="all seeds give the same difference, 0, so the p-values are limits") as caught:
+    with pytest.warns(UserWarning, match="All seeds give the same difference, 0, so the p-values are limits") as caught:
         result = paired_equivalence(values, dict(values))
     assert caught[0].filename == __file__
     assert (result.mean_difference, result.confidence_interval) == (0.0, (0.0, 0.0))
@@ -208,29 +208,29 @@ GOOD = {0: 0.25, 1: 0.5}
 @pytest.mark.parametrize(
     ("reference", "candidate", "options", "message"),
     [
-        ([0.1, 0.2], GOOD, {}, "received list as reference, expected a mapping from seed to accuracy: pass a dict"),
+        ([0.1, 0.2], GOOD, {}, "reference must be a mapping from seed to accuracy, got"),
         (
             GOOD,
             {0: 0.25, 2: 0.5},
             {},
-            "only one condition has the seeds 1, 2, expected the same .* leave it out of both",
+            "Only one condition has the seeds 1, 2. .* leave it out of both",
         ),
-        (GOOD, {"0": 0.25, "1": 0.5}, {}, "has the seeds '0', '1', 0, 1, .*: make both whole numbers, since JSON"),
-        ({0: 0.5}, {0: 0.5}, {}, "received 1 pairs of accuracies, expected 2 or more"),
-        ({}, {}, {}, "received 0 pairs of accuracies, expected 2 or more"),
-        (GOOD, {0: 0.25, 1: math.nan}, {}, "received nan as the candidate's accuracy for seed 1, expected a finite"),
-        ({0: math.inf, 1: 0}, GOOD, {"bounds": None}, "received inf as the reference's accuracy for seed 0"),
-        (GOOD, {0: 0.25, 1: "0.5"}, {}, "received '0.5' as the candidate's accuracy for seed 1"),
-        (GOOD, {0: 0.25, 1: True}, {}, "received True as the candidate's accuracy"),
-        (GOOD, {0: 25.5, 1: 50}, {}, r"received 25.5 as .* expected a number from 0 to 1: pass bounds=\(0, 100\)"),
-        (GOOD, GOOD, {"margin": 0}, "received margin=0, expected a number above 0 and below 1, the whole range"),
-        (GOOD, GOOD, {"margin": -0.01}, "received margin=-0.01, expected"),
-        (GOOD, GOOD, {"margin": 2}, "received margin=2, expected .* such as 0.02 for two percentage points of shares"),
-        (GOOD, GOOD, {"margin": math.nan, "bounds": None}, "received margin=nan, expected a number above 0: pass"),
-        (GOOD, GOOD, {"margin": math.inf, "bounds": None}, "received margin=inf"),
-        (GOOD, GOOD, {"margin": "0.02"}, "received margin='0.02'"),
-        (GOOD, GOOD, {"bounds": (1, 0)}, r"received bounds=\(1, 0\), expected the least and the greatest value"),
-        (GOOD, GOOD, {"bounds": 100}, "received bounds=100, expected the least"),
+        (GOOD, {"0": 0.25, "1": 0.5}, {}, "has the seeds '0', '1', 0, 1. Make both whole numbers: JSON"),
+        ({0: 0.5}, {0: 0.5}, {}, "at least 2 pairs of accuracies, got 1"),
+        ({}, {}, {}, "at least 2 pairs of accuracies, got 0"),
+        (GOOD, {0: 0.25, 1: math.nan}, {}, "candidate's accuracy for seed 1 must be a finite.*got nan"),
+        ({0: math.inf, 1: 0}, GOOD, {"bounds": None}, "reference's accuracy for seed 0.*got inf"),
+        (GOOD, {0: 0.25, 1: "0.5"}, {}, "candidate's accuracy for seed 1.*got '0.5'"),
+        (GOOD, {0: 0.25, 1: True}, {}, "candidate's accuracy.*got True"),
+        (GOOD, {0: 25.5, 1: 50}, {}, r"from 0 to 1, got 25.5. Pass bounds=\(0, 100\)"),
+        (GOOD, GOOD, {"margin": 0}, "margin must be a number above 0 and below 1, the whole range.*got 0"),
+        (GOOD, GOOD, {"margin": -0.01}, "margin must be .*got -0.01"),
+        (GOOD, GOOD, {"margin": 2}, "margin must be .*got 2. .* such as 0.02 for two percentage points of shares"),
+        (GOOD, GOOD, {"margin": math.nan, "bounds": None}, "margin must be a number above 0, got nan"),
+        (GOOD, GOOD, {"margin": math.inf, "bounds": None}, "margin must be .*got inf"),
+        (GOOD, GOOD, {"margin": "0.02"}, "margin must be .*got '0.02'"),
+        (GOOD, GOOD, {"bounds": (1, 0)}, r"bounds must be the least and the greatest value.*got \(1, 0\)"),
+        (GOOD, GOOD, {"bounds": 100}, "bounds must be .*got 100"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(reference: Any, candidate: Any, options: dict[str, Any], message: str):
@@ -266,9 +266,9 @@ def test_holm_rejects_step_by_step():
 
 @pytest.mark.parametrize("value", [math.nan, -0.1, 1.1, "0.5", None, True])
 def test_holm_wants_p_values(value):
-    with pytest.raises(SieveError, match="received the p-value .* for 'a', expected a number from 0 to 1"):
+    with pytest.raises(SieveError, match=f"p-value of 'a' must be a number from 0 to 1, got {value!r}"):
         holm_correction({"a": value, "b": 0.5})
-    with pytest.raises(SieveError, match="received list as p-values, expected a mapping"):
+    with pytest.raises(SieveError, match="p_values must be a mapping"):
         holm_correction([0.5])  # type: ignore[arg-type]
 
 

@@ -97,57 +97,56 @@ def test_fields_cannot_be_set():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"counts": [[1, -2]]}, "negative counts for layer 'layers.0'"),
-        ({"counts": [[1.0, 2.5]]}, "fractions, NaN or infinity"),
-        ({"counts": [[1.0, float("nan")]]}, "fractions, NaN or infinity"),
-        ({"counts": [[1.0, float("inf")]]}, "fractions, NaN or infinity"),
-        ({"counts": [[2.0**63, 0.0]]}, "fractions, NaN or infinity"),
+        ({"counts": [[1, -2]]}, "counts of layer 'layers.0'.*at least 0, got -2"),
+        ({"counts": [[1.0, 2.5]]}, "whole numbers.*got 2.5"),
+        ({"counts": [[1.0, float("nan")]]}, "whole numbers.*got nan"),
+        ({"counts": [[1.0, float("inf")]]}, "whole numbers.*got inf"),
+        ({"counts": [[2.0**63, 0.0]]}, "whole numbers.*got 9.22"),
         ({"counts": [[True, False]]}, r"torch\.bool"),
         ({"counts": torch.zeros(1, 2, dtype=torch.complex64)}, r"torch\.complex64"),
-        ({"counts": [["many", "few"]]}, "not numbers of shape"),
-        ({"counts": [[10**30, 1]]}, "not numbers of shape"),
-        ({"counts": torch.zeros(1, 2, device="meta")}, "not numbers of shape"),
-        ({"counts": [1, 2]}, r"shape \(\) for layer 'layers.0', expected \(num_experts,\)"),
-        ({"counts": torch.ones(2, 2, 2)}, r"shape \(2, 2\) for layer"),
-        ({"counts": [[], []]}, r"shape \(0,\)"),
-        ({"counts": []}, "without rows"),
-        ({"counts": [], "num_experts_per_tok": 2}, "without rows"),
-        ({"counts": torch.tensor(3)}, "without rows"),
-        ({"counts": 7}, r"received counts as int, expected an array of shape \(layers, experts\)"),
-        ({"counts": {"a": [1]}}, "received counts as dict"),
-        ({"counts": COUNTS, "mass": [[1, float("nan"), 1], [1, 1, 1]]}, "NaN or infinite mass for layer 'layers.0'"),
-        ({"counts": COUNTS, "mass": [[1, 1, 1], [1, float("inf"), 1]]}, "NaN or infinite mass for layer 'layers.1'"),
-        ({"counts": COUNTS, "mass": [[1, 1, 1], [1, -0.5, 1]]}, "negative mass for layer 'layers.1'"),
-        ({"counts": COUNTS, "mass": MASS[:1]}, "mass for 1 layers and counts for 2"),
-        ({"counts": COUNTS, "mass": [[1, 1], [1, 1]]}, "3 counts and 2 values of mass for layer 'layers.0'"),
-        ({"counts": COUNTS, "layer_names": ["a", "a"]}, "'a' more than once.*rename"),
-        ({"counts": COUNTS, "layer_names": ["a"]}, "1 layer names for 2 layers"),
-        ({"counts": COUNTS, "layer_names": "ab"}, "1 layer names for 2 layers"),
-        ({"counts": COUNTS, "layer_names": ["a", 2]}, "received 2 as the name of a layer"),
+        ({"counts": [["many", "few"]]}, "counts of layer 'layers.0' must be numbers"),
+        ({"counts": [[10**30, 1]]}, "counts of layer 'layers.0' must be numbers"),
+        ({"counts": torch.zeros(1, 2, device="meta")}, "counts of layer 'layers.0' must be numbers"),
+        ({"counts": [1, 2]}, r"layer 'layers.0'.*\(num_experts,\), got \(\)"),
+        ({"counts": torch.ones(2, 2, 2)}, r"got \(2, 2\)"),
+        ({"counts": [[], []]}, r"got \(0,\)"),
+        ({"counts": []}, r"counts.*\(layers, experts\), got \[\]"),
+        ({"counts": [], "num_experts_per_tok": 2}, "counts.*layers, experts"),
+        ({"counts": torch.tensor(3)}, r"counts.*got tensor\(3\)"),
+        ({"counts": 7}, r"counts.*\(layers, experts\), got 7"),
+        ({"counts": {"a": [1]}}, "counts.*got {'a'"),
+        ({"counts": COUNTS, "mass": [[1, float("nan"), 1], [1, 1, 1]]}, "mass of layer 'layers.0'.*finite.*got nan"),
+        ({"counts": COUNTS, "mass": [[1, 1, 1], [1, float("inf"), 1]]}, "mass of layer 'layers.1'.*finite.*got inf"),
+        ({"counts": COUNTS, "mass": [[1, 1, 1], [1, -0.5, 1]]}, "mass of layer 'layers.1'.*at least 0, got -0.5"),
+        ({"counts": COUNTS, "mass": MASS[:1]}, "mass has 1 layers and counts has 2"),
+        ({"counts": COUNTS, "mass": [[1, 1], [1, 1]]}, "layer 'layers.0' are 3 and 2 in counts and mass"),
+        ({"counts": COUNTS, "layer_names": ["a", "a"]}, "'a' more than once"),
+        ({"counts": COUNTS, "layer_names": ["a"]}, "layer_names.* 1 for 2 layers"),
+        ({"counts": COUNTS, "layer_names": "ab"}, "layer_names.* 1 for 2 layers"),
+        ({"counts": COUNTS, "layer_names": ["a", 2]}, "name of a layer.*got 2"),
         ({"counts": COUNTS, "layer_names": ["a", ""]}, "non-empty string"),
-        ({"counts": COUNTS, "num_experts_per_tok": 0}, "num_experts_per_tok=0, expected a whole number of at least 1"),
-        ({"counts": COUNTS, "num_experts_per_tok": True}, "num_experts_per_tok=True"),
-        ({"counts": COUNTS, "num_experts_per_tok": 1.0}, "num_experts_per_tok=1.0"),
-        ({"counts": COUNTS, "num_experts_per_tok": 4}, "num_experts_per_tok=4 for layers of at most 3 experts"),
+        ({"counts": COUNTS, "num_experts_per_tok": 0}, "num_experts_per_tok.*whole number.*got 0"),
+        ({"counts": COUNTS, "num_experts_per_tok": True}, "num_experts_per_tok.*got True"),
+        ({"counts": COUNTS, "num_experts_per_tok": 1.0}, "num_experts_per_tok.*got 1.0"),
+        ({"counts": COUNTS, "num_experts_per_tok": 4}, "num_experts_per_tok.*at most 3.*got 4"),
     ],
 )
 def test_from_arrays_refuses_what_is_no_profile(arguments, message):
     with pytest.raises(SieveError, match=message) as caught:
         RoutingProfile.from_arrays(**arguments)
-    text = str(caught.value)
-    assert text.startswith("received ") and "expected " in text and ": " in text and "\n" not in text
+    assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"counts": {}}, "no layers"),
+        ({"counts": {}}, "at least one layer, got {}"),
         ({"counts": [[1, 2]]}, "from_arrays"),
-        ({"counts": {"a": [1]}, "mass": {"b": [1.0]}}, "not both, for 'a', 'b'"),
-        ({"counts": {"a": [1]}, "num_tokens": -1}, "num_tokens=-1"),
-        ({"counts": {"a": [1]}, "metadata": {"a": {1, 2}}}, "metadata that JSON cannot hold"),
-        ({"counts": {"a": [1]}, "metadata": {"a": float("nan")}}, "metadata that JSON cannot hold"),
-        ({"counts": {"a": [1]}, "metadata": None}, "metadata of type NoneType"),
+        ({"counts": {"a": [1]}, "mass": {"b": [1.0]}}, "one of counts and mass has 'a', 'b'"),
+        ({"counts": {"a": [1]}, "num_tokens": -1}, "num_tokens.*got -1"),
+        ({"counts": {"a": [1]}, "metadata": {"a": {1, 2}}}, "metadata.*JSON"),
+        ({"counts": {"a": [1]}, "metadata": {"a": float("nan")}}, "metadata.*JSON"),
+        ({"counts": {"a": [1]}, "metadata": None}, "metadata must be a dict, got None"),
     ],
 )
 def test_the_constructor_refuses_what_is_no_profile(arguments, message):
@@ -196,10 +195,10 @@ def test_adding_knows_only_what_both_know():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"counts": {"a": [1, 2], "c": [1]}}, "only one has 'b', 'c'"),
-        ({"counts": {"a": [1, 2]}}, "only one has 'b'"),
-        ({"counts": {"a": [1], "b": [1]}}, "2 and 1 experts in layer 'a'"),
-        ({"counts": {"a": [1, 2], "b": [1]}, "num_experts_per_tok": 2}, "num_experts_per_tok 1 and 2"),
+        ({"counts": {"a": [1, 2], "c": [1]}}, "one of the two profiles has 'b', 'c'"),
+        ({"counts": {"a": [1, 2]}}, "one of the two profiles has 'b'"),
+        ({"counts": {"a": [1], "b": [1]}}, "layer 'a' are 2 and 1"),
+        ({"counts": {"a": [1, 2], "b": [1]}, "num_experts_per_tok": 2}, "num_experts_per_tok.* 1 and 2"),
     ],
 )
 def test_adding_refuses_another_models_profile(other, message):
@@ -333,19 +332,19 @@ def test_a_header_rewritten_unchanged_still_loads(tmp_path):
     [
         (lambda header: "{", "its header is not JSON"),
         (lambda header: "[" * 100_000, "its header is not JSON"),
-        (lambda header: [], "names no format version"),
-        (lambda header: {}, "names no format version"),
-        (lambda header: header | {"version": 3}, "format version 3 where this release of peft_sieve reads 1"),
-        (lambda header: header | {"layers": None}, "lists no layers"),
+        (lambda header: [], "no format version"),
+        (lambda header: {}, "no format version"),
+        (lambda header: header | {"version": 3}, "reads format versions 1 and 2, got 3"),
+        (lambda header: header | {"layers": None}, "no list of layers"),
         (lambda header: header | {"layers": header["layers"][::-1]}, "do not match the digest"),
         (lambda header: header | {"layers": header["layers"][:1]}, "not those of the layers"),
         (lambda header: header | {"layers": header["layers"] + header["layers"]}, "do not match the digest"),
         (lambda header: header | {"layers": ["other", "names"]}, "not those of the layers"),
         (lambda header: header | {"num_tokens": 5}, "do not match the digest"),
-        (lambda header: header | {"num_tokens": "4"}, "num_tokens='4'"),
+        (lambda header: header | {"num_tokens": "4"}, "num_tokens.*got '4'"),
         (lambda header: header | {"num_experts_per_tok": None}, "do not match the digest"),
         (lambda header: header | {"metadata": {}}, "do not match the digest"),
-        (lambda header: header | {"metadata": 3}, "metadata of type int"),
+        (lambda header: header | {"metadata": 3}, "metadata must be a dict, got 3"),
         (lambda header: header | {"digest": ""}, "do not match the digest"),
         (lambda header: header | {"extra": 1}, "do not match the digest"),
         (lambda header: {key: value for key, value in header.items() if key != "digest"}, "do not match the digest"),
@@ -357,7 +356,7 @@ def test_tampered_metadata_is_refused(tmp_path, change, message):
     rewrite_header(path, change)
     with pytest.raises(SieveError, match=message) as caught:
         RoutingProfile.load(path)
-    assert "expected an unaltered file written by RoutingProfile.save" in str(caught.value)
+    assert "could not read a routing profile" in str(caught.value)
 
 
 def test_foreign_files_are_refused(tmp_path):
@@ -420,5 +419,5 @@ def test_saving_where_nothing_can_be_written(tmp_path):
 
 @pytest.mark.parametrize("method", [small_profile().save, RoutingProfile.load])
 def test_a_path_must_be_one(method):
-    with pytest.raises(SieveError, match="received 7 as a path"):
+    with pytest.raises(SieveError, match="path must be .*got 7"):
         method(7)

@@ -238,11 +238,11 @@ def test_token_ids_of_another_vocabulary_are_refused() -> None:
     """As another model's tokenizer gives them."""
     model = tiny_model("olmoe")
     for data in ([{"input_ids": [5, 128]}], [{"input_ids": torch.tensor([[5, 128]])}]):
-        with pytest.raises(SieveError, match=r"token id 128, expected ids below 128.*own tokenizer"):
+        with pytest.raises(SieveError, match=r"token id 128, .*128 embeddings.*own tokenizer"):
             profile_routing(model, data)
 
 
 @pytest.mark.parametrize("model", [None, "out/model"])
 def test_what_is_no_model_is_refused(model: Any) -> None:
-    with pytest.raises(SieveError, match=f"received {type(model).__name__} as the model, expected a loaded one"):
+    with pytest.raises(SieveError, match=f"model must be a loaded model, got {model!r}"):
         profile_routing(model, [{"input_ids": [5]}])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,20 +11,18 @@ import pytest
 
 from peft_sieve import RoutingProfile, SieveError, selection_stability, subsample_stability
 
-TELEMETRY = Path(__file__).parents[1] / "data" / "olmoe_1b_7b.npz"
-
 
 def test_layer_by_layer() -> None:
     first = RoutingProfile(counts={"a": [5, 4, 1, 0], "b": [1, 2, 3, 4], "c": [0, 0, 0, 0], "d": [1, 2, 0, 0]})
     second = RoutingProfile(counts={"a": [5, 1, 4, 0], "b": [0, 1, 8, 9], "c": [0, 0, 0, 0], "d": [0, 0, 1, 2]})
-    with pytest.warns(UserWarning, match="no token reached 'c'"):
+    with pytest.warns(UserWarning, match="No token reached 'c'"):
         assert selection_stability(first, second, top_k=2) == {"a": 1 / 3, "b": 1.0, "c": 1.0, "d": 0.0}
     with pytest.warns(UserWarning):
         assert selection_stability(first, second, top_k=1) == {"a": 1.0, "b": 1.0, "c": 1.0, "d": 0.0}
 
 
 def test_other_models_do_not_compare() -> None:
-    with pytest.raises(SieveError, match="only one has 'a', 'b'"):
+    with pytest.raises(SieveError, match="one of the two selections has 'a', 'b'"):
         selection_stability(RoutingProfile(counts={"a": [1, 2]}), RoutingProfile(counts={"b": [1, 2]}))
 
 
@@ -53,13 +50,12 @@ def test_a_token_has_as_many_dispatches_as_the_router_gives_it() -> None:
     """Eight dispatches are two tokens of the top 4, so two calibrations of one token each."""
     profile = RoutingProfile.from_arrays([[3, 3, 1, 1]], num_experts_per_tok=4)
     assert list(subsample_stability(profile, [1], top_k=2)) == [1]
-    with pytest.raises(SieveError, match="num_tokens=2 for a profile whose least used layer has 2 tokens.*of them, 1,"):
+    with pytest.raises(SieveError, match="num_tokens must be at most 1, half of the tokens.*got 2"):
         subsample_stability(profile, [2])
 
 
-def test_more_tokens_agree_more_and_sizes_do_not_depend_on_each_other() -> None:
-    with np.load(TELEMETRY) as arrays:
-        profile = RoutingProfile.from_arrays(arrays["gsm8k.counts"], num_experts_per_tok=8)
+def test_more_tokens_agree_more_and_sizes_do_not_depend_on_each_other(olmoe: dict[str, RoutingProfile]) -> None:
+    profile = olmoe["gsm8k"]
     found = subsample_stability(profile, [2000, 100, 20_000], repeats=3, top_k=16)
     assert list(found) == [2000, 100, 20_000]
     assert all(list(layers) == list(profile.counts) for layers in found.values())
@@ -88,13 +84,13 @@ def test_counts_beyond_what_can_be_drawn_exactly() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"num_tokens": [0]}, "num_tokens=0, expected a whole number of at least 1"),
-        ({"num_tokens": [1.5]}, "num_tokens=1.5"),
-        ({"num_tokens": [True]}, "num_tokens=True"),
-        ({"repeats": 0}, "repeats=0, expected a whole number of at least 1"),
-        ({"seed": -1}, "seed=-1, expected a whole number of at least 0"),
-        ({"score": "mass"}, "gate weights"),
-        ({"top_k": 5}, "top_k=5"),
+        ({"num_tokens": [0]}, "num_tokens must be .*whole number, got 0"),
+        ({"num_tokens": [1.5]}, "num_tokens must be .*got 1.5"),
+        ({"num_tokens": [True]}, "num_tokens must be .*got True"),
+        ({"repeats": 0}, "repeats must be .*whole number, got 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"score": "mass"}, "score='mass' needs"),
+        ({"top_k": 5}, "top_k must be at most 3.*got 5"),
     ],
 )
 def test_options(options: dict[str, Any], match: str) -> None:
@@ -104,9 +100,9 @@ def test_options(options: dict[str, Any], match: str) -> None:
 
 
 def test_profiles_that_cannot_be_drawn_from() -> None:
-    with pytest.raises(SieveError, match="without num_experts_per_tok, expected the router's top-k"):
+    with pytest.raises(SieveError, match="no num_experts_per_tok"):
         subsample_stability(RoutingProfile.from_arrays([[5, 3, 2]]), [1])
-    with pytest.raises(SieveError, match="no token reached any layer"):
+    with pytest.raises(SieveError, match="No token reached any layer"):
         subsample_stability(RoutingProfile.from_arrays([[0, 0]], num_experts_per_tok=1), [1])
     with pytest.raises(SieveError, match="RoutingProfile"):
         subsample_stability([[1, 2]], [1])  # type: ignore[arg-type]
@@ -115,5 +111,5 @@ def test_profiles_that_cannot_be_drawn_from() -> None:
 @pytest.mark.parametrize("sizes", [10, "10"])
 def test_sizes_are_a_list(sizes: Any) -> None:
     profile = RoutingProfile.from_arrays([[40, 20, 10, 10]], num_experts_per_tok=1)
-    with pytest.raises(SieveError, match="expected a list of numbers of tokens"):
+    with pytest.raises(SieveError, match=f"num_tokens must be a list.*got {sizes!r}"):
         subsample_stability(profile, sizes)

@@ -1,9 +1,8 @@
 """A calibration data set in any of the contract's forms -> token batches ready for a model."""
 
 import hashlib
-import operator
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...checks import is_whole, must_be, whole
 from ...errors import SieveError
-from .rows import RowFormatter, TokenIds, find_text_tokenizer, read_row, tokenise
-from .sources import ModelBatches, choose, is_model_batch, read_source
+from .ready_batches import ModelBatches, used_ids
+from .rows import RowFormatter, TokenIds, read_row
+from .sources import Choice, read_source
+from .tokenising import find_text_tokenizer, tokenise
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class CalibrationData:
 def tokens_in(batch: Mapping[str, Any]) -> int:
     """Tokens of a batch that are not padding. A mask per query, as for packed samples, says nothing of padding."""
     mask = batch.get("attention_mask")
-    return int(mask.sum()) if isinstance(mask, Tensor) and mask.ndim == 2 else batch["input_ids"].numel()
+    return int((mask != 0).sum()) if isinstance(mask, Tensor) and mask.ndim == 2 else batch["input_ids"].numel()
 
 
 def calibration_batches(
@@ -75,7 +77,7 @@ def calibration_batches(
 
     Args:
         data: one of
-            - str or path: a file `.jsonl`, `.json`, `.csv`, `.txt` (one sample a line), also compressed, or
+            - str or path: a file `.jsonl`, `.json`, `.csv`, `.txt` (one sample per line), also compressed, or
               `.parquet`; a folder that `datasets` reads; otherwise a Hub id;
             - a `datasets.Dataset`, `IterableDataset`, or a dict of either, from which `split` is taken;
             - a sequence or an iterator of rows: str, or dicts with `text`, `messages`, `prompt` + `completion`,
@@ -89,7 +91,7 @@ def calibration_batches(
         max_samples: samples used at most; of more, a subset drawn with `seed`. A stream is drawn from its beginning:
             1,000 rows or twice `max_samples`, whichever is more.
         max_length: tokens kept of a sample, from its beginning.
-        batch_size: samples a batch, in one process.
+        batch_size: samples per batch, in one process.
         seed: which samples; also how a shuffling `DataLoader` shuffles.
         shard: `(rank, world_size)`: this process takes every `world_size`-th sample in order of length (of batches
             that came ready: every `world_size`-th batch). The shares of all ranks are disjoint and make up what a
@@ -98,52 +100,54 @@ def calibration_batches(
     Raises:
         SieveError: the data, the settings or the tokenizer do not fit; the text says how to put it right.
     """
-    max_samples = _positive("max_samples (calib_samples)", max_samples)
-    max_length = _positive("max_length (calib_max_length)", max_length)
-    batch_size = _positive("batch_size (calib_batch_size)", batch_size)
-    seed = _integer("seed (calib_seed)", seed)
+    max_samples = whole("max_samples (calib_samples)", max_samples)
+    max_length = whole("max_length (calib_max_length)", max_length)
+    batch_size = whole("batch_size (calib_batch_size)", batch_size)
+    seed = whole("seed (calib_seed)", seed, least=None)
     rank, world_size = _checked_shard(shard)
     if formatting_func is not None and not callable(formatting_func):
-        raise SieveError(
-            f"calib_formatting_func is of type {type(formatting_func).__name__}; expected a function that takes one "
-            "row and returns its text."
-        )
+        raise must_be("calib_formatting_func", "a function that takes one row and returns its text", formatting_func)
     pad_id = _pad_token_id(find_text_tokenizer(tokenizer))
+    choice = Choice(max_samples, seed, split, all_columns=formatting_func is not None)
 
     with _seeded_global_rng(seed):
-        source = read_source(
-            data, split=split, max_samples=max_samples, seed=seed, all_columns=formatting_func is not None
-        )
+        source = read_source(data, choice)
         if isinstance(source, ModelBatches):
             if formatting_func is not None:
                 raise SieveError(
-                    f"the calibration data, a {source.name}, are batches ready for the model, which "
-                    "calib_formatting_func cannot change; drop it, or pass rows."
+                    f"The calibration data, a {source.name}, are batches ready for the model, which "
+                    "calib_formatting_func cannot change. Leave it out, or pass rows."
                 )
-            return _pass_through(source, max_samples, rank, world_size)
+            ready = source.take(max_samples)
+            return _with_provenance(source.name, ready[rank::world_size], [ids for b in ready for ids in used_ids(b)])
         samples = [
             sample
             for position, row in zip(source.positions, source.rows, strict=True)
-            for sample in read_row(row, f"row {position}", formatting_func)
+            for sample in read_row(row, f"row {position} of the calibration data", formatting_func)
         ]
-        samples = [samples[i] for i in choose(len(samples), max_samples, seed)]  # a row may give several
+        samples = [samples[i] for i in choice(len(samples))]  # a row may give several
         tokens = tokenise(samples, tokenizer, max_length)
 
     kept = [sample for sample in tokens if sample.num_tokens > 0]
-    if not kept:
-        raise SieveError(
-            f"all {len(tokens)} samples of the calibration data set {source.name!r} are empty after tokenisation; "
-            "expected some text: check the columns or calib_formatting_func."
-        )
     share = sorted(kept, key=lambda sample: -len(sample.ids))[rank::world_size]  # stable: ties in sample order
-    return CalibrationData(
-        batches=[_pad(share[start : start + batch_size], pad_id) for start in range(0, len(share), batch_size)],
-        num_samples=len(share),
-        num_tokens=sum(sample.num_tokens for sample in share),
-        name=source.name,
-        fingerprint=_fingerprint(sample.used_ids() for sample in kept),
-        num_dropped_empty=len(tokens) - len(kept),
-    )
+    batches = [_pad(share[start : start + batch_size], pad_id) for start in range(0, len(share), batch_size)]
+    return _with_provenance(source.name, batches, [sample.used_ids() for sample in kept], len(tokens) - len(kept))
+
+
+def _with_provenance(
+    name: str, share: list[dict[str, Any]], used: list[list[int]], num_dropped_empty: int = 0
+) -> CalibrationData:
+    """What this process's batches and the token ids of all samples make; an error if there is no token at all."""
+    if not any(used):
+        raise SieveError(
+            f"All {len(used) + num_dropped_empty} samples of the calibration data {name!r} are empty. Pass others, or "
+            "check their columns, calib_formatting_func, or `attention_mask`."
+        )
+    digest = hashlib.sha256()
+    for ids in used:
+        digest.update(np.asarray([len(ids), *ids], dtype="<i8").tobytes())  # the length tells samples apart
+    whole_data = CalibrationData([], 0, 0, name, digest.hexdigest(), num_dropped_empty)
+    return whole_data.part(share)
 
 
 def _pad(samples: Sequence[TokenIds], pad_id: int) -> dict[str, Tensor]:
@@ -167,113 +171,6 @@ def _pad_token_id(tokenizer: Any) -> int:
     return 0
 
 
-def _fingerprint(samples: Iterable[Sequence[int]]) -> str:
-    digest = hashlib.sha256()
-    for ids in samples:
-        digest.update(np.asarray([len(ids), *ids], dtype="<i8").tobytes())  # the length tells samples apart
-    return digest.hexdigest()
-
-
-# --- batches that are ready for the model ----------------------------------------------------------------------------
-
-
-def _pass_through(source: ModelBatches, max_samples: int, rank: int, world_size: int) -> CalibrationData:
-    batches: list[dict[str, Any]] = []
-    used: list[list[list[int]]] = []  # the ids of each row of each batch
-    missing = max_samples
-    for position, item in enumerate(source.batches):
-        if not is_model_batch(item):
-            raise SieveError(
-                f"item {position} of the calibration data, a {source.name}, is no batch that is ready for the model "
-                f"as those before it are, but of type {type(item).__name__}; expected dicts with 2-D `input_ids`."
-            )
-        batch = _first_rows(_as_inputs(item, position), missing)
-        if batch["input_ids"].numel() == 0:
-            continue
-        batches.append(batch)
-        used.append(_used_ids(batch))
-        missing -= len(batch["input_ids"])
-        if missing <= 0:
-            break
-    if not any(ids for rows in used for ids in rows):
-        raise SieveError(
-            f"all {sum(map(len, used))} samples of the calibration data, a {source.name}, are empty: their "
-            "`attention_mask` leaves no token."
-        )
-    share = used[rank::world_size]
-    return CalibrationData(
-        batches=batches[rank::world_size],
-        num_samples=sum(map(len, share)),
-        num_tokens=sum(len(ids) for rows in share for ids in rows),
-        name=source.name,
-        fingerprint=_fingerprint(ids for rows in used for ids in rows),
-        num_dropped_empty=0,
-    )
-
-
-def _as_inputs(item: Mapping[str, Any], position: int) -> dict[str, Any]:
-    """A batch of its own for the CPU; tensors that are there already are shared, never written to."""
-    batch = {
-        key: torch.as_tensor(value).detach().cpu() if isinstance(value, (Tensor, np.ndarray)) else value
-        for key, value in item.items()
-    }
-    if batch["input_ids"].is_floating_point():
-        raise SieveError(
-            f"item {position} of the calibration data has `input_ids` of {batch['input_ids'].dtype}; expected token "
-            "ids, which are integers."
-        )
-    input_ids = batch["input_ids"] = batch["input_ids"].to(torch.int64)
-    if input_ids.numel() and int(input_ids.min()) < 0:
-        raise SieveError(
-            f"item {position} of the calibration data has the negative token id {int(input_ids.min())} in "
-            "`input_ids`; expected ids of the vocabulary."
-        )
-    mask = batch.get("attention_mask")
-    if mask is None:
-        batch.pop("attention_mask", None)
-        # With positions of their own, packed samples are told apart only while there is no mask.
-        if "position_ids" not in batch:
-            batch["attention_mask"] = torch.ones_like(input_ids)
-    elif isinstance(mask, Tensor) and mask.ndim == 2:
-        if mask.shape != input_ids.shape:
-            raise SieveError(
-                f"item {position} of the calibration data has `input_ids` of shape {tuple(input_ids.shape)} but an "
-                f"`attention_mask` of shape {tuple(mask.shape)}; expected the same shape."
-            )
-        batch["attention_mask"] = mask.to(torch.int64)
-    return batch
-
-
-def _first_rows(batch: dict[str, Any], limit: int) -> dict[str, Any]:
-    """Trims a batch to `limit` rows, or leaves it whole if one of its inputs is not laid out by rows."""
-    rows = len(batch["input_ids"])
-    if rows <= limit:
-        return batch
-    trimmed = {}
-    for key, value in batch.items():
-        if not isinstance(value, (Tensor, list, tuple)) or (isinstance(value, Tensor) and value.ndim == 0):
-            trimmed[key] = value
-        elif key == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:
-            trimmed[key] = value[:, :limit]  # (3, batch, seq): time, height, width
-        elif key == "position_ids" and len(value) == 1:  # (1, seq): the same for all rows
-            trimmed[key] = value
-        elif len(value) == rows:
-            trimmed[key] = value[:limit]
-        else:
-            return batch
-    return trimmed
-
-
-def _used_ids(batch: dict[str, Any]) -> list[list[int]]:
-    mask = batch.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return batch["input_ids"].tolist()
-    return [ids[kept].tolist() for ids, kept in zip(batch["input_ids"], mask != 0, strict=True)]
-
-
-# --- settings --------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _seeded_global_rng(seed: int) -> Iterator[None]:
     """Code of others (a shuffling `DataLoader`, a formatting function) draws from `seed`, and leaves no trace."""
@@ -289,28 +186,8 @@ def _seeded_global_rng(seed: int) -> Iterator[None]:
         torch.set_rng_state(torch_state)
 
 
-def _integer(name: str, value: Any) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)
-    except TypeError:
-        raise SieveError(f"{name} is {value!r}; expected an int.") from None
-
-
-def _positive(name: str, value: Any) -> int:
-    number = _integer(name, value)
-    if number < 1:
-        raise SieveError(f"{name} is {number}; expected a positive int.")
-    return number
-
-
 def _checked_shard(shard: Any) -> tuple[int, int]:
-    try:
-        rank, world_size = shard
-        valid = 0 <= operator.index(rank) < operator.index(world_size)
-    except (TypeError, ValueError):
-        valid = False
-    if not valid:
-        raise SieveError(f"shard is {shard!r}; expected (rank, world_size) with 0 <= rank < world_size.")
-    return rank, world_size
+    fine = isinstance(shard, Sequence) and len(shard) == 2 and all(map(is_whole, shard))
+    if not fine or not 0 <= shard[0] < shard[1]:
+        raise must_be("shard", "(rank, world_size) with 0 <= rank < world_size", shard)
+    return shard[0], shard[1]

@@ -11,7 +11,8 @@ from ...errors import SieveError
 from ...moe.topology import MoELayer
 from ...routing.data.batches import CalibrationData, calibration_batches
 from ...routing.distributed import gathered, on_every_rank, rank_and_world, summed
-from ...routing.profiling import check_reached, find_tokenizer, profile_batches, profile_until_stable
+from ...routing.model_inputs import find_tokenizer
+from ...routing.profiling import check_reached, profile_batches, profile_until_stable
 from ...routing.selection import select_experts
 from ...routing.until_stable import StabilityRule
 from .config import RUNTIME_ONLY

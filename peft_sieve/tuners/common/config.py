@@ -6,7 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from functools import partial, wraps
 from operator import attrgetter
 from pathlib import Path
@@ -15,13 +15,15 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ...checks import must_be, number, shown, whole
+from ...checks import must_be, share, shown, whole
 from ...errors import SieveError
 from ...files import replaced_when_done
-from ...routing.options import validate_selection_options
+from ...routing.strategies import SelectionOptions
 
 # Held by the object, never by a dataclass field: PEFT serialises with `dataclasses.asdict`, which deep-copies fields.
 RUNTIME_ONLY = ("calib_dataset", "calib_tokenizer", "calib_formatting_func")
+# The options of a selection that a configuration has under the same name.
+_OPTIONS = [option.name for option in fields(SelectionOptions) if option.name != "seed"]
 BY_HAND = "The adapter_config.json was changed by hand: take it from its source again."
 
 
@@ -124,26 +126,20 @@ class SelectionConfig(MethodConfig):
         vars(self).update(zip(RUNTIME_ONLY, runtime, strict=True))
         self.selected_experts = checked_mask(self.selected_experts)
         self.expert_shapes = _checked_shapes(self.expert_shapes)
+        self.calib_seed = whole("calib_seed", self.calib_seed, least=None)
         # A saved mask needs no score: that may be one which only the process that calibrated knew.
-        validate_selection_options(**self._selection(), check_scores=self.selected_experts is None)
+        options = SelectionOptions(**self.selection_options(), check_scores=self.selected_experts is None)
+        for name in _OPTIONS:
+            setattr(self, name, getattr(options, name))  # plain numbers, which JSON takes
         for name in ("calib_samples", "calib_max_length", "calib_batch_size"):
             setattr(self, name, whole(name, getattr(self, name)))
-        for name in ("top_k_frac", "coverage", "top_p", "calib_stability"):
-            value = getattr(self, name)
-            if value is not None:  # NumPy's numbers are not taken by JSON
-                kind = "a number above 0 and at most 1"
-                setattr(self, name, number(name, value, lambda given: 0 < given <= 1, kind))
-        self.top_k = whole("top_k", self.top_k, optional=True)
+        self.calib_stability = share("calib_stability", self.calib_stability, optional=True)
         if not isinstance(self.calibration, dict | None):
             raise must_be("calibration", "the mapping that calibration fills in, or None", self.calibration, BY_HAND)
 
-    def _selection(self) -> dict[str, Any]:
-        names = ("top_k_frac", "top_k", "strategy", "score", "coverage", "top_p")
-        return {name: getattr(self, name) for name in names}
-
     def selection_options(self) -> dict[str, Any]:
         """The arguments of `select_experts`."""
-        return {**self._selection(), "seed": self.calib_seed}
+        return {**{name: getattr(self, name) for name in _OPTIONS}, "seed": self.calib_seed}
 
     @property
     def calibrates(self) -> bool:

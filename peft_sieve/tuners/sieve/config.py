@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftType
 
-from ...checks import choice, flags, must_be, number, quoted, shown, whole
+from ...checks import choice, flags, must_be, number, quoted, share, shown, whole
 from ...errors import SieveError
 from ...moe.families.family import PROJECTIONS
 from ..common.config import SelectionConfig
@@ -116,8 +116,7 @@ class SieveLoraConfig(SelectionConfig, LoraConfig):
         self.hellori_seed = whole("hellori_seed", self.hellori_seed, least=None)
         if self.hellori_density is None:
             return
-        kind = "a number above 0 and at most 1, or None"
-        self.hellori_density = number("hellori_density", self.hellori_density, lambda given: 0 < given <= 1, kind)
+        self.hellori_density = share("hellori_density", self.hellori_density)
         if self.expert_tuning == "full":
             raise SieveError(
                 "hellori_density is not supported with expert_tuning='full', which has no factors. Leave one of them "

@@ -110,7 +110,7 @@ def test_it_leaves_no_trace() -> None:
     check()
     assert warm_up(model) == first, "deterministic for a seed"
     check()
-    with pytest.raises(SieveError, match=r"token id 16384, expected ids below 128"):
+    with pytest.raises(SieveError, match=r"token id 16384.* 128 embeddings"):
         warm_up(model, [{"input_ids": [5, 6, 128 * 128]}])
     check()
 
@@ -118,7 +118,7 @@ def test_it_leaves_no_trace() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fraction": 0}, "fraction=0, expected a number above 0 and at most 1"),
+        ({"fraction": 0}, "fraction.* at most 1, got 0"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0, expected a number above 0"),
         ({"config": 3}, "received config=3 for the warm-up, expected a SieveLoraConfig"),
         ({"config": EpngConfig()}, "for the warm-up, expected a SieveLoraConfig"),

@@ -1,0 +1,125 @@
+"""Samples of calibration data -> token ids, as the tokenizer or its chat template gives them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ...checks import must_be, one_line
+from ...errors import SieveError
+from .rows import Conversation, Sample, TokenIds
+
+_TEXTS_PER_CALL = 64  # a fast tokenizer holds offsets and strings of a whole call: bounded for book-length rows
+# A book is not tokenised for its first page. Where a text is cut changes the tokens next to the cut, hence the spare.
+_CHARACTERS_PER_TOKEN = 16
+_SPARE_TOKENS = 256
+_TOO_LONG_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
+
+
+def tokenise(samples: Sequence[Sample], tokenizer: Any, max_length: int) -> list[TokenIds]:
+    """Turns samples into token ids, each cut to its first `max_length` tokens.
+
+    Args:
+        samples: what `read_row` gave.
+        tokenizer: a tokenizer, a processor that has one, or None if no sample needs it.
+        max_length: tokens kept of a sample.
+
+    Returns:
+        Token ids in the order of `samples`; an empty sample has none.
+
+    Raises:
+        SieveError: there is text but no tokenizer, messages but no chat template, or either of them failed.
+    """
+    text_tokenizer = find_text_tokenizer(tokenizer)
+    tokens = [sample if isinstance(sample, TokenIds) else TokenIds([]) for sample in samples]
+    text_at = [i for i, sample in enumerate(samples) if isinstance(sample, str) and sample]
+    chat_at = [i for i, sample in enumerate(samples) if isinstance(sample, Conversation) and sample.messages]
+    if text_at or chat_at:
+        if text_tokenizer is None:
+            raise SieveError(
+                "The calibration data are text, but there is no tokenizer. Pass tokenizer= to profile_routing, or "
+                "calib_tokenizer= to SieveLoraConfig."
+            )
+        with _settings_restored(text_tokenizer):
+            texts = [str(samples[i]) for i in text_at]
+            for i, ids in zip(text_at, _tokenise_texts(texts, text_tokenizer, max_length), strict=True):
+                tokens[i] = TokenIds(ids)
+            for i in chat_at:
+                conversation = samples[i]
+                assert isinstance(conversation, Conversation)
+                tokens[i] = TokenIds(_tokenise_chat(conversation, tokenizer, text_tokenizer))
+    return [TokenIds(item.ids[:max_length], item.mask and item.mask[:max_length]) for item in tokens]
+
+
+def find_text_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer itself, the one inside a processor, or None for None."""
+    if tokenizer is None or isinstance(tokenizer, PreTrainedTokenizerBase):
+        return tokenizer
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    if not callable(inner):
+        advice = "Load it with AutoTokenizer.from_pretrained or AutoProcessor.from_pretrained."
+        raise must_be("The calibration tokenizer", "a tokenizer, or a processor that has one", tokenizer, advice)
+    return inner
+
+
+def _tokenise_texts(texts: list[str], tokenizer: Any, max_length: int) -> Iterator[list[int]]:
+    """Token ids of each text: at least those that the cut to `max_length` keeps."""
+    wanted = max_length + _SPARE_TOKENS
+    limit = wanted * _CHARACTERS_PER_TOKEN
+    for start in range(0, len(texts), _TEXTS_PER_CALL):
+        chunk = texts[start : start + _TEXTS_PER_CALL]
+        for text, ids in zip(chunk, _encode([text[:limit] for text in chunk], tokenizer), strict=True):
+            yield ids if len(text) <= limit or len(ids) >= wanted else _encode([text], tokenizer)[0]
+
+
+def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    try:
+        return tokenizer(texts, padding=False, truncation=False, return_attention_mask=False)["input_ids"]
+    except Exception as error:
+        raise _failed(f"The tokenizer {type(tokenizer).__name__} failed on the calibration text", error) from error
+
+
+def _tokenise_chat(conversation: Conversation, tokenizer: Any, text_tokenizer: Any) -> list[int]:
+    # A processor may keep the template while its tokenizer has none.
+    has_template = getattr(text_tokenizer, "chat_template", None) is not None
+    owner = tokenizer if not has_template and hasattr(tokenizer, "apply_chat_template") else text_tokenizer
+    try:
+        encoded = owner.apply_chat_template(
+            conversation.messages, tokenize=True, return_dict=True, **conversation.template_kwargs
+        )
+    except Exception as error:
+        if getattr(owner, "chat_template", None) is None:
+            raise SieveError(
+                f"The calibration data are messages, but {type(tokenizer).__name__} has no chat template. Set "
+                "tokenizer.chat_template, or pass a calib_formatting_func that returns text."
+            ) from error
+        raise _failed(f"The chat template failed on {conversation.where}", error) from error
+    ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
+    ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    return ids[0] if ids and isinstance(ids[0], list) else ids  # a processor answers with a batch of one
+
+
+def _failed(what: str, error: Exception) -> SieveError:
+    return SieveError(f"{what}. {type(error).__name__}: {one_line(error)}.")
+
+
+@contextmanager
+def _settings_restored(tokenizer: Any) -> Iterator[None]:
+    """Leaves the tokenizer as it was: a call switches off truncation and padding that its file asked for."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
+    warned = getattr(tokenizer, "deprecation_warnings", None)
+    before = dict(warned) if warned is not None else {}
+    if warned is not None:
+        warned[_TOO_LONG_WARNING] = True  # samples are cut after tokenising: the warning would mislead
+    try:
+        yield
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+        if warned is not None:
+            warned.clear()
+            warned.update(before)

@@ -1,0 +1,89 @@
+"""Counters of all layers of a model, and the profile that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..moe.topology import MoELayer
+from .counting import DispatchCounter, token_mask, watching
+from .data.batches import CalibrationData
+from .encoder_decoder import decoder_layers
+from .profile import RoutingProfile
+from .sample_averages import SampleAverages
+
+
+class RoutingCounters:
+    """Counts of all layers over many batches.
+
+    Attributes:
+        counters: layer path -> what to feed with the layer's dispatches.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[MoELayer], advice: str | None = None) -> None:
+        self.averages = {layer.path: SampleAverages(layer.num_experts) for layer in layers}
+        self._layers = layers
+        said = {} if advice is None else {"advice": advice}
+        self.counters = {
+            layer.path: DispatchCounter(layer.num_experts, averages=self.averages[layer.path], **said)
+            for layer in layers
+        }
+        self._in_decoder = decoder_layers(model, self.counters)
+
+    def watching(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Count every dispatch of `model` during the block."""
+        watched = []
+        for layer in self._layers:
+            parent, _, name = layer.path.rpartition(".")
+            module = model.get_submodule(parent)  # the layer's own `experts` may stand in an adapter layer by now
+            watched.append((layer.family, getattr(module, name), module, self.counters[layer.path].add))
+        return watching(watched)
+
+    def expect(self, batch: Mapping[str, Any], decoder_mask: torch.Tensor | None) -> None:
+        """Say what the next forward reads.
+
+        Args:
+            batch: with `input_ids`, one sample per row.
+            decoder_mask: as `attention_mask`, of the decoder of an encoder-decoder; None if all its tokens are real.
+        """
+        for path, counter in self.counters.items():
+            counter.real = _real_tokens(decoder_mask if path in self._in_decoder else batch.get("attention_mask"))
+            self.averages[path].num_rows = len(batch["input_ids"])
+
+    def end_batch(self) -> None:
+        """The forward is over."""
+        for sums in self.averages.values():
+            sums.end_batch()
+
+    def profile(self, model: nn.Module, calibration: CalibrationData) -> RoutingProfile:
+        """What was counted, while `model` read all of `calibration`."""
+        totals = {path: counter.totals() for path, counter in self.counters.items()}
+        means = {path: sums.means(calibration.num_samples) for path, sums in self.averages.items()}
+        known = {path: pair for path, pair in means.items() if pair is not None}
+        complete = len(known) == len(means)
+        return RoutingProfile(
+            counts={path: counts for path, (counts, _) in totals.items()},
+            mass={path: mass for path, (_, mass) in totals.items()},
+            num_tokens=calibration.num_tokens,
+            num_experts_per_tok=max((counter.top_k for counter in self.counters.values()), default=0) or None,
+            sample_share={path: share for path, (share, _) in known.items()} if complete else None,
+            sample_mass={path: mass for path, (_, mass) in known.items()} if complete else None,
+            num_samples=calibration.num_samples,
+            metadata={
+                "dataset": calibration.name,
+                "fingerprint": calibration.fingerprint,
+                "samples": calibration.num_samples,
+                "tokens": calibration.num_tokens,
+                "model": getattr(model, "name_or_path", "") or type(model).__name__,
+            },
+        )
+
+
+def _real_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """As `token_mask`, and None, too, if all tokens are real: here nobody minds waiting for the device."""
+    real = token_mask(mask)
+    return None if real is None or bool(real.all()) else real

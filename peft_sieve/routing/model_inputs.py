@@ -1,0 +1,83 @@
+"""What a model reads: its tokenizer, its vocabulary, the device of its inputs, and the forward without a head."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..checks import first_line
+from ..errors import SieveError
+
+
+def find_tokenizer(model: nn.Module, tokenizer: Any) -> Any:
+    """The tokenizer to read data with: the one given, the one of that name, or the one saved with the model.
+
+    Returns None where none is needed or found; reading text then fails with a sentence that asks for one.
+    """
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        return tokenizer
+    name = tokenizer or getattr(model, "name_or_path", None)
+    if not name:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if tokenizer is not None:
+            raise SieveError(f"the tokenizer {tokenizer!r} cannot be loaded: {first_line(error)}.") from error
+        return None
+
+
+def backbone_forward(model: nn.Module) -> Callable[[dict[str, Any]], None]:
+    """A forward without the head."""
+    backbone = getattr(model, "base_model", model)
+    parameters = inspect.signature(backbone.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+    def forward(batch: dict[str, Any]) -> None:
+        mask = batch.get("attention_mask")
+        positions_wanted = "position_ids" in parameters and "position_ids" not in batch
+        if positions_wanted and mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all()):
+            # Left padding: a token's position is its place among the real ones.
+            batch["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if takes_any or "use_cache" in parameters:
+            batch["use_cache"] = False
+        backbone(**batch)
+
+    return forward
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model wants its inputs; offloaded weights are on no device until they are used."""
+    embeddings: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else model  # type: ignore[operator]
+    hook = getattr(embeddings, "_hf_hook", None)
+    execution_device = getattr(hook, "execution_device", None)
+    if execution_device is not None:
+        return torch.device(execution_device)
+    return next(embeddings.parameters()).device
+
+
+def check_vocabulary(model: nn.Module, batch: dict[str, Any]) -> None:
+    """Refuse token ids that the model has no embedding for, as those of another model's tokenizer may be.
+
+    Raises:
+        SieveError: there are such ids.
+    """
+    embeddings: Any = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    ids = batch.get("input_ids")
+    if type(embeddings) is not nn.Embedding or not isinstance(ids, torch.Tensor) or not ids.numel():
+        return
+    if int(ids.max()) >= embeddings.num_embeddings:
+        raise SieveError(
+            f"The calibration data has the token id {int(ids.max())}, but the model has {embeddings.num_embeddings} "
+            "embeddings. Pass the model's own tokenizer (calib_tokenizer)."
+        )
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors there."""
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
