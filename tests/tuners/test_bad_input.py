@@ -23,7 +23,7 @@ PATH = "model.layers.0.mlp.experts"
 def assert_one_sentence(text: str) -> None:
     assert "\n" not in text
     assert len(text) > 40, "says too little"
-    assert re.search(r"expected|leave it|use |pass |load |take ", text), f"does not say what to do: {text}"
+    assert re.search(r"(?i)expected|leave it|use |pass |load |take |derive ", text), f"does not say what to do: {text}"
 
 
 def refused(model: nn.Module, config: Any, match: str) -> None:
