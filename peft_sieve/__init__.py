@@ -11,9 +11,10 @@ from .hf import patches as registration
 registration.add_peft_types()
 
 from .adapters.checkpoint.merge import merge_checkpoint  # noqa: E402
+from .adapters.inspection import inspect_adapter  # noqa: E402
 from .adapters.plain.export import ExportedLora, export_lora  # noqa: E402
 from .adapters.plain.narrow import NarrowedLora, narrow_lora  # noqa: E402
-from .adapters.summary import AdapterSummary, inspect_adapter  # noqa: E402
+from .adapters.summary import AdapterSummary  # noqa: E402
 from .errors import SieveError  # noqa: E402  (the configuration needs the enumeration member)
 from .moe.families.family import ExpertsShape, MoEFamily  # noqa: E402
 from .moe.families.fused import FusedExperts  # noqa: E402

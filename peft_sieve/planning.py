@@ -13,13 +13,13 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from .adapters.reading import skeleton_maker
+from .adapters.skeleton import skeleton_maker
+from .checks import is_whole, listed, must_be, share
 from .errors import SieveError
 from .moe.topology import find_moe_layers
 from .routing.comparison import coverage_curves
 from .routing.options import experts_per_layer
 from .routing.profile import RoutingProfile
-from .routing.profile_checks import quoted
 from .routing.selection import select_experts
 from .table import Table
 from .tuners.common.loading import sieve_layers
@@ -203,16 +203,13 @@ def _bytes(tensor: torch.Tensor) -> int:
 def _choices(sizes: dict[str, int], top_k: Sequence[int], top_k_frac: Sequence[float]) -> list[dict[str, int]]:
     """The numbers of experts a layer to count for: each once, rising, all experts last."""
     for number in top_k:
-        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= min(sizes.values()):
-            raise SieveError(
-                f"received top_k={number!r}, expected whole numbers from 1 to {min(sizes.values())}, the experts of "
-                "the smallest layer: pass some of those"
-            )
+        if not is_whole(number) or not 1 <= number <= min(sizes.values()):
+            kind = f"whole numbers from 1 to {min(sizes.values())}, the experts of the smallest layer"
+            raise must_be("top_k", kind, number)
     for fraction in top_k_frac:
-        if not 0 < fraction <= 1:
-            raise SieveError(f"received top_k_frac={fraction!r}, expected numbers above 0 and at most 1: pass some")
+        share("top_k_frac", fraction)
     fractions = top_k_frac if top_k or top_k_frac else DEFAULT_FRACTIONS
-    wanted = [dict.fromkeys(sizes, number) for number in top_k]
+    wanted = [dict.fromkeys(sizes, int(number)) for number in top_k]
     wanted += [{path: experts_per_layer(n, fraction) for path, n in sizes.items()} for fraction in (*fractions, 1.0)]
     distinct = {tuple(numbers.values()): numbers for numbers in wanted}
     return sorted(distinct.values(), key=lambda numbers: sum(numbers.values()))
@@ -223,8 +220,7 @@ def _check_profile(profile: RoutingProfile, sizes: dict[str, int]) -> None:
     different = [path for path in {**sizes, **profiled} if sizes.get(path) != profiled.get(path)]
     if different:
         raise SieveError(
-            f"received a profile that differs from the model in {quoted(different)}, expected one with the model's "
-            "layers and numbers of experts: profile this model"
+            f"The profile differs from the model in the experts of {listed(different)}. Profile this model."
         )
 
 

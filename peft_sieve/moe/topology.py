@@ -92,10 +92,10 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         for path, module in modules.items():
             reason = why_not(module)
             if reason is not None:
-                raise SieveError(f"{type(model).__name__} has {path} ({type(module).__name__}), {reason}")
+                raise SieveError(f"The model {type(model).__name__} has {path} ({type(module).__name__}), {reason}")
         raise SieveError(
-            f"{type(model).__name__} has no Mixture-of-Experts layer of a known layout. Pass a MoE model, or describe "
-            "its layout with peft_sieve.register_moe_family (docs/custom-architectures.md)."
+            f"The model {type(model).__name__} has no Mixture-of-Experts layer of a known layout. Pass a MoE model, or "
+            "describe its layout with peft_sieve.register_moe_family (docs/custom-architectures.md)."
         )
     return layers
 
