@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ...checks import one_line
 from ...errors import SieveError
+from ..stack_layout import with_parameter
 
 # What picks some rows of a tensor.
 Index = tuple[int | slice | torch.Tensor, ...]
@@ -119,28 +118,15 @@ def row_maps(
         starts.append(total)
         maps[name] = RowMap(probes[name].numel() // _COLUMNS)
         total += probes[name].numel() // _COLUMNS
-    with _weights_replaced(skeleton, probes if as_saved else {}):
-        written = reverted(skeleton, probes)
-    for key, value in written.items():
+    for name, probe in probes.items() if as_saved else ():
+        skeleton = with_parameter(skeleton, name, probe)
+    for key, value in reverted(skeleton, probes).items():
         for columns, rows in _rows_of(value):
             first = torch.bucketize(rows, torch.tensor(starts), right=True) - 1
             if (first == first.flatten()[0]).all():  # else it joins rows of several weights
                 number = int(first.flatten()[0])
                 maps[list(weights)[number]].add(key, columns, rows - starts[number])
     return maps
-
-
-@contextmanager
-def _weights_replaced(model: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-    holders = {name: model.get_submodule(name.rpartition(".")[0]) for name in weights}
-    before = {name: holder._parameters[name.rpartition(".")[2]] for name, holder in holders.items()}
-    try:
-        for name, holder in holders.items():
-            holder._parameters[name.rpartition(".")[2]] = nn.Parameter(weights[name], requires_grad=False)
-        yield
-    finally:
-        for name, holder in holders.items():
-            holder._parameters[name.rpartition(".")[2]] = before[name]
 
 
 def _rows_of(value: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
