@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -41,12 +42,11 @@ def inspect_adapter(adapter: str | os.PathLike[str]) -> AdapterSummary:
     weights = _weights_file(adapter)
     try:
         with safe_open(weights, "pt") as file:
-            tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            shapes = {in_base_model(key): tuple(t.get_shape()) for key, t in tensors.items()}
-            dtypes = tuple(sorted({t.get_dtype() for key, t in tensors.items() if BOOKKEEPING_KEY not in key}))
+            keys = [key for key in file.keys() if BOOKKEEPING_KEY not in key]  # noqa: SIM118 (not a mapping)
+            shapes = {in_base_model(key): tuple(file.get_slice(key).get_shape()) for key in keys}
+            dtypes = tuple(sorted({file.get_slice(key).get_dtype() for key in keys}))
     except SafetensorError as error:
         raise broken_weights(weights, error) from error
-    shapes = {key: shape for key, shape in shapes.items() if BOOKKEEPING_KEY not in key}
     layers = _layers(config, shapes)
     modules = _modules(shapes)
     total = sum(map(math.prod, shapes.values()))
@@ -76,20 +76,16 @@ def inspect_adapter(adapter: str | os.PathLike[str]) -> AdapterSummary:
 
 
 def _weights_file(adapter: str) -> Path:
-    if os.path.isdir(adapter):
-        path = Path(adapter, SAFETENSORS_WEIGHTS_NAME)
-        if path.is_file():
-            return path
-        raise SieveError(
-            f"{adapter} does not have {SAFETENSORS_WEIGHTS_NAME} beside adapter_config.json. Save or download the "
-            "adapter again."
-        )
-    try:
-        return Path(hf_hub_download(adapter, SAFETENSORS_WEIGHTS_NAME))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise SieveError(
-            f"The repository {adapter!r} does not have a readable {SAFETENSORS_WEIGHTS_NAME}. Push the adapter again."
-        ) from error
+    path = Path(adapter, SAFETENSORS_WEIGHTS_NAME)
+    if path.is_file():
+        return path
+    if not os.path.isdir(adapter):
+        with suppress(HfHubHTTPError, LocalEntryNotFoundError):
+            return Path(hf_hub_download(adapter, SAFETENSORS_WEIGHTS_NAME))
+    raise SieveError(
+        f"{adapter!r} does not have a readable {SAFETENSORS_WEIGHTS_NAME} beside adapter_config.json. Save or download "
+        "the adapter again."
+    )
 
 
 def _layers(config: SieveLoraConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[LayerSummary, ...]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .reading import OpenedAdapter
 
 
-def write_card(opened: OpenedAdapter, path: Path, text: str, *, library_name: str, tags: list[str]) -> None:
-    """Write a card that names the base model, if that is on the Hub.
+def write_card(opened: OpenedAdapter, folder: str, title: str, text: str, *, library: str, tags: list[str]) -> None:
+    """Write `README.md`, which names the base model if that is on the Hub.
 
     Args:
-        text: with the title.
+        title: with `{}` in the place of the base model.
     """
-    data = ModelCardData(base_model=opened.base_repository, library_name=library_name, tags=tags)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)
+    on_hub = opened.base_name if opened.base_name and not os.path.exists(opened.base_name) else None
+    data = ModelCardData(base_model=on_hub, library_name=library, tags=tags)
+    title = title.format(on_hub or ("A" if title.startswith("{") else "a") + " Mixture-of-Experts model")
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n").save(os.path.join(folder, "README.md"))

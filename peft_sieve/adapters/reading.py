@@ -52,11 +52,6 @@ class OpenedAdapter:
         return base
 
     @property
-    def base_repository(self) -> str | None:
-        """Hub id of the base model, None if it is a folder or not known."""
-        return self.base_name if self.base_name and not os.path.exists(self.base_name) else None
-
-    @property
     def config(self) -> SieveLoraConfig:
         config = self.model.peft_config[self.name]
         assert isinstance(config, SieveLoraConfig)

@@ -223,7 +223,7 @@ def test_a_failed_export_leaves_what_was_there(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(peft_sieve.adapters.plain.export, "_write_card", full_disk)
+    monkeypatch.setattr(peft_sieve.adapters.plain.export, "write_card", full_disk)
     with pytest.raises(OSError, match="No space left"):
         export_lora(adapters["olmoe"].path, tmp_path / "lora", layout="stacked")
     assert {path.name: path.read_bytes() for path in (tmp_path / "lora").iterdir()} == before

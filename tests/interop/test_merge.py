@@ -231,7 +231,7 @@ def test_a_crash_leaves_what_was_there(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(peft_sieve.adapters.checkpoint.merge, "_write_card", full_disk)
+    monkeypatch.setattr(peft_sieve.adapters.checkpoint.merge, "write_card", full_disk)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
     with pytest.raises(OSError, match="No space left"):

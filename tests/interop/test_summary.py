@@ -111,7 +111,7 @@ def test_bad_adapters(adapter: Adapter, tmp_path: Path, capsys: Any) -> None:
     folder = tmp_path / "config only"
     folder.mkdir()
     (folder / "adapter_config.json").write_bytes((adapter.path / "adapter_config.json").read_bytes())
-    with pytest.raises(SieveError, match="does not have adapter_model.safetensors beside"):
+    with pytest.raises(SieveError, match="does not have a readable adapter_model.safetensors"):
         inspect_adapter(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"12345")
     with pytest.raises(SieveError, match="cannot be read as safetensors"):

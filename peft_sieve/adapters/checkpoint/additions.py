@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from peft.tuners.lora.layer import Conv2d, Embedding, LoraLayer, ParamWrapper, _ConvNd
+from transformers import PreTrainedModel
 
 from ...errors import SieveError
 from ...moe.topology import MoELayer
@@ -43,13 +44,11 @@ def additions_of(opened: OpenedAdapter) -> Iterator[Addition]:
         SieveError: a weight is that of a convolution, or belongs to two places of the model.
     """
     for path, layer in opened.other_layers():
-        _refuse_convolution(path, layer)
-        _refuse_tied(opened, path, layer)
+        _refuse_what_is_no_matrix_of_its_own(opened.base, path, layer)
         parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
         shape = tuple(layer.get_base_layer().get_parameter(parameter).shape)
-        yield Addition(
-            f"{path}.{parameter}", shape, 1, torch.arange(shape[0]), partial(_lora_delta, layer, opened.name)
-        )
+        delta = partial(_lora_delta, layer, opened.name)
+        yield Addition(f"{path}.{parameter}", shape, 1, torch.arange(shape[0]), delta)
     moe = {layer.path: layer for layer in opened.moe_layers()}
     for path, adapted in opened.expert_layers().items():
         yield from _of_experts(moe[path], adapted, opened.name)
@@ -95,19 +94,14 @@ def _lora_delta(layer: LoraLayer, name: str) -> torch.Tensor:
     return delta.T if isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False) else delta
 
 
-def _refuse_convolution(path: str, layer: LoraLayer) -> None:
+def _refuse_what_is_no_matrix_of_its_own(base: PreTrainedModel, path: str, layer: LoraLayer) -> None:
     if isinstance(layer, Conv2d | _ConvNd):
         raise SieveError(
             f"The adapter is on the convolution {path}, and only linear layers and experts are merged into a "
             "checkpoint. Load the model, call merge_and_unload() and save it."
         )
-
-
-def _refuse_tied(opened: OpenedAdapter, path: str, layer: LoraLayer) -> None:
-    base = opened.base
     tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
-    ends = [module for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None]
-    if tied and any(layer is end for end in ends):
+    if tied and (layer is base.get_input_embeddings() or layer is base.get_output_embeddings()):
         raise SieveError(
             f"The adapter is on {path}, whose weight is also that of the other end of the model, and a checkpoint has "
             "one weight for both. Train without an adapter there."

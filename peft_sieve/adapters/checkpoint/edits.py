@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from ...errors import SieveError
 from ..reading import OpenedAdapter
 from .additions import Addition, additions_of, stacks_of
 from .in_place import Edit
-from .rows import Index, Place, block_of, own_rows, row_maps
+from .rows import Index, StoredWeight, block_of, own_rows, row_maps
 
 
 def edits_of(opened: OpenedAdapter, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Edit]]:
@@ -23,18 +24,12 @@ def edits_of(opened: OpenedAdapter, shapes: Mapping[str, tuple[int, ...]]) -> di
     Raises:
         SieveError: the checkpoint has no weight that the adapter changes, or one of another shape.
     """
-    skeleton = opened.new_skeleton()
+    skeleton, layers = opened.new_skeleton(), opened.moe_layers()
+    checkpoint = _Checkpoint(shapes, f"{skeleton.base_model_prefix}.")
     by_block: dict[str, list[Addition]] = {}
     for addition in additions_of(opened):
         by_block.setdefault(block_of(addition.weight), []).append(addition)
-    layers = opened.moe_layers()
     edits: dict[str, list[Edit]] = {}
-    prefix = f"{skeleton.base_model_prefix}."
-
-    def find(key: str) -> str | None:
-        # A checkpoint of the model without its head, or with it, has the same weights under shorter or longer names.
-        return next((k for k in (key, key.removeprefix(prefix), prefix + key) if k in shapes), None)
-
     for block, additions in by_block.items():
         weights = {addition.weight: (addition.shape, addition.columns) for addition in additions}
         # Where one set of experts in a block is adapted, others may be needed to know its place.
@@ -42,44 +37,49 @@ def edits_of(opened: OpenedAdapter, shapes: Mapping[str, tuple[int, ...]]) -> di
         stacks = {weight: stack for layer in inside_block for weight, stack in stacks_of(layer).items()}
         mapped = partial(row_maps, skeleton, {**stacks, **weights})
         # The likeliest first; the last is for checkpoints that are in the model's own layout.
-        layouts = [
-            mapped(),
-            mapped(as_saved=False),
-            {weight: own_rows(weight, *layout) for weight, layout in weights.items()},
-        ]
+        own = {weight: own_rows(weight, *layout) for weight, layout in weights.items()}
+        layouts = [mapped(), mapped(as_saved=False), own]
         for addition in additions:
             tried = [places for layout in layouts if (places := layout[addition.weight].where(addition.rows))]
-            problems = [_problem(places, addition, find, shapes) for places in tried]
-            if None not in problems:
-                raise SieveError(f"The base model's checkpoint {problems[0]}. Pass that as base_model.")
-            for stored, inside, chosen in tried[problems.index(None)]:
-                key = find(stored.key)
-                assert key is not None
-                edits.setdefault(key, []).append(partial(_add_rows, addition.delta, stored.columns, inside, chosen))
+            problems = [checkpoint.problems(addition, [stored for stored, _, _ in places]) for places in tried]
+            if [] not in problems:
+                raise SieveError(
+                    f"The base model's checkpoint {problems[0][0]}. Pass the checkpoint of the model that the adapter "
+                    "was trained on as base_model."
+                )
+            for stored, inside, chosen in tried[problems.index([])]:
+                edit = partial(_add_rows, addition.delta, stored.columns, inside, chosen)
+                edits.setdefault(checkpoint.key_of(stored), []).append(edit)
     return edits
 
 
-def _problem(
-    places: list[Place],
-    addition: Addition,
-    find: Callable[[str], str | None],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> str | None:
-    """What keeps a matrix from being added at these places, if anything."""
-    for stored, _, _ in places:
-        key = find(stored.key)
-        if key is None:
-            return (
-                f"has no weight {stored.key!r}, which the adapter changes, so it is not that of the model that the "
-                "adapter was trained on"
-            )
-        shape = stored.whole_shape(addition.shape[addition.columns])
-        if shapes[key] != shape:
-            return (
-                f"has a weight of shape {shapes[key]} where the adapter adds {shape} ({key}), so it is not that of "
-                "the adapter's base model"
-            )
-    return None
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The weights of a checkpoint.
+
+    Attributes:
+        shapes: by key.
+        prefix: of the keys that a model with its head has for the model without.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    prefix: str
+
+    def key_of(self, stored: StoredWeight) -> str:
+        """The key of a weight, "" if it is not there. It may be that of the model without its head, or with it."""
+        keys = (stored.key, stored.key.removeprefix(self.prefix), self.prefix + stored.key)
+        return next((key for key in keys if key in self.shapes), "")
+
+    def problems(self, addition: Addition, weights: list[StoredWeight]) -> list[str]:
+        """What keeps a matrix from being added to these weights."""
+        found = []
+        for stored in weights:
+            shape, wanted = self.shapes.get(self.key_of(stored)), stored.whole_shape(addition.shape[addition.columns])
+            if shape is None:
+                found.append(f"has no weight {stored.key!r}, which the adapter changes")
+            elif shape != wanted:
+                found.append(f"has a weight of shape {shape} where the adapter adds {wanted} ({stored.key})")
+        return found
 
 
 def _add_rows(

@@ -12,7 +12,7 @@ from ...files import replaced_when_done
 from ...tuners.common.tied import refuse_tied_experts
 from ...tuners.sieve.config import SieveLoraConfig
 from ..new_card import write_card
-from ..reading import OpenedAdapter, open_adapter, refuse_settings
+from ..reading import open_adapter, refuse_settings
 from .base_files import checkpoint_folder, copy_the_rest, refuse_quantised, weight_files
 from .edits import edits_of
 from .in_place import edit_file, refuse_other_types, tensors_in
@@ -63,18 +63,12 @@ def merge_checkpoint(
             copied = Path(shutil.copyfile(path, Path(staging, path.name)))
             edit_file(copied, tensors, {key: edits[key] for key in tensors if key in edits})
         copy_the_rest(source, Path(staging))
-        _write_card(opened, Path(staging, "README.md"))
+        text = "The base model's checkpoint, with a sparse expert adapter added to its weights by `peft_sieve`."
+        tags = ["mixture-of-experts", "merge"]
+        write_card(opened, staging, "{} with an adapter merged in", text, library="transformers", tags=tags)
     return str(output)
 
 
 def _refuse_what_cannot_be_merged(config: SieveLoraConfig) -> None:
     problem = "which cannot be added to a checkpoint. Load the model, call merge_and_unload() and save it."
     refuse_settings(config, ("modules_to_save", "trainable_token_indices", "bias"), problem)
-
-
-def _write_card(opened: OpenedAdapter, path: Path) -> None:
-    text = (
-        f"# {opened.base_repository or 'A Mixture-of-Experts model'} with an adapter merged in\n\n"
-        "The base model's checkpoint, with a sparse expert adapter added to its weights by `peft_sieve`.\n"
-    )
-    write_card(opened, path, text, library_name="transformers", tags=["mixture-of-experts", "merge"])

@@ -117,12 +117,10 @@ def export_lora(
         tensors = {key: make().contiguous() for key, (_, make) in plain.tensors.items()}
         save_file(tensors, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
         _write_config(plain.config, Path(staging, CONFIG_NAME))
-        _write_card(opened, chosen, Path(staging, "README.md"))
+        tags = ["lora", "mixture-of-experts"]
+        write_card(opened, staging, "LoRA for {}", _card_text(opened, layers, chosen), library="peft", tags=tags)
     max_rank = max([rank, *(plain.config.rank_pattern or {}).values()])
     return ExportedLora(chosen, rank, max_rank, sum(t.numel() for t in tensors.values()), str(output))
-
-
-# --- what can be exported -----------------------------------------------------------------------------------------
 
 
 def _checked_output(output_dir: str | os.PathLike[str]) -> Path:
@@ -194,22 +192,16 @@ def _common_rank(opened: OpenedAdapter, others: dict[str, LoraLayer]) -> int:
     return max(ranks + [layer.r[opened.name] for layer in others.values()])
 
 
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
 def _write_config(config: LoraConfig, path: Path) -> None:
     # PEFT's own order of a set differs from run to run.
     content = {key: sorted(v) if isinstance(v, set) else v for key, v in config.to_dict().items()}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _write_card(opened: OpenedAdapter, layout: str, path: Path) -> None:
+def _card_text(opened: OpenedAdapter, layers: list[MoELayer], layout: str) -> str:
     adapted = sum(len(layer.plans[opened.name].experts) for layer in opened.expert_layers().values())
-    total = sum(layer.num_experts for layer in opened.moe_layers())
-    text = (
-        f"# LoRA for {opened.base_repository or 'a Mixture-of-Experts model'}\n\n"
-        f"A sparse expert adapter ({adapted} of {total} routed experts) written as plain LoRA by `peft_sieve`, layout "
-        f"`{layout}`. The factors of the other experts are zeros; the scaling is folded into B. It loads with PEFT, "
-        "and with servers that read LoRA for this model, without any plugin.\n"
+    return (
+        f"A sparse expert adapter ({adapted} of {sum(layer.num_experts for layer in layers)} routed experts) written "
+        f"as plain LoRA by `peft_sieve`, layout `{layout}`. The factors of the other experts are zeros; the scaling is "
+        "folded into B. It loads with PEFT, and with servers that read LoRA for this model, without any plugin."
     )
-    write_card(opened, path, text, library_name="peft", tags=["lora", "mixture-of-experts"])

@@ -92,12 +92,7 @@ def plain_factors(opened: OpenedAdapter, layers: list[MoELayer], rank: int) -> d
     """The plain factors of the MoE layers, by their paths."""
     adapted = opened.expert_layers()
     # Cold layers have no factors of their own to take type and device from.
-    some = next(
-        parameter
-        for layer in adapted.values()
-        for key, parameter in layer.named_parameters()
-        if "lora_" in key and f".{opened.name}." in key
-    )
+    some = next(p for layer in adapted.values() for key, p in layer.named_parameters() if f".{opened.name}." in key)
     like = torch.empty(0, dtype=some.dtype, device="cpu")
     return {layer.path: PlainFactors(layer, adapted.get(layer.path), opened.name, rank, like) for layer in layers}
 

@@ -33,8 +33,10 @@ class Pair:
         a, b = self.a.double(), self.b.double()
         return self.scaling**2 * float(((b.T @ b) * (a @ a.T)).sum())
 
-    def columns(self, ranks: slice) -> Pair:
-        """Some of the ranks."""
+    def half(self, which: int) -> Pair:
+        """The first or the second half of the ranks."""
+        count = self.b.shape[1] // 2
+        ranks = slice(which * count, (which + 1) * count)
         return Pair(self.a[ranks], self.b[:, ranks], self.scaling)
 
 
@@ -129,13 +131,7 @@ def _drop_foreign_ranks(pairs: ExpertPairs) -> None:
     """
     halves = {"gate_proj": 0, "up_proj": 1}
     first = [(path, key, pair) for path, of in pairs.items() for key, pair in of.items() if key[0] in halves]
-    for _, (projection, _), pair in first:
-        rank = pair.b.shape[1]
-        if rank % 2 or bool(pair.b[:, _half(rank, 1 - halves[projection])].any()):
-            return
+    if any(pair.b.shape[1] % 2 or bool(pair.half(1 - halves[key[0]]).b.any()) for _, key, pair in first):
+        return
     for path, key, pair in first:
-        pairs[path][key] = pair.columns(_half(pair.b.shape[1], halves[key[0]]))
-
-
-def _half(rank: int, which: int) -> slice:
-    return slice(which * (rank // 2), (which + 1) * (rank // 2))
+        pairs[path][key] = pair.half(halves[key[0]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 
 from peft import LoraConfig
@@ -90,14 +91,9 @@ def without_index(path: str) -> str:
 
 def _set_targets(config: LoraConfig, wanted: set[str], modules: set[str]) -> None:
     """Name modules, and exclude those of a model inside this one whose whole paths end the same."""
-    inside = {path for path in modules - wanted if any(path[dot:] in wanted for dot in _starts(path))}
+    inside = {path for path in modules - wanted if any(path[dot.end() :] in wanted for dot in re.finditer(r"\.", path))}
     config.target_modules = _fewest_words(wanted, modules - inside)
     config.exclude_modules = _fewest_words(inside, modules) or None
-
-
-def _starts(path: str) -> Iterable[int]:
-    """Where the names in a path start, the first one left out."""
-    return (index + 1 for index, letter in enumerate(path) if letter == ".")
 
 
 def _fewest_words(wanted: set[str], all_names: set[str]) -> list[str]:
