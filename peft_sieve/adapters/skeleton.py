@@ -99,13 +99,9 @@ def model_classes(hf_config: PreTrainedConfig, config: PeftConfig) -> list[Any]:
     names += [(transformers, name) for name in getattr(hf_config, "architectures", None) or ()]
     names += [(transformers, "AutoModelForCausalLM")]
     found = [getattr(module, name, None) for module, name in names]
-    return [model_class for model_class in dict.fromkeys(found) if _takes(model_class, hf_config)]
-
-
-def _takes(model_class: Any, hf_config: PreTrainedConfig) -> bool:
-    """An auto class has no configuration of its own, and says itself when it does not know one."""
-    config_class = getattr(model_class, "config_class", None)
-    return model_class is not None and (config_class is None or isinstance(hf_config, config_class))
+    # An auto class has no configuration of its own, and says itself when it does not know one.
+    known = {c: getattr(c, "config_class", None) or PreTrainedConfig for c in found if c is not None}
+    return [model_class for model_class, config_class in known.items() if isinstance(hf_config, config_class)]
 
 
 def _maker(model_class: Any, config: PreTrainedConfig, name: str) -> Maker:

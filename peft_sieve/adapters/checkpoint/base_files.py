@@ -53,11 +53,7 @@ def weight_files(source: Path) -> list[Path]:
 
 
 def refuse_quantised(source: Path) -> None:
-    """Refuse a checkpoint whose configuration says that its weights are quantised.
-
-    Raises:
-        SieveError: they are.
-    """
+    """Refuse a checkpoint whose configuration says that its weights are quantised."""
     # As it is written: the class of a configuration may be code of its own.
     path = source / CONFIG_NAME
     content = json.loads(path.read_text()) if path.is_file() else {}

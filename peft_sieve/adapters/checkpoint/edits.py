@@ -55,15 +55,10 @@ def edits_of(opened: OpenedAdapter, shapes: Mapping[str, tuple[int, ...]]) -> di
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """The weights of a checkpoint.
-
-    Attributes:
-        shapes: by key.
-        prefix: of the keys that a model with its head has for the model without.
-    """
+    """The weights of a checkpoint: their shapes by key."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    prefix: str
+    prefix: str  # of the keys that a model with its head has for the model without
 
     def key_of(self, stored: StoredWeight) -> str:
         """The key of a weight, "" if it is not there. It may be that of the model without its head, or with it."""

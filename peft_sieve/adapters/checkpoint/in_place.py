@@ -22,16 +22,11 @@ Edit = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True)
 class TensorInFile:
-    """A tensor in a safetensors file.
+    """A tensor in a safetensors file."""
 
-    Attributes:
-        dtype: as the header names it.
-        offset: of its first byte in the file.
-    """
-
-    dtype: str
+    dtype: str  # as the header names it
     shape: tuple[int, ...]
-    offset: int
+    offset: int  # of its first byte in the file
 
 
 def tensors_in(path: Path) -> dict[str, TensorInFile]:
@@ -51,11 +46,7 @@ def tensors_in(path: Path) -> dict[str, TensorInFile]:
 
 
 def refuse_other_types(tensors: Mapping[str, TensorInFile]) -> None:
-    """Refuse tensors of types that nothing can be added to, such as those of quantised weights.
-
-    Raises:
-        SieveError: naming the first.
-    """
+    """Refuse tensors of types that nothing can be added to, such as those of quantised weights."""
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise SieveError(

@@ -26,22 +26,19 @@ class PlainFactors:
 
     def a(self, projection: str, expert: int) -> torch.Tensor:
         """(rank, in)"""
-        result = self.like.new_zeros(self.rank, self.shape.projections[projection][0])
-        if (factors := self._factors(projection, expert)) is not None:
-            a, _, _ = factors
-            result[: a.shape[0]] = a.detach()
-        return result
+        a, _, _ = self._factors(projection, expert)
+        return _with_rank(a.detach().to(self.like), 0, self.rank)
 
     def b(self, projection: str, expert: int) -> torch.Tensor:
         """(out, rank), the scaling in it"""
-        result = self.like.new_zeros(self.shape.projections[projection][1], self.rank)
-        if (factors := self._factors(projection, expert)) is not None:
-            _, b, scaling = factors
-            result[:, : b.shape[0]] = _scaled(b.detach().T, scaling)
-        return result
+        _, b, scaling = self._factors(projection, expert)
+        return _with_rank(_scaled(b.detach().T, scaling).to(self.like), 1, self.rank)
 
-    def _factors(self, projection: str, expert: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        return None if self.adapted is None else self.adapted.expert_factors(self.name, projection, expert)
+    def _factors(self, projection: str, expert: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A (rank, in), B (rank, out) and the scaling; of rank 0 if the adapter has none."""
+        found = self.adapted.expert_factors(self.name, projection, expert) if self.adapted is not None else None
+        sizes = self.shape.projections[projection]
+        return found or (self.like.new_zeros(0, sizes[0]), self.like.new_zeros(0, sizes[1]), 1.0)
 
     def stacked_a(self, parameter: str) -> torch.Tensor:
         """PEFT's A of a stack, (matrices * ranks, in), a matrix after the other."""

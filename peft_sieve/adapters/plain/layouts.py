@@ -44,7 +44,7 @@ def stacked(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, Lor
     name_stacks(config, layers)
     plain = _injected(config, skeleton)
     experts = plain_factors(opened, layers, rank)
-    stacks = {f"{layer.experts_path}.{parameter}": layer for layer in layers for parameter in parameters_of(layer)}
+    stacks = {f"{layer.experts_path}.{name}": (layer.path, name) for layer in layers for name in parameters_of(layer)}
     tensors: Tensors = {}
     placed = set()
     for path, module in lora_layers(plain.get_base_model(), "default"):
@@ -52,11 +52,10 @@ def stacked(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, Lor
         stack = f"{base_path}.{module.parameter_name}" if isinstance(module, ParamWrapper) else ""
         placed.add(stack if stack in stacks else base_path)
         if stack in stacks:
-            factors = experts[stacks[stack].path]
-            parameter = stack.removeprefix(f"{stacks[stack].experts_path}.")
-            a, b = lora_factors(module, "default")
-            tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = tuple(a.shape), partial(factors.stacked_a, parameter)
-            tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = tuple(b.shape), partial(factors.stacked_b, parameter)
+            layer_path, parameter = stacks[stack]
+            of, (a, b) = experts[layer_path], lora_factors(module, "default")
+            tensors[f"{KEY_PREFIX}{path}.lora_A.weight"] = tuple(a.shape), partial(of.stacked_a, parameter)
+            tensors[f"{KEY_PREFIX}{path}.lora_B.weight"] = tuple(b.shape), partial(of.stacked_b, parameter)
         elif base_path in others:
             tensors |= linear_factors(f"{KEY_PREFIX}{path}", others[base_path], opened.name, rank)
     wrong = sorted(placed ^ {*stacks, *others})
@@ -113,11 +112,7 @@ def _plain_config(opened: OpenedAdapter, rank: int) -> LoraConfig:
 
 
 def _injected(config: LoraConfig, skeleton: PreTrainedModel) -> PeftModel:
-    """Plain LoRA on the meta device, as any PEFT would set it up from the configuration.
-
-    Raises:
-        SieveError: it refuses to.
-    """
+    """Plain LoRA on the meta device, as any PEFT would set it up from the configuration."""
     with warnings.catch_warnings():
         # PEFT looks for patterns among modules only, and says that those of parameters were ignored: they are not.
         warnings.filterwarnings("ignore", UNMATCHED_IN_PEFT)
@@ -131,11 +126,7 @@ def _injected(config: LoraConfig, skeleton: PreTrainedModel) -> PeftModel:
 
 
 def _check_loadable(plain: PlainLora, opened: OpenedAdapter) -> None:
-    """That PEFT, given these files, finds each tensor a place of its shape: tried on the meta device.
-
-    Raises:
-        SieveError: it does not.
-    """
+    """Refuse files in which PEFT would not find a tensor a place of its shape: tried on the meta device."""
     model = _injected(plain.config, opened.new_skeleton())
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     given = {key: torch.empty(shape, device="meta") for key, (shape, _) in plain.tensors.items()}

@@ -69,7 +69,7 @@ def narrow_lora(
         SieveError: the LoRA has no factors for a selected expert, or holds what a sparse adapter cannot; nothing was
             written.
     """
-    mask, calibration = _mask_and_origin(experts, selection)
+    mask, calibration = _mask_of(experts, selection)
     model, make, base_name = open_full_lora(lora, base_model, _refuse_what_is_whole)
     name = str(model.active_adapter)
     config = model.peft_config[name]
@@ -101,7 +101,7 @@ def narrow_lora(
     )
 
 
-def _mask_and_origin(experts: Any, selection: dict[str, Any]) -> tuple[dict[str, list[int]], dict[str, Any] | None]:
+def _mask_of(experts: Any, selection: dict[str, Any]) -> tuple[dict[str, list[int]], dict[str, Any] | None]:
     """The mask, and where it comes from if that is a profile."""
     if isinstance(experts, RoutingProfile):
         chosen = select_experts(experts, **selection)
