@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .adapters.checkpoint.merge import merge_checkpoint
+from .adapters.inspection import inspect_adapter
 from .adapters.plain.export import ExportedLora, export_lora
 from .adapters.plain.narrow import NarrowedLora, narrow_lora
-from .adapters.summary import AdapterSummary, inspect_adapter
+from .adapters.summary import AdapterSummary
 from .errors import SieveError
 from .hf.patches import wrap_peft
 from .moe.families.family import ExpertsShape, MoEFamily

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from .adapters.reading import skeleton_maker
-from .checks import quoted
+from .adapters.skeleton import skeleton_maker
+from .checks import is_whole, listed, must_be, share
 from .errors import SieveError
 from .moe.topology import find_moe_layers
 from .routing.comparison import coverage_curves
@@ -157,30 +157,22 @@ class _Cost:
         """Measured on an adapter with one expert in each layer: a factor has as many rows of slots as experts."""
         config.selected_experts = {path: [0] for path in paths}
         model = get_peft_model(base, config)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        numbers, size = sum(p.numel() for p in trainable), sum(_bytes(p) for p in trainable)
-        saved = sum(_bytes(tensor) for tensor in get_peft_model_state_dict(model).values())
-        per_expert = {}
-        for path, layer in expert_layers(base):
-            factors = [p for p in layer.parameters() if p.requires_grad]
-            per_expert[path] = (sum(p.numel() for p in factors), sum(_bytes(p) for p in factors))
-        for count, occupied in per_expert.values():
-            numbers, size, saved = numbers - count, size - occupied, saved - occupied
-        return cls((numbers, size, saved), per_expert)
+        numbers, size = _size(p for p in model.parameters() if p.requires_grad)
+        _, saved = _size(get_peft_model_state_dict(model).values())
+        per_expert = {path: _size(p for p in x.parameters() if p.requires_grad) for path, x in expert_layers(base)}
+        count, occupied = (sum(column) for column in zip(*per_expert.values(), strict=True))
+        return cls((numbers - count, size - occupied, saved - occupied), per_expert)
 
     def planned(self, experts: dict[str, int], profile: RoutingProfile | None, score: str) -> PlannedAdapter:
         numbers, size, saved = self.fixed
-        for path, (count, occupied) in self.per_expert.items():
-            numbers += experts[path] * count
-            size += experts[path] * occupied
-            saved += experts[path] * occupied
-        coverage = _coverage(profile, experts, score) if profile is not None else []
+        count, occupied = (sum(experts[path] * one[i] for path, one in self.per_expert.items()) for i in (0, 1))
+        coverage = _coverages(profile, experts, score) if profile is not None else []
         return PlannedAdapter(
             experts=experts,
-            trainable_parameters=numbers,
-            adapter_bytes=saved,
-            gradient_bytes=size,
-            optimizer_bytes=_ADAM_STATES * size,
+            trainable_parameters=numbers + count,
+            adapter_bytes=saved + occupied,
+            gradient_bytes=size + occupied,
+            optimizer_bytes=_ADAM_STATES * (size + occupied),
             coverage=sum(coverage) / len(coverage) if coverage else None,
             lowest_coverage=min(coverage, default=None),
         )
@@ -196,23 +188,22 @@ def size_text(size: int) -> str:
     return f"{value:.{digits}f} {units[0]}"
 
 
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _size(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
+    """How many numbers tensors have, and how many bytes."""
+    sizes = [(tensor.numel(), tensor.element_size()) for tensor in tensors]
+    return sum(count for count, _ in sizes), sum(count * width for count, width in sizes)
 
 
 def _choices(sizes: dict[str, int], top_k: Sequence[int], top_k_frac: Sequence[float]) -> list[dict[str, int]]:
     """The numbers of experts a layer to count for: each once, rising, all experts last."""
     for number in top_k:
-        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= min(sizes.values()):
-            raise SieveError(
-                f"received top_k={number!r}, expected whole numbers from 1 to {min(sizes.values())}, the experts of "
-                "the smallest layer: pass some of those"
-            )
+        if not is_whole(number) or not 1 <= number <= min(sizes.values()):
+            kind = f"whole numbers from 1 to {min(sizes.values())}, the experts of the smallest layer"
+            raise must_be("top_k", kind, number)
     for fraction in top_k_frac:
-        if not 0 < fraction <= 1:
-            raise SieveError(f"received top_k_frac={fraction!r}, expected numbers above 0 and at most 1: pass some")
+        share("top_k_frac", fraction)
     fractions = top_k_frac if top_k or top_k_frac else DEFAULT_FRACTIONS
-    wanted = [dict.fromkeys(sizes, number) for number in top_k]
+    wanted = [dict.fromkeys(sizes, int(number)) for number in top_k]
     wanted += [{path: experts_per_layer(n, fraction) for path, n in sizes.items()} for fraction in (*fractions, 1.0)]
     distinct = {tuple(numbers.values()): numbers for numbers in wanted}
     return sorted(distinct.values(), key=lambda numbers: sum(numbers.values()))
@@ -223,8 +214,7 @@ def _check_profile(profile: RoutingProfile, sizes: dict[str, int]) -> None:
     different = [path for path in {**sizes, **profiled} if sizes.get(path) != profiled.get(path)]
     if different:
         raise SieveError(
-            f"received a profile that differs from the model in {quoted(different)}, expected one with the model's "
-            "layers and numbers of experts: profile this model"
+            f"The profile differs from the model in the experts of {listed(different)}. Profile this model."
         )
 
 
@@ -234,7 +224,8 @@ def _hottest(profile: RoutingProfile, numbers: dict[str, int], score: str) -> di
     return {path: number if reached[path] else 0 for path, number in numbers.items()}
 
 
-def _coverage(profile: RoutingProfile, experts: dict[str, int], score: str) -> list[float]:
+def _coverages(profile: RoutingProfile, experts: dict[str, int], score: str) -> list[float]:
+    """By layer, of those that get experts."""
     curves = coverage_curves(profile, score=score)
     return [curve[experts[path] - 1] for path, curve in curves.items() if experts[path]]
 

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import load_peft_weights
-from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from ..checks import first_line, must_be, shown
 from ..errors import SieveError
 from ..hf.methods import method_of, methods
 from ..moe.topology import MoELayer, find_moe_layers
 from ..tuners.common.experts.layer import SieveExpertLayer, expert_layers
 from ..tuners.sieve.config import SieveLoraConfig
+from .skeleton import Maker, maker_like, skeleton_maker
 
-# By PEFT's task type; the class that the base model is loaded with then.
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+# What PEFT puts before the base model's names in the keys of an adapter's tensors.
+KEY_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class OpenedAdapter:
     model: PeftModel
     name: str
     base_name: str
-    new_skeleton: Callable[[], PreTrainedModel]
+    new_skeleton: Maker
 
     @property
     def base(self) -> PreTrainedModel:
@@ -67,20 +58,35 @@ class OpenedAdapter:
 
     def expert_layers(self) -> dict[str, SieveExpertLayer]:
         """Experts-module path -> its adapter layer, of the layers that this adapter is in."""
-        layers = expert_layers(self.base)
-        return {path: layer for path, layer in layers if self.name in layer.plans}
+        return {path: layer for path, layer in expert_layers(self.base) if self.name in layer.plans}
 
     def other_layers(self) -> Iterator[tuple[str, LoraLayer]]:
         """(path in the base model, layer) of PEFT's own layers that this adapter is in."""
-        for path, module in self.base.named_modules():
-            if not isinstance(module, LoraLayer) or isinstance(module, SieveExpertLayer):
-                continue
-            if self.name in module.lora_A or self.name in module.lora_embedding_A:
-                yield path, module
+        for path, layer in lora_layers(self.base, self.name):
+            if not isinstance(layer, SieveExpertLayer):
+                yield path, layer
 
     def moe_layers(self) -> list[MoELayer]:
         """All MoE layers of the base model."""
         return find_moe_layers(self.base)
+
+
+def lora_layers(base: nn.Module, adapter_name: str) -> Iterator[tuple[str, LoraLayer]]:
+    """(path, layer) of the layers with factors of PEFT's own of an adapter."""
+    for path, module in base.named_modules():
+        if isinstance(module, LoraLayer) and adapter_name in {**module.lora_A, **module.lora_embedding_A}:
+            yield path, module
+
+
+def lora_factors(layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of a layer of PEFT's own."""
+    if adapter_name in layer.lora_embedding_A:
+        a, b = layer.lora_embedding_A[adapter_name], layer.lora_embedding_B[adapter_name]
+    else:
+        a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    assert isinstance(a, torch.Tensor)
+    assert isinstance(b, torch.Tensor)
+    return a.detach(), b.detach()
 
 
 def open_adapter(
@@ -99,21 +105,26 @@ def open_adapter(
         check: raises for a configuration that the caller has no use for.
 
     Raises:
-        SieveError: no such adapter, or its base model is not to be found.
+        SieveError: there is no such adapter, or its base model is not found.
     """
     if isinstance(adapter, PeftModel):
-        return _of_model(adapter, base_model, adapter_name, check)
+        name = _name_in(adapter, adapter_name)
+        make, base_name = maker_like(adapter.get_base_model())
+        opened = OpenedAdapter(adapter, name, base_model if isinstance(base_model, str) else base_name, make)
+        check(opened.config)
+        return opened
     if not isinstance(adapter, str | os.PathLike):
-        raise SieveError(
-            f"received {type(adapter).__name__} as the adapter, expected a PeftModel, or the path or Hub id of a saved "
-            "adapter: pass one of those"
-        )
+        raise must_be("adapter", "a PeftModel, or the path or Hub id of a saved adapter", adapter)
     if adapter_name is not None:
-        raise SieveError(
-            f"received adapter_name={adapter_name!r} for a saved adapter, expected it for a PeftModel only: pass the "
-            "folder of that adapter"
-        )
-    return _saved(os.fspath(adapter), base_model, check)
+        raise SieveError(f"adapter_name={adapter_name!r} goes with a PeftModel only. Pass the folder of that adapter.")
+    config = sieve_config(os.fspath(adapter))
+    check(config)
+    mask = config.selected_experts or {}
+    make, base_name = skeleton_maker(base_model, config, [path for path, ids in mask.items() if ids])
+    config.inference_mode = True
+    model = PeftModel(make(), config)
+    assign(model, saved_weights(os.fspath(adapter)))
+    return OpenedAdapter(model, "default", base_name, make)
 
 
 def sieve_config(adapter: str) -> SieveLoraConfig:
@@ -122,106 +133,47 @@ def sieve_config(adapter: str) -> SieveLoraConfig:
     Raises:
         SieveError: there is none at that path or repository, or it belongs to another method.
     """
-    config = _read_config(adapter)
+    config = saved_config(adapter)
     if not isinstance(config, SieveLoraConfig):
         kind = getattr(config.peft_type, "value", config.peft_type)
-        reason = ", since PERFT and LoRA experts are in no weight of the base model" if method_of(kind) else ""
+        reason = ": PERFT and LoRA experts are in no weight of the base model" if method_of(kind) else ""
+        ours = " or ".join(method.name for method in methods() if issubclass(method.config, SieveLoraConfig))
         raise SieveError(
-            f"{adapter} holds an adapter of type {kind}, expected "
-            f"{' or '.join(m.name for m in methods() if issubclass(m.config, SieveLoraConfig))}{reason}: pass an "
-            "adapter that was trained with a SieveLoraConfig or an EpngConfig"
+            f"{adapter} holds an adapter of type {kind}, not {ours}. Pass one that was trained "
+            f"with a SieveLoraConfig or an EpngConfig{reason}."
         )
     return config
 
 
-def _read_config(adapter: str) -> PeftConfig:
+def saved_config(adapter: str) -> PeftConfig:
+    """The configuration of a saved adapter of any method.
+
+    Raises:
+        SieveError: there is none at that path or repository.
+    """
     try:
         return PeftConfig.from_pretrained(adapter)
     except SieveError:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SieveError(
-            f"no adapter can be read from {adapter!r} ({first_line(error)}), expected a folder or repository with "
-            "adapter_config.json: pass one"
+            f"No adapter can be read from {adapter!r} ({first_line(error)}). Pass a folder or repository with "
+            "adapter_config.json."
         ) from error
 
 
-def skeleton_maker(base_model: Any, config: PeftConfig, paths: list[str]) -> tuple[Callable[[], PreTrainedModel], str]:
-    """How to make the base model on the meta device, and its name.
-
-    Args:
-        base_model: the model, its path or Hub id, or None for what `config` names.
-        config: of the adapter; says which class the base model was of.
-        paths: modules that it must have.
+def saved_weights(adapter: str) -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter, on the CPU.
 
     Raises:
-        SieveError: the base model is not named, not found, or has no such modules.
+        SieveError: they cannot be read.
     """
-    if isinstance(base_model, nn.Module):
-        model = base_model.get_base_model() if isinstance(base_model, PeftModel) else base_model
-        return _like(model), str(getattr(model, "name_or_path", "") or "")
-    name = base_model if base_model is not None else config.base_model_name_or_path
-    if not isinstance(name, str | os.PathLike) or not os.fspath(name):
-        raise SieveError(
-            f"received {name!r} as the base model, and the adapter names none, expected a model, or its path or Hub "
-            "id: pass base_model"
-        )
-    name = os.fspath(name)
     try:
-        # No question on the terminal about code that comes with a checkpoint: it is an error that says what to pass.
-        revision = config.revision if base_model is None else None
-        hf_config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+        return load_peft_weights(adapter, device="cpu")
+    except (OSError, ValueError, SafetensorError) as error:
         raise SieveError(
-            f"the configuration of the base model {name!r} cannot be read ({first_line(error)}), expected a path or "
-            "Hub id that AutoConfig can load: pass it, or the model itself, as base_model"
+            f"The weights of {adapter!r} cannot be read ({first_line(error)}). Save or download the adapter again."
         ) from error
-    tried = []
-    for model_class in model_classes(hf_config, config):
-        try:
-            make = _maker(model_class, hf_config, name)
-            modules = {path for path, _ in make().named_modules()}
-        except ValueError:
-            # An auto class that does not know this configuration.
-            continue
-        if modules.issuperset(paths):
-            return make, name
-        tried.append(model_class.__name__)
-    missing = next(iter(paths), "")
-    raise SieveError(
-        f"the base model {name!r} ({', '.join(tried) or 'of no known class'}) has no module {missing!r}, expected the "
-        "one that the adapter was trained on: pass it as base_model"
-    )
-
-
-def _of_model(
-    model: PeftModel, base_model: Any, adapter_name: str | None, check: Callable[[SieveLoraConfig], None]
-) -> OpenedAdapter:
-    ours = [name for name, config in model.peft_config.items() if isinstance(config, SieveLoraConfig)]
-    if adapter_name is None and len(ours) == 1:
-        adapter_name = ours[0]
-    if adapter_name not in ours:
-        raise SieveError(
-            f"received adapter_name={adapter_name!r}, expected one of the model's sieve adapters {ours}: pass one"
-        )
-    assert adapter_name is not None
-    config = model.peft_config[adapter_name]
-    assert isinstance(config, SieveLoraConfig)
-    check(config)
-    base = model.get_base_model()
-    named = base_model if isinstance(base_model, str) else getattr(base, "name_or_path", "")
-    return OpenedAdapter(model, adapter_name, str(named or ""), _like(base))
-
-
-def _saved(path: str, base_model: Any, check: Callable[[SieveLoraConfig], None]) -> OpenedAdapter:
-    config = sieve_config(path)
-    check(config)
-    mask = config.selected_experts or {}
-    make, base_name = skeleton_maker(base_model, config, [p for p, ids in mask.items() if ids])
-    config.inference_mode = True
-    model = PeftModel(make(), config)
-    assign(model, _weights(path))
-    return OpenedAdapter(model, "default", base_name, make)
 
 
 def assign(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
@@ -239,115 +191,34 @@ def assign(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
     result = model.load_state_dict(state, strict=False, assign=True)
     missing = [key for key in result.missing_keys if ".lora_" in key]
     if missing or result.unexpected_keys:
-        kind, key = ("no", missing[0]) if missing else ("the unknown", result.unexpected_keys[0])
+        wrong = f"lack {missing[0]}" if missing else f"have {result.unexpected_keys[0]}"
         raise SieveError(
-            f"the weights hold {kind} {key}, expected those that the configuration describes: take both files from one "
-            "save, and pass the base model that the adapter was trained on"
+            f"The weights {wrong}, unlike what the configuration describes. Take both files from one save, and pass "
+            "the base model that the adapter was trained on."
         )
 
 
-def open_plain_lora(
-    lora: Any, base_model: Any, check: Callable[[LoraConfig], None]
-) -> tuple[PeftModel, Callable[[], PreTrainedModel], str]:
-    """A plain LoRA with its values, on a base model that needs none.
+def refuse_settings(config: PeftConfig, names: Iterable[str], problem: str) -> None:
+    """Refuse an adapter that has more than low-rank factors.
 
     Args:
-        lora: a `PeftModel` with one LoRA, or the path or Hub id of a saved one.
-        base_model, check: as for `open_adapter`.
-
-    Returns:
-        The model (its adapter may have any name), how to make its base model on the meta device, and the name of that.
+        names: settings that would give it more.
+        problem: what the error says of such an adapter, and what to do.
 
     Raises:
-        SieveError: no LoRA can be read there.
+        SieveError: one of the settings is on.
     """
-    if isinstance(lora, PeftModel):
-        base = lora.get_base_model()
-        check(_required_plain(lora.peft_config[lora.active_adapter], "the model"))
-        return lora, _like(base), str(getattr(base, "name_or_path", "") or "")
-    if not isinstance(lora, str | os.PathLike):
-        raise SieveError(
-            f"received {type(lora).__name__} as the LoRA, expected a PeftModel, or the path or Hub id of a saved one: "
-            "pass one of those"
-        )
-    path = os.fspath(lora)
-    config = _required_plain(_read_config(path), path)
-    check(config)
-    make, base_name = skeleton_maker(base_model, config, [])
-    config.inference_mode = True
-    try:
-        model = PeftModel(make(), config)
-    except ValueError as error:
-        raise SieveError(
-            f"the LoRA {path!r} does not fit {base_name!r} ({first_line(error)}), expected the base model that it was "
-            "trained on: pass that as base_model"
-        ) from error
-    # Files with a pair of factors per expert and projection become those of PEFT's parameters, as in its own loading.
-    assign(model, convert_peft_adapter_state_dict_for_transformers(model, config, _weights(path)))
-    return model, make, base_name
+    for name in names:
+        value = getattr(config, name, None)
+        if value and value not in ("none", "lora"):  # how `bias` and `expert_tuning` are off
+            raise SieveError(f"The adapter has {name}={shown(value)}, {problem}")
 
 
-def _required_plain(config: PeftConfig, where: str) -> LoraConfig:
-    if config.peft_type != PeftType.LORA or not isinstance(config, LoraConfig):
-        raise SieveError(
-            f"{where} holds an adapter of type {getattr(config.peft_type, 'value', config.peft_type)}, expected LORA: "
-            "pass an ordinary LoRA with factors for all experts"
-        )
-    return config
-
-
-def _weights(path: str) -> dict[str, torch.Tensor]:
-    try:
-        return load_peft_weights(path, device="cpu")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise SieveError(
-            f"the weights of {path!r} cannot be read ({first_line(error)}), expected adapter_model.safetensors beside "
-            "adapter_config.json: save or download the adapter again"
-        ) from error
-
-
-def _like(model: nn.Module) -> Callable[[], PreTrainedModel]:
-    if not isinstance(model, PreTrainedModel):
-        raise SieveError(
-            f"the base model is a {type(model).__name__}, expected a model of transformers, since its configuration "
-            "says how its checkpoint names weights: pass one"
-        )
-    return _maker(type(model), model.config, str(getattr(model, "name_or_path", "") or ""))
-
-
-def _maker(model_class: Any, config: PreTrainedConfig, name: str) -> Callable[[], PreTrainedModel]:
-    # A configuration of quantised weights would ask for its quantiser, and there are no weights here.
-    config = copy.deepcopy(config)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-
-    def make() -> PreTrainedModel:
-        build = getattr(model_class, "_from_config", None) or model_class.from_config
-        with torch.device("meta"):
-            model: PreTrainedModel = build(copy.deepcopy(config))
-        model.name_or_path = name
-        return model.eval()
-
-    return make
-
-
-def model_classes(hf_config: PreTrainedConfig, config: PeftConfig) -> list[Any]:
-    """What the base model may be an instance of, the likeliest first."""
-    names = [(transformers, _AUTO_CLASSES[config.task_type])] if config.task_type in _AUTO_CLASSES else []
-    mapping = config.auto_mapping or {}
-    if str(mapping.get("parent_library", "")).split(".")[0] == "transformers":
-        names.append((importlib.import_module(mapping["parent_library"]), mapping["base_model_class"]))
-    names += [(transformers, name) for name in getattr(hf_config, "architectures", None) or ()]
-    names += [(transformers, "AutoModelForCausalLM")]
-    found = [getattr(module, name, None) for module, name in names]
-    return [model_class for model_class in dict.fromkeys(found) if _takes(model_class, hf_config)]
-
-
-def _takes(model_class: Any, hf_config: PreTrainedConfig) -> bool:
-    """An auto class has no configuration of its own, and says itself when it does not know one."""
-    config_class = getattr(model_class, "config_class", None)
-    return model_class is not None and (config_class is None or isinstance(hf_config, config_class))
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+def _name_in(model: PeftModel, adapter_name: str | None) -> str:
+    """The name of the adapter to open."""
+    ours = [name for name, config in model.peft_config.items() if isinstance(config, SieveLoraConfig)]
+    if adapter_name is None and len(ours) == 1:
+        return ours[0]
+    if adapter_name is None or adapter_name not in ours:
+        raise must_be("adapter_name", f"one of the model's sieve adapters {ours}", adapter_name)
+    return adapter_name

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..moe.topology import MoELayer
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def projections_in(layer: MoELayer, parameter: str) -> list[str]:
@@ -44,18 +47,18 @@ def matrix_in(layer: MoELayer, stack: torch.Tensor, projection: str, expert: int
     Args:
         stack: in place of the parameter that holds `projection`; its input width may be another.
     """
-    experts = _with_parameter(layer.experts, parameter_of(layer, projection), stack)
+    experts = with_parameter(layer.experts, parameter_of(layer, projection), stack)
     return layer.family.expert_weight(experts, projection, expert)
 
 
-def _with_parameter(module: nn.Module, name: str, value: torch.Tensor) -> nn.Module:
-    """A copy of a module that has another value in one parameter and shares all the rest."""
+def with_parameter(module: ModuleT, name: str, value: torch.Tensor) -> ModuleT:
+    """A copy of a module that has another value in one parameter, however deep, and shares all the rest."""
     changed = copy.copy(module)
     first, _, rest = name.partition(".")
     if rest:
         inner = module.get_submodule(first)
         inner = inner.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner
-        changed._modules = {**module._modules, first: _with_parameter(inner, rest, value)}
+        changed._modules = {**module._modules, first: with_parameter(inner, rest, value)}
     else:
         changed._parameters = {**module._parameters, first: nn.Parameter(value, requires_grad=False)}
     return changed

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print it."""
-    from ..adapters.summary import inspect_adapter
+    from ..adapters.inspection import inspect_adapter
 
     summary = inspect_adapter(args.adapter)
     if args.json:

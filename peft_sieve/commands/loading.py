@@ -12,7 +12,8 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from ..adapters.reading import first_line, model_classes
+from ..adapters.skeleton import model_classes
+from ..checks import first_line
 from ..errors import SieveError
 
 

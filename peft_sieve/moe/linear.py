@@ -14,3 +14,8 @@ def is_linear(module: object) -> bool:
     # Those of HQQ, GPTQ, AWQ and the like derive from nn.Module alone; PEFT has a layer for each.
     widths = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return isinstance(module, nn.Module) and not from_model_file and all(isinstance(width, int) for width in widths)
+
+
+def is_state_space(module: nn.Module) -> bool:
+    """Whether a module is a Mamba mixer, whose kernels take its linear layers' weights instead of calling them."""
+    return hasattr(module, "A_log") and hasattr(module, "D")

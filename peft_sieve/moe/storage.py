@@ -69,22 +69,19 @@ def refuse_storage(experts: nn.Module, path: str, dequantises: bool) -> None:
     Raises:
         SieveError: naming the method, and how to load the model instead.
     """
-    expected = "float64, float32, bfloat16 or float16"
+    advice = "Load the model without quantisation of its experts"
     if dequantises:
         names = [n for n in _stack_names(experts) if _method(experts, n) not in ("torchao", "fine-grained FP8")]
         stacks = [getattr(experts, name) for name in names]
-        expected += (
-            ", or a quantisation that can be undone one layer at a time (bitsandbytes' replace_parameter_4bit, "
-            "torchao, FP8 with scales)"
-        )
+        advice += ", or with one of bitsandbytes' replace_parameter_4bit, torchao and FP8 with scales"
     else:
         owners = (module for module in experts.modules() if not is_linear(module))
         stacks = [parameter for module in owners for parameter in module.parameters(recurse=False)]
     for stack in stacks:
         if not _is_plain(stack):
             raise SieveError(
-                f"the experts of {path} are stored as {stack.dtype} ({type(stack).__name__} in "
-                f"{type(experts).__name__}), expected {expected}: load the model without quantisation of its experts"
+                f"The experts of {path} are stored as {stack.dtype} ({type(stack).__name__} in "
+                f"{type(experts).__name__}), which takes no adapter. {advice}."
             )
 
 
@@ -99,8 +96,8 @@ def refuse_packed(modules: Iterable[tuple[str, nn.Module]]) -> None:
         if name in _PACKED:
             method, advice = _PACKED[name]
             raise SieveError(
-                f"the experts of {path} are kept packed in {method} ({name}), through which no gradient flows, "
-                f"expected experts in a floating-point type: {advice}"
+                f"The experts of {path} are packed in {method} ({name}), through which no gradient flows. To load them "
+                f"in a floating-point type, {advice}."
             )
 
 

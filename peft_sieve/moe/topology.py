@@ -1,4 +1,4 @@
-"""Find the MoE layers of a model: experts, router, shared experts, and the attention around them."""
+"""Find the MoE layers of a model: experts, router and shared experts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ from torch import nn
 from ..errors import SieveError
 from .families.family import ExpertsShape, MoEFamily
 from .families.registry import family_of
-from .linear import is_linear
+from .linear import is_linear, is_state_space
 from .storage import refuse_packed
 from .unadaptable import why_not
-
-# The second kind is T5's: SelfAttention, EncDecAttention.
-_ATTENTION = re.compile(r"(^|_)(attn|attention|mixer)$|^[A-Z][A-Za-z]*Attention$")
-_BLOCK_INDEX = re.compile(r"^(.*?\.)?\d+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -64,6 +60,11 @@ class MoELayer:
         child = self.family.adapted_child
         return self.path if child is None else self.path.removesuffix(f".{child}")
 
+    @property
+    def linears(self) -> dict[tuple[str, int], str]:
+        """(projection, expert) -> path of the linear layer that holds that matrix; empty if none does."""
+        return {key: f"{self.experts_path}.{name}" for key, name in self.family.names(self.experts).items()}
+
 
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of `model`, in the order of its modules.
@@ -91,11 +92,10 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
         for path, module in modules.items():
             reason = why_not(module)
             if reason is not None:
-                raise SieveError(f"the model {type(model).__name__} has {path} ({type(module).__name__}), {reason}")
+                raise SieveError(f"The model {type(model).__name__} has {path} ({type(module).__name__}), {reason}")
         raise SieveError(
-            f"the model {type(model).__name__} has no Mixture-of-Experts layer that is known here (fused experts of "
-            "transformers, or a ModuleList of MLPs): pass a MoE model, or teach the package its layout with "
-            "peft_sieve.register_moe_family (docs/custom-architectures.md)"
+            f"The model {type(model).__name__} has no Mixture-of-Experts layer of a known layout. Pass a MoE model, or "
+            "describe its layout with peft_sieve.register_moe_family (docs/custom-architectures.md)."
         )
     return layers
 
@@ -114,56 +114,13 @@ def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def attention_linears(model: nn.Module, layers: list[MoELayer]) -> list[str]:
-    """Paths of the linear layers inside attention modules, in the stacks of blocks that have MoE layers.
-
-    Linear-attention and state-space mixers count as attention; a vision tower, which is another stack, does not. Where
-    attention has experts of its own, they and their router do not, either. The last layer of a state-space mixer is
-    left out: kernels read its weight, so that PEFT has no LoRA on it, and could not load one.
-    """
-    modules = base_modules(model)
-    routed = {router.path for layer in layers for router in layer.routers}
-    inside_experts = tuple(f"{layer.path}." for layer in layers)
-    stacks = {match.group(1) or "" for layer in layers if (match := _BLOCK_INDEX.match(layer.path))}
-    found = []
-    for path, module in modules.items():
-        if not is_linear(module) or path in routed or path.startswith(inside_experts):
-            continue
-        match = _BLOCK_INDEX.match(path)
-        if match is None or (match.group(1) or "") not in stacks:
-            continue
-        parents = path[match.end() + 1 :].split(".")[:-1]
-        # An indexer picks keys without gradients: an adapter in it would never learn.
-        if not any(_ATTENTION.search(part) for part in parents) or "indexer" in parents:
-            continue
-        mixer, _, name = path.rpartition(".")
-        if not (name == "out_proj" and _is_state_space(modules[mixer])):
-            found.append(path)
-    return found
-
-
-def holds_attention(module: nn.Module) -> bool:
-    """Whether attention is a direct part of `module`, as of a whole block of a transformer."""
-    return any(_ATTENTION.search(name) for name, _ in module.named_children())
-
-
-def inside_attention(path: str) -> bool:
-    """Whether the module at `path` is a part of attention."""
-    return any(_ATTENTION.search(part) for part in path.split(".")[:-1])
-
-
 def read_weights(model: nn.Module, layers: list[MoELayer]) -> list[str]:
     """Paths of the linear layers whose weights a model reads, always or in some kernel, instead of calling them."""
     found = [router.path for layer in layers if layer.family.reads_router_weight for router in layer.routers]
     for path, module in base_modules(model).items():
-        if _is_state_space(module):
+        if is_state_space(module):
             found += [f"{path}.{name}" for name, child in module.named_children() if is_linear(_unadapted(child))]
     return found
-
-
-def _is_state_space(module: nn.Module) -> bool:
-    """Whether a module is a Mamba mixer, whose kernels take the weights that it holds."""
-    return hasattr(module, "A_log") and hasattr(module, "D")
 
 
 def _unadapted(module: nn.Module) -> nn.Module:

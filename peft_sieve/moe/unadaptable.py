@@ -1,4 +1,4 @@
-"""Layers that look like a mixture of experts, but have nothing that this method could adapt, and why."""
+"""Layers that look like a mixture of experts, but have nothing that an adapter could go on, and why."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from torch import nn
 
 
 def why_not(module: nn.Module) -> str | None:
-    """What keeps the experts of `module` from being adapted, as a sentence without its full stop; None if it has none
-    of the known kinds."""
+    """What keeps the experts of `module` from being adapted, as the end of a sentence, and what to do instead; None if
+    it is of no known kind."""
     return next((reason for looks_like, reason in _KNOWN if looks_like(module)), None)
 
 
@@ -24,13 +24,12 @@ def _parts_by_data_set(module: nn.Module) -> bool:
 _KNOWN = (
     (
         _rows_of_embeddings,
-        "whose experts are single rows of two embeddings, smaller than any low-rank adapter on them would be, expected "
-        "experts with weight matrices: adapt its linear layers with peft.LoraConfig, and train rows of down_embed and "
-        "up_embed themselves with its trainable_token_indices",
+        "whose experts are single rows of two embeddings, smaller than any low-rank adapter. Adapt its linear layers "
+        "with peft.LoraConfig, and train rows of down_embed and up_embed with its trainable_token_indices.",
     ),
     (
         _parts_by_data_set,
-        "whose experts are chosen by the caller (dataset_index), so that there is no routing to profile, expected "
-        "experts behind a router: adapt its linear layers with peft.LoraConfig",
+        "whose experts are chosen by the caller (dataset_index), so there is no routing to profile. Adapt its linear "
+        "layers with peft.LoraConfig.",
     ),
 )

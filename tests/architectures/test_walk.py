@@ -162,7 +162,7 @@ def test_the_page() -> None:
     refused = [
         Row(
             f"{name}ForCausalLM",
-            results={"recognise": f"the model {name}ForCausalLM has no layer"},
+            results={"recognise": f"The model {name}ForCausalLM has no layer"},
             refusals=["recognise"],
         )
         for name in "BC"
@@ -179,5 +179,5 @@ def test_the_page() -> None:
     assert "| CForCausalLM |  |  | (1) |  |  |  |  |  |  |  |" in page
     assert "| DForCausalLM | fused | 1 | yes | yes | yes | yes | (2) |  | yes | yes |" in page
     notes = page[page.index("1. ") :].splitlines()
-    assert notes[0] == "1. the model has no layer" and notes[1].startswith("2. tied") and notes[2].startswith("   tied")
+    assert notes[0] == "1. The model has no layer" and notes[1].startswith("2. tied") and notes[2].startswith("   tied")
     assert notes[-1] == "3. KeyError" and max(map(len, notes)) <= 128

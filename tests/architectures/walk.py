@@ -332,7 +332,7 @@ def table(rows: list[Row]) -> str:
         result = row.results.get(step, "")
         if result in (YES, ROUNDED, ""):
             return {YES: "yes", ROUNDED: "~"}.get(result, "")
-        note = result.replace(f"the model {row.model}", "the model")
+        note = result.replace(f"The model {row.model}", "The model")
         if note not in notes:
             notes.append(note)
         return f"({notes.index(note) + 1})"

@@ -194,7 +194,7 @@ def test_checkpoints_that_cannot_be_added_to(adapters: dict[str, Adapter], tmp_p
         tensors[key] = tensors[key].to(torch.float8_e4m3fn)
 
     base = changed_copy(adapter, tmp_path / "b", to_fp8)
-    refused(rf"holds {key} as F8_E4M3, expected one of F64, F32, BF16, F16", adapter.path, base, output)
+    refused(rf"holds {key} as F8_E4M3, not as one of F64, F32, BF16, F16", adapter.path, base, output)
     base = changed_copy(adapter, tmp_path / "c", lambda tensors: tensors.pop(key))
     refused(rf"has no weight '{key}', which the adapter changes", adapter.path, base, output)
 
@@ -204,17 +204,17 @@ def test_checkpoints_that_cannot_be_added_to(adapters: dict[str, Adapter], tmp_p
     base = changed_copy(adapter, tmp_path / "d", wider)
     refused(r"a weight of shape \(24, 16\) where the adapter adds \(24, 32\)", adapter.path, base, output)
     (tmp_path / "d" / "model.safetensors").unlink()
-    refused(r"holds no model.safetensors, expected a whole checkpoint", adapter.path, base, output)
+    refused(r"has no model.safetensors", adapter.path, base, output)
 
 
 def test_places(adapters: dict[str, Adapter], tmp_path: Path) -> None:
     adapter = adapters["olmoe"]
     before = headers(adapter.base_path)
-    with pytest.raises(SieveError, match="or the base model itself, expected another folder"):
+    with pytest.raises(SieveError, match="or the base model itself"):
         merge_checkpoint(adapter.path, None, adapter.base_path)
     assert headers(adapter.base_path) == before
     model = PeftModel.from_pretrained(tiny_model("olmoe"), adapter.path)
-    refused("received '' as the base model, expected a folder or a Hub id", model, None, tmp_path / "out")
+    refused("base model is not found at ''", model, None, tmp_path / "out")
 
 
 def test_what_no_checkpoint_can_hold(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_what_no_checkpoint_can_hold(tmp_path: Path) -> None:
     refused(r"modules_to_save=.*call merge_and_unload\(\)", adapter.path, None, tmp_path / "out")
     tied = tiny_model("olmoe", tie_word_embeddings=True)
     adapter = saved_adapter(tmp_path / "b", "olmoe", base=tied, target_modules=["embed_tokens"], rank_pattern={})
-    refused("the adapter is on model.embed_tokens, whose weight is also that of", adapter.path, None, tmp_path / "out")
+    refused("adapter is on model.embed_tokens, whose weight is also that of", adapter.path, None, tmp_path / "out")
 
 
 def test_a_crash_leaves_what_was_there(
@@ -231,7 +231,7 @@ def test_a_crash_leaves_what_was_there(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(peft_sieve.adapters.checkpoint.merge, "_write_card", full_disk)
+    monkeypatch.setattr(peft_sieve.adapters.checkpoint.merge, "write_card", full_disk)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("{}")
     with pytest.raises(OSError, match="No space left"):

@@ -105,10 +105,10 @@ def plan_model() -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"top_k": [33]}, "received top_k=33, expected whole numbers from 1 to 32"),
-        ({"top_k": [0]}, "received top_k=0"),
-        ({"top_k_frac": [1.5]}, "received top_k_frac=1.5"),
-        ({"profile": RoutingProfile.from_arrays([[1, 2]])}, "differs from the model in 'model.layers.0.mlp.experts'"),
+        ({"top_k": [33]}, "top_k must be whole numbers from 1 to 32, .* got 33"),
+        ({"top_k": [0]}, "top_k must be .* got 0"),
+        ({"top_k_frac": [1.5]}, "top_k_frac must be .* got 1.5"),
+        ({"profile": RoutingProfile.from_arrays([[1, 2]])}, "differs from the model in .*'model.layers.0.mlp.experts'"),
     ],
 )
 def test_what_cannot_be_planned(arguments: dict, text: str) -> None:

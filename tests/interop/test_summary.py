@@ -102,16 +102,16 @@ def test_what_a_notebook_shows(adapter: Adapter) -> None:
 
 
 def test_bad_adapters(adapter: Adapter, tmp_path: Path, capsys: Any) -> None:
-    with pytest.raises(SieveError, match="no adapter can be read from"):
+    with pytest.raises(SieveError, match="No adapter can be read from"):
         inspect_adapter(tmp_path / "nothing")
     plain = get_peft_model(tiny_model("olmoe"), LoraConfig(target_modules=["q_proj"]))
     plain.save_pretrained(tmp_path / "plain")
-    with pytest.raises(SieveError, match="an adapter of type LORA, expected SIEVE_LORA"):
+    with pytest.raises(SieveError, match="an adapter of type LORA, not SIEVE_LORA"):
         inspect_adapter(tmp_path / "plain")
     folder = tmp_path / "config only"
     folder.mkdir()
     (folder / "adapter_config.json").write_bytes((adapter.path / "adapter_config.json").read_bytes())
-    with pytest.raises(SieveError, match="holds no adapter_model.safetensors, expected it beside"):
+    with pytest.raises(SieveError, match="does not have a readable adapter_model.safetensors"):
         inspect_adapter(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"12345")
     with pytest.raises(SieveError, match="cannot be read as safetensors"):
@@ -121,10 +121,8 @@ def test_bad_adapters(adapter: Adapter, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_what_is_no_path_and_what_is_no_sieve_adapter(tmp_path: Path) -> None:
-    with pytest.raises(SieveError, match="received NoneType as the adapter, expected the path"):
+    with pytest.raises(SieveError, match="adapter must be the path or Hub id of a saved adapter, got None"):
         inspect_adapter(None)
     get_peft_model(tiny_model("olmoe"), PerftConfig(r=2)).save_pretrained(tmp_path)
-    with pytest.raises(
-        SieveError, match="of type PERFT, expected SIEVE_LORA or SIEVE_EPNG, since PERFT and LoRA experts"
-    ):
+    with pytest.raises(SieveError, match="of type PERFT, not SIEVE_LORA or SIEVE_EPNG.*PERFT and LoRA experts"):
         inspect_adapter(tmp_path)

@@ -6,7 +6,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_sieve import SieveError
-from peft_sieve.moe.topology import Router, attention_linears, find_moe_layers
+from peft_sieve.moe.attention import attention_linears
+from peft_sieve.moe.topology import Router, find_moe_layers
 from tests.deepseek_like import deepseek_like
 from tests.models import small_olmoe, tiny_model
 

@@ -15,7 +15,8 @@ from torch.func import functional_call
 from transformers import CONFIG_MAPPING, AutoBackbone, AutoModelForCausalLM
 
 from peft_sieve import SieveError, SieveLoraConfig, profile_routing
-from peft_sieve.moe.topology import MoELayer, attention_linears, find_moe_layers
+from peft_sieve.moe.attention import attention_linears
+from peft_sieve.moe.topology import MoELayer, find_moe_layers
 from peft_sieve.tuners.common.experts.layer import SieveExpertLayer
 from tests.models import randomize_adapters, token_batch
 from tests.module_models import MODELS, jetmoe, switch_transformers

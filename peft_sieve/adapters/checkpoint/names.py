@@ -11,14 +11,12 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel
 
-from ...moe.families.fused import FusedExperts
-from ...moe.families.modules import ModuleExperts
 from ...moe.topology import MoELayer
 from ..stack_layout import is_stack, is_transposed, parameters_of, projections_in
 from .rows import RowMap, block_of, reverted, row_maps
 
 # (projection, expert) -> the name of that matrix, as a module of its own.
-ExpertNames = dict[tuple[str, int], str]
+MatrixNames = dict[tuple[str, int], str]
 
 
 def module_names(skeleton: PreTrainedModel, paths: Iterable[str]) -> dict[str, str]:
@@ -45,7 +43,7 @@ def module_names(skeleton: PreTrainedModel, paths: Iterable[str]) -> dict[str, s
     return names
 
 
-def expert_names(skeleton: PreTrainedModel, layers: list[MoELayer]) -> dict[str, ExpertNames]:
+def matrix_names(skeleton: PreTrainedModel, layers: list[MoELayer]) -> dict[str, MatrixNames]:
     """The names that checkpoints have for the experts' matrices, by the paths of layers.
 
     Layers are left out whose experts are in stacks in the checkpoints of this model, too.
@@ -56,13 +54,13 @@ def expert_names(skeleton: PreTrainedModel, layers: list[MoELayer]) -> dict[str,
     Raises:
         SieveError: transformers cannot tell.
     """
-    names: dict[str, ExpertNames] = {}
+    names: dict[str, MatrixNames] = {}
     probes: dict[str, torch.Tensor] = {}
     matrices: list[tuple[MoELayer, str, int]] = []
     for layer in layers:
-        if isinstance(layer.family, ModuleExperts):
-            names[layer.path] = {k: f"{layer.path}.{name}" for k, name in layer.family.names(layer.experts).items()}
-        elif isinstance(layer.family, FusedExperts) and all(is_stack(layer, p) for p in parameters_of(layer)):
+        if linears := layer.linears:
+            names[layer.path] = linears
+        elif layer.family.in_stacks and all(is_stack(layer, p) for p in parameters_of(layer)):
             for parameter in parameters_of(layer):
                 probes[f"{layer.experts_path}.{parameter}"] = _numbered(layer, parameter, len(matrices))
                 matrices += [(layer, p, e) for e in range(layer.num_experts) for p in projections_in(layer, parameter)]

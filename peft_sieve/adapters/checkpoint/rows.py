@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from ...checks import one_line
 from ...errors import SieveError
+from ..stack_layout import with_parameter
 
 # What picks some rows of a tensor.
 Index = tuple[int | slice | torch.Tensor, ...]
@@ -25,7 +25,7 @@ _BLOCK = re.compile(r"(.*?\.)?\d+\.")
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredWeight:
     """One weight of a checkpoint.
 
     Attributes:
@@ -42,33 +42,36 @@ class Part:
         return (*self.shape[: self.columns], num_columns, *self.shape[self.columns :])
 
 
+# A weight of a checkpoint, places in it (columns last), and which of the rows asked for are there.
+Place = tuple[StoredWeight, Index, Index]
+
+
 class RowMap:
     """Where the rows of one weight of a model lie in a checkpoint. They are numbered as they follow in the weight."""
 
     def __init__(self, num_rows: int) -> None:
-        self.parts: list[Part] = []
-        self._part_of = torch.full((num_rows,), -1)
-        self._place_in_part = torch.zeros(num_rows, dtype=torch.int64)
+        self.weights: list[StoredWeight] = []
+        self._weight_of = torch.full((num_rows,), -1)
+        self._place_in_weight = torch.zeros(num_rows, dtype=torch.int64)
 
     def add(self, key: str, columns: int, rows: torch.Tensor) -> None:
         """A weight of the checkpoint, and the numbers of its rows."""
         flat = rows.flatten()
-        self._part_of[flat] = len(self.parts)
-        self._place_in_part[flat] = torch.arange(flat.numel())
-        self.parts.append(Part(key, columns, tuple(rows.shape)))
+        self._weight_of[flat] = len(self.weights)
+        self._place_in_weight[flat] = torch.arange(flat.numel())
+        self.weights.append(StoredWeight(key, columns, tuple(rows.shape)))
 
-    def where(self, rows: torch.Tensor) -> list[tuple[Part, Index, Index]]:
-        """The parts that hold some rows, with their places in it (columns last), and which of `rows` they are; empty if
-        the checkpoint does not have all of them."""
-        part_of = self._part_of[rows]
-        if (part_of < 0).any():
+    def where(self, rows: torch.Tensor) -> list[Place]:
+        """The weights that hold some rows; empty if the checkpoint does not have all of them."""
+        weight_of = self._weight_of[rows]
+        if (weight_of < 0).any():
             return []
-        found: list[tuple[Part, Index, Index]] = []
-        for number in part_of.unique().tolist():
-            chosen = (part_of == number).nonzero().squeeze(1)
-            part = self.parts[number]
-            places = torch.unravel_index(self._place_in_part[rows[chosen]], part.shape)
-            found.append((part, tuple(_short(place) for place in places), (_short(chosen),)))
+        found: list[Place] = []
+        for number in weight_of.unique().tolist():
+            chosen = (weight_of == number).nonzero().squeeze(1)
+            weight = self.weights[number]
+            places = torch.unravel_index(self._place_in_weight[rows[chosen]], weight.shape)
+            found.append((weight, tuple(_short(place) for place in places), (_short(chosen),)))
         return found
 
 
@@ -115,28 +118,15 @@ def row_maps(
         starts.append(total)
         maps[name] = RowMap(probes[name].numel() // _COLUMNS)
         total += probes[name].numel() // _COLUMNS
-    with _weights_replaced(skeleton, probes if as_saved else {}):
-        written = reverted(skeleton, probes)
-    for key, value in written.items():
+    for name, probe in probes.items() if as_saved else ():
+        skeleton = with_parameter(skeleton, name, probe)
+    for key, value in reverted(skeleton, probes).items():
         for columns, rows in _rows_of(value):
             first = torch.bucketize(rows, torch.tensor(starts), right=True) - 1
             if (first == first.flatten()[0]).all():  # else it joins rows of several weights
                 number = int(first.flatten()[0])
                 maps[list(weights)[number]].add(key, columns, rows - starts[number])
     return maps
-
-
-@contextmanager
-def _weights_replaced(model: nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[None]:
-    holders = {name: model.get_submodule(name.rpartition(".")[0]) for name in weights}
-    before = {name: holder._parameters[name.rpartition(".")[2]] for name, holder in holders.items()}
-    try:
-        for name, holder in holders.items():
-            holder._parameters[name.rpartition(".")[2]] = nn.Parameter(weights[name], requires_grad=False)
-        yield
-    finally:
-        for name, holder in holders.items():
-            holder._parameters[name.rpartition(".")[2]] = before[name]
 
 
 def _rows_of(value: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
@@ -170,6 +160,6 @@ def reverted(skeleton: PreTrainedModel, probes: dict[str, torch.Tensor]) -> dict
     except Exception as error:
         raise SieveError(
             f"transformers does not say where checkpoints of {type(skeleton).__name__} have {next(iter(probes))} and "
-            f"others ({type(error).__name__}: {error}), expected a conversion that goes both ways: pass "
-            "layout='stacked', which needs none, or call merge_and_unload() on the loaded model and save it"
+            f"others ({type(error).__name__}: {one_line(error)}). Pass layout='stacked', which does not need it, or "
+            "call merge_and_unload() on the loaded model and save it."
         ) from error

@@ -8,21 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
+from ...checks import choice, must_be
 from ...errors import SieveError
 from ...files import replaced_when_done
 from ...hf.methods import methods
-from ...moe.families.fused import FusedExperts
-from ...moe.families.modules import ModuleExperts
-from ...moe.families.parallel import ParallelExperts
 from ...moe.topology import MoELayer
 from ...tuners.sieve.config import SieveLoraConfig
-from ..reading import OpenedAdapter, open_adapter
+from ..new_card import write_card
+from ..reading import OpenedAdapter, open_adapter, refuse_settings
 from ..stack_layout import is_stack, parameters_of
 from .layouts import per_expert, stacked
 
@@ -42,10 +40,7 @@ STACKED_IN_VLLM = (
     "qwen3_vl_moe_text",
 )
 
-_NO_SERVER_HAS = (
-    ("modules_to_save", "whole modules beside the factors"),
-    ("trainable_token_indices", "single rows of the embedding"),
-)
+_CHECKPOINT = "Write a whole checkpoint instead (peft-sieve export --merge)"
 
 
 @dataclass(frozen=True)
@@ -101,16 +96,14 @@ def export_lora(
         SieveError: the adapter holds what plain LoRA or its servers cannot, or the layout cannot be loaded for this
             base model; nothing was written.
     """
-    if layout not in LAYOUTS:
-        raise SieveError(f"received layout={layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}: pass one")
+    choice("layout", layout, LAYOUTS)
     output = _checked_output(output_dir)
     opened = open_adapter(adapter, base_model, adapter_name, _refuse_what_is_no_lora)
     layers = opened.moe_layers()
     _refuse_layouts_without_lora(layers)
     layouts = _layouts_to_try(layout, opened, layers)
-    others = {
-        path: layer for path, layer in opened.other_layers() if include_router or path not in _router_paths(layers)
-    }
+    routers = {router.path for layer in layers for router in layer.routers}
+    others = {path: layer for path, layer in opened.other_layers() if include_router or path not in routers}
     _refuse_routers_read_by_weight(layers, others)
     rank = _common_rank(opened, others)
     for chosen in layouts:
@@ -124,66 +117,47 @@ def export_lora(
         tensors = {key: make().contiguous() for key, (_, make) in plain.tensors.items()}
         save_file(tensors, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
         _write_config(plain.config, Path(staging, CONFIG_NAME))
-        _write_card(opened, chosen, Path(staging, "README.md"))
+        tags = ["lora", "mixture-of-experts"]
+        write_card(opened, staging, "LoRA for {}", _card_text(opened, layers, chosen), library="peft", tags=tags)
     max_rank = max([rank, *(plain.config.rank_pattern or {}).values()])
     return ExportedLora(chosen, rank, max_rank, sum(t.numel() for t in tensors.values()), str(output))
 
 
-# --- what can be exported -----------------------------------------------------------------------------------------
-
-
 def _checked_output(output_dir: str | os.PathLike[str]) -> Path:
     if not isinstance(output_dir, str | os.PathLike):
-        raise SieveError(f"received {type(output_dir).__name__} as output_dir, expected a folder's path: pass one")
+        raise must_be("output_dir", "a folder's path", output_dir)
     output = Path(output_dir)
     if output.exists() and not output.is_dir():
-        raise SieveError(f"output_dir {str(output)!r} is a file, expected a folder or a path for one: pass another")
+        raise SieveError(f"output_dir {str(output)!r} is a file. Pass a folder, or a path for one.")
     config = output / CONFIG_NAME
     text = config.read_text(errors="replace") if config.exists() else ""
     if any(f'"{method.name}"' in text for method in methods()):
         raise SieveError(
-            f"output_dir {str(output)!r} holds an adapter of this package, which the export would replace, expected "
-            "another folder: pass one"
+            f"output_dir {str(output)!r} holds an adapter of this package, which the export would replace. Pass "
+            "another folder."
         )
     return output
 
 
 def _refuse_what_is_no_lora(config: SieveLoraConfig) -> None:
-    for name, what in _NO_SERVER_HAS:
-        value = getattr(config, name, None)
-        if value:
-            raise SieveError(
-                f"the adapter has {name}={value}, that is {what}, expected low-rank factors only, since that is all "
-                "that servers load: write a whole checkpoint instead (peft-sieve export --merge)"
-            )
-    if config.expert_tuning != "lora":
-        raise SieveError(
-            f"the adapter has expert_tuning={config.expert_tuning!r}, expected low-rank factors of experts, since "
-            "plain LoRA has no differences of full size: write a whole checkpoint instead (peft-sieve export --merge)"
-        )
-    if config.bias != "none":
-        raise SieveError(
-            f"the adapter has bias={config.bias!r}, expected 'none', since servers load no biases: write a whole "
-            "checkpoint instead (peft-sieve export --merge)"
-        )
+    names = ("modules_to_save", "trainable_token_indices", "expert_tuning", "bias")
+    refuse_settings(config, names, f"and servers load low-rank factors only. {_CHECKPOINT}.")
 
 
 def _refuse_layouts_without_lora(layers: list[MoELayer]) -> None:
     for layer in layers:
-        if isinstance(layer.family, ModuleExperts):
+        if layer.linears:
             continue
-        if not isinstance(layer.family, FusedExperts | ParallelExperts):
+        if not layer.family.in_stacks:
             raise SieveError(
-                f"the experts of {layer.path} have the layout {layer.family.name!r}, expected stacks of weights, or "
-                "modules of their own, since plain LoRA has no others: write a whole checkpoint (peft-sieve export "
-                "--merge)"
+                f"The experts of {layer.path} have the layout {layer.family.name!r}, and plain LoRA takes only modules "
+                f"and stacks of weights. {_CHECKPOINT}."
             )
         for parameter in parameters_of(layer):
             if not is_stack(layer, parameter):
                 raise SieveError(
-                    f"the experts of {layer.path} have their weights one below the other in {parameter}, a single "
-                    "matrix, expected a stack of three dimensions, since plain LoRA has one pair of factors for a "
-                    "matrix: write a whole checkpoint (peft-sieve export --merge)"
+                    f"The experts of {layer.path} have their weights one below the other in {parameter}, a single "
+                    f"matrix, for which plain LoRA has one pair of factors. {_CHECKPOINT}."
                 )
 
 
@@ -192,18 +166,16 @@ def _refuse_routers_read_by_weight(layers: list[MoELayer], others: dict[str, Lor
         for router in layer.routers:
             if layer.family.reads_router_weight and router.path in others:
                 raise SieveError(
-                    f"the model reads the weight of {router.path}, where plain LoRA does not show, instead of calling "
-                    "it, expected no adapter on this router: write a whole checkpoint (peft-sieve export --merge), or "
-                    "leave the router's adapter out (include_router=False)"
+                    f"The model reads the weight of {router.path} instead of calling it, so plain LoRA on this router "
+                    f"has no effect. {_CHECKPOINT}, or leave the router's adapter out (include_router=False)."
                 )
 
 
 def _layouts_to_try(layout: str, opened: OpenedAdapter, layers: list[MoELayer]) -> list[str]:
-    if any(isinstance(layer.family, ModuleExperts) for layer in layers):
+    if any(layer.linears for layer in layers):
         if layout == "stacked":
             raise SieveError(
-                "received layout='stacked' for a model whose experts are separate modules, expected 'per_expert' or "
-                "'auto', since there is no stack to adapt: pass one of those"
+                "layout='stacked' does not fit a model whose experts are separate modules. Pass 'per_expert' or 'auto'."
             )
         return ["per_expert"]
     if layout != "auto":
@@ -214,17 +186,10 @@ def _layouts_to_try(layout: str, opened: OpenedAdapter, layers: list[MoELayer]) 
     return ["stacked"] if types.intersection(STACKED_IN_VLLM) else ["per_expert", "stacked"]
 
 
-def _router_paths(layers: list[MoELayer]) -> set[str]:
-    return {router.path for layer in layers for router in layer.routers}
-
-
 def _common_rank(opened: OpenedAdapter, others: dict[str, LoraLayer]) -> int:
     """One rank for all: servers allocate one, and padding with zeros changes nothing."""
     ranks = [rank for layer in opened.expert_layers().values() for rank in layer.plans[opened.name].ranks.values()]
     return max(ranks + [layer.r[opened.name] for layer in others.values()])
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
 
 
 def _write_config(config: LoraConfig, path: Path) -> None:
@@ -233,16 +198,10 @@ def _write_config(config: LoraConfig, path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _write_card(opened: OpenedAdapter, layout: str, path: Path) -> None:
-    data = ModelCardData(library_name="peft", tags=["lora", "mixture-of-experts"])
-    if opened.base_name and not os.path.exists(opened.base_name):
-        data.base_model = opened.base_name
+def _card_text(opened: OpenedAdapter, layers: list[MoELayer], layout: str) -> str:
     adapted = sum(len(layer.plans[opened.name].experts) for layer in opened.expert_layers().values())
-    total = sum(layer.num_experts for layer in opened.moe_layers())
-    text = (
-        f"# LoRA for {data.base_model or 'a Mixture-of-Experts model'}\n\n"
-        f"A sparse expert adapter ({adapted} of {total} routed experts) written as plain LoRA by `peft_sieve`, layout "
-        f"`{layout}`. The factors of the other experts are zeros; the scaling is folded into B. It loads with PEFT, "
-        "and with servers that read LoRA for this model, without any plugin.\n"
+    return (
+        f"A sparse expert adapter ({adapted} of {sum(layer.num_experts for layer in layers)} routed experts) written "
+        f"as plain LoRA by `peft_sieve`, layout `{layout}`. The factors of the other experts are zeros; the scaling is "
+        "folded into B. It loads with PEFT, and with servers that read LoRA for this model, without any plugin."
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(path)

@@ -6,18 +6,17 @@ from collections.abc import Callable
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
 
 from ...moe.topology import MoELayer
 from ...tuners.common.experts.layer import SieveExpertLayer
-from ..reading import OpenedAdapter
+from ..reading import OpenedAdapter, lora_factors
 from ..stack_layout import is_transposed, matrix_in, projections_in
 
 # Key -> shape of the tensor, and how to make it.
 Tensors = dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]
 
 
-class ExpertFactors:
+class PlainFactors:
     """The plain factors of one MoE layer, zeros where the adapter has none."""
 
     def __init__(self, layer: MoELayer, adapted: SieveExpertLayer | None, name: str, rank: int, like: torch.Tensor):
@@ -27,22 +26,19 @@ class ExpertFactors:
 
     def a(self, projection: str, expert: int) -> torch.Tensor:
         """(rank, in)"""
-        result = self.like.new_zeros(self.rank, self.shape.projections[projection][0])
-        if (factors := self._factors(projection, expert)) is not None:
-            a, _, _ = factors
-            result[: a.shape[0]] = a.detach()
-        return result
+        a, _, _ = self._factors(projection, expert)
+        return _with_rank(a.detach().to(self.like), 0, self.rank)
 
     def b(self, projection: str, expert: int) -> torch.Tensor:
         """(out, rank), the scaling in it"""
-        result = self.like.new_zeros(self.shape.projections[projection][1], self.rank)
-        if (factors := self._factors(projection, expert)) is not None:
-            _, b, scaling = factors
-            result[:, : b.shape[0]] = _scaled(b.detach().T, scaling)
-        return result
+        _, b, scaling = self._factors(projection, expert)
+        return _with_rank(_scaled(b.detach().T, scaling).to(self.like), 1, self.rank)
 
-    def _factors(self, projection: str, expert: int) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        return None if self.adapted is None else self.adapted.expert_factors(self.name, projection, expert)
+    def _factors(self, projection: str, expert: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """A (rank, in), B (rank, out) and the scaling; of rank 0 if the adapter has none."""
+        found = self.adapted.expert_factors(self.name, projection, expert) if self.adapted is not None else None
+        sizes = self.shape.projections[projection]
+        return found or (self.like.new_zeros(0, sizes[0]), self.like.new_zeros(0, sizes[1]), 1.0)
 
     def stacked_a(self, parameter: str) -> torch.Tensor:
         """PEFT's A of a stack, (matrices * ranks, in), a matrix after the other."""
@@ -89,32 +85,30 @@ class ExpertFactors:
         return self.layer.experts.get_parameter(parameter).shape[0]
 
 
-def expert_factors(opened: OpenedAdapter, layers: list[MoELayer], rank: int) -> dict[str, ExpertFactors]:
+def plain_factors(opened: OpenedAdapter, layers: list[MoELayer], rank: int) -> dict[str, PlainFactors]:
+    """The plain factors of the MoE layers, by their paths."""
     adapted = opened.expert_layers()
     # Cold layers have no factors of their own to take type and device from.
-    some = next(parameter for layer in adapted.values() for parameter in _factors_of(layer, opened.name))
+    some = next(p for layer in adapted.values() for key, p in layer.named_parameters() if f".{opened.name}." in key)
     like = torch.empty(0, dtype=some.dtype, device="cpu")
-    return {layer.path: ExpertFactors(layer, adapted.get(layer.path), opened.name, rank, like) for layer in layers}
+    return {layer.path: PlainFactors(layer, adapted.get(layer.path), opened.name, rank, like) for layer in layers}
 
 
-def _factors_of(layer: SieveExpertLayer, name: str) -> list[nn.Parameter]:
-    return [p for key, p in layer.named_parameters() if "lora_" in key and f".{name}." in key]
+def linear_factors(key: str, layer: LoraLayer, name: str, rank: int) -> Tensors:
+    """The plain factors of one of PEFT's own layers.
 
-
-def linear_factors(layer: LoraLayer, name: str, rank: int) -> Tensors:
-    """What follows the module's name in a key -> its tensor, for one of PEFT's own layers."""
+    Args:
+        key: what goes before the names of the factors.
+        name: of the adapter.
+    """
     scaling = layer.scaling[name]
-    if name in layer.lora_embedding_A:
-        a, b = layer.lora_embedding_A[name], layer.lora_embedding_B[name]
-        names = "lora_embedding_A", "lora_embedding_B"
-    else:
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-        names = "lora_A.weight", "lora_B.weight"
+    a, b = lora_factors(layer, name)
+    start, end = (f"{key}.lora_embedding_", "") if name in layer.lora_embedding_A else (f"{key}.lora_", ".weight")
     return {
-        names[0]: ((rank, *a.shape[1:]), lambda: _padded(a.detach().cpu(), 0, rank)),
-        names[1]: (
+        f"{start}A{end}": ((rank, *a.shape[1:]), lambda: _with_rank(a.cpu(), 0, rank)),
+        f"{start}B{end}": (
             (b.shape[0], rank, *b.shape[2:]),
-            lambda: _padded(_scaled(b.detach().cpu(), scaling), 1, rank),
+            lambda: _with_rank(_scaled(b.cpu(), scaling), 1, rank),
         ),
     }
 
@@ -124,7 +118,8 @@ def _scaled(b: torch.Tensor, scaling: float) -> torch.Tensor:
     return (b.to(wide) * scaling).to(b.dtype)
 
 
-def _padded(factor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+def _with_rank(factor: torch.Tensor, dim: int, rank: int) -> torch.Tensor:
+    """A factor with zeros up to a higher rank, which is its size in `dim`."""
     shape = list(factor.shape)
     shape[dim] = rank - shape[dim]
     return torch.cat([factor, factor.new_zeros(shape)], dim=dim)

@@ -1,7 +1,8 @@
 """How expert weights are laid out and where the dispatch can be read: one `MoEFamily` per layout, in an open registry.
 
-A family answers three questions about an experts module: what shapes it has, where the weights of one projection
-are, and what the router dispatched to it. What lies above (profiling, injection, merging) speaks only to families.
+A family answers these questions about an experts module: what shapes it has, where the weights of one projection are,
+how the model calls it, and what the router dispatched to it. What lies above (profiling, injection, exporting) speaks
+only to families, and asks what they can do, never which they are.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +19,10 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 # (expert ids, expert weights), both (tokens, top_k): called once a forward of the layer.
 OnDispatch = Callable[[torch.Tensor, torch.Tensor], None]
+
+# How a model calls its experts: each on its own rows; all at once, with tokens, expert ids and weights; or stack after
+# stack, with rows sorted by expert.
+Call = Literal["each_expert", "all_tokens", "sorted_rows"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,12 @@ class MoEFamily(ABC):
         shared_experts: pattern of the names of shared experts in that block.
         adapted_child: child of the experts module in whose place the adapter layer stands, where router and experts are
             in one module (the layer's path is then the child's); None: in the place of the experts module.
-        layer_class: the adapter layer that serves it, a subclass of `SieveExpertLayer`, or where to import that from
-            ("package.module:Class").
+        call: how the model calls the experts, which says what adapter layer serves them: "each_expert" (set by
+            `ModuleExperts`), "all_tokens" (set by `FusedExperts`) or "sorted_rows"; None: `layer_class` says it.
+        layer_class: an adapter layer of your own, in the place of the one for `call`: a subclass of `SieveExpertLayer`,
+            or where to import that from ("package.module:Class").
+        in_stacks: the weights are 3-D parameters with a matrix for each expert, which plain LoRA adapts by their names
+            (PEFT's `target_parameters`).
         dequantises: its stacks may be stored in fewer bits: it reads them with `plain_stack`.
     """
 
@@ -63,8 +72,10 @@ class MoEFamily(ABC):
     reads_router_weight: bool = False
     shared_experts: str = r"shared_(experts?|mlp)"
     adapted_child: str | None = None
+    call: Call | None = None
+    layer_class: str | type | None = None
+    in_stacks: bool = False
     dequantises: bool = False
-    layer_class: str | type
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -85,6 +96,13 @@ class MoEFamily(ABC):
     @abstractmethod
     def parameter_names(self, experts: nn.Module, projections: list[str]) -> list[str]:
         """What the parameters behind `projections` are called inside the experts module."""
+
+    def names(self, experts: nn.Module) -> dict[tuple[str, int], str]:
+        """(projection, expert) -> name inside the experts module of the linear layer that holds that matrix.
+
+        Empty where the weights are not those of linear layers.
+        """
+        return {}
 
     @abstractmethod
     def watch(self, experts: nn.Module, parent: nn.Module, on_dispatch: OnDispatch) -> list[Any]:

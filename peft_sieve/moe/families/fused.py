@@ -18,8 +18,9 @@ class FusedExperts(MoEFamily):
     `experts(hidden_states, top_k_index, top_k_weights)`."""
 
     name = "fused"
+    call = "all_tokens"
+    in_stacks = True
     dequantises = True
-    layer_class = "peft_sieve.tuners.common.experts.fused:FusedSieveExperts"
 
     def matches(self, module: nn.Module) -> bool:
         first = getattr(module, "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", None)

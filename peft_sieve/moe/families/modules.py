@@ -36,7 +36,7 @@ class ModuleExperts(MoEFamily):
             says, and if it has none, they do not.
     """
 
-    layer_class = "peft_sieve.tuners.common.experts.module_list:ModuleListSieveExperts"
+    call = "each_expert"
 
     def __init__(
         self,
@@ -85,12 +85,11 @@ class ModuleExperts(MoEFamily):
         """The linear layer of one projection of one expert."""
         return getattr(self.experts(container)[expert], str(self.linear_names[projection]))
 
-    def names(self, container: nn.Module) -> dict[tuple[str, int], str]:
-        """(projection, expert) -> the name of that linear layer inside the container."""
-        experts = [(name, child) for name, child in container.named_children() if self._is_expert(child)]
+    def names(self, experts: nn.Module) -> dict[tuple[str, int], str]:
+        named = [(name, child) for name, child in experts.named_children() if self._is_expert(child)]
         return {
             (projection, i): f"{name}.{self.linear_names[projection]}"
-            for i, (name, expert) in enumerate(experts)
+            for i, (name, expert) in enumerate(named)
             for projection, _ in self._linears(expert)
         }
 
@@ -205,9 +204,9 @@ class _BlockWatcher:
         ids = None if keys is None else dispatch_of(keys, self.received, self.num_experts)
         if ids is None:
             raise SieveError(
-                f"the experts of a {type(self.block).__name__} received rows that its router did not read, and the "
-                "router returns no expert ids, expected one or the other to know what was dispatched: register a "
-                "family whose watch() reports it (peft_sieve.register_moe_family)"
+                f"The experts of a {type(self.block).__name__} received rows that its router did not read, and the "
+                "router returns no expert ids. Register a family whose watch() reports the dispatch "
+                "(peft_sieve.register_moe_family)."
             )
         if self.logits is None or self.logits.shape[0] != ids.shape[0]:
             warnings.warn(

@@ -23,7 +23,8 @@ class ParallelExperts(MoEFamily):
     """
 
     name = "parallel_experts"
-    layer_class = "peft_sieve.tuners.common.experts.parallel:ParallelSieveExperts"
+    call = "sorted_rows"
+    in_stacks = True
     adapted_child = "input_linear"
 
     def matches(self, module: nn.Module) -> bool:

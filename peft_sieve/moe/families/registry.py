@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ...checks import shown
 from ...errors import SieveError
 from .family import MoEFamily
 
@@ -20,8 +21,8 @@ def register_moe_family(family: MoEFamily) -> None:
     """
     if not isinstance(family, MoEFamily):
         raise SieveError(
-            f"register_moe_family received {family!r}, expected an instance of a class derived from MoEFamily: pass "
-            "one, such as ModuleExperts('mine', up_proj='fc_in', down_proj='fc_out')"
+            f"register_moe_family takes an instance of a MoEFamily class, got {shown(family)}. Pass one, such as "
+            "ModuleExperts('mine', up_proj='fc_in', down_proj='fc_out')."
         )
     _FAMILIES.insert(0, family)
 

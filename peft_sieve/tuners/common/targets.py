@@ -10,9 +10,10 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from torch import nn
 
 from ...errors import SieveError
+from ...moe.attention import attention_linears
 from ...moe.families.family import PROJECTIONS, ExpertsShape
 from ...moe.linear import is_linear
-from ...moe.topology import MoELayer, Router, attention_linears, base_modules
+from ...moe.topology import MoELayer, Router, base_modules
 
 
 def is_wanted(config: Any, path: str) -> bool:

@@ -12,10 +12,11 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.topology import MoELayer
+from ..common.experts.by_family import layer_class_of
 from ..common.experts.factors import BOOKKEEPING_KEY
 from ..common.optimizers import remember_optimizers
 from ..common.patterns import ranks_and_alphas
-from ..sieve.model import SieveLoraModel, layer_class_of
+from ..sieve.model import SieveLoraModel
 from .config import EpngConfig
 from .layer import EpngExpertLayer, block_ranks, epng_class
 from .traffic import EpngTraffic

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...errors import SieveError
-from ...moe.topology import MoELayer, base_modules, find_moe_layers, holds_attention, inside_attention
+from ...moe.attention import holds_attention, inside_attention
+from ...moe.topology import MoELayer, base_modules, find_moe_layers
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pkgutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -24,6 +23,7 @@ from ...moe.topology import MoELayer, find_moe_layers, read_weights
 from ...routing.distributed import check_agreement, on_every_rank
 from ..common.calibrate import calibrate
 from ..common.exact_unmerge import ExactLinear, exact_layer
+from ..common.experts.by_family import layer_class_of
 from ..common.experts.layer import SieveExpertLayer, expert_layers
 from ..common.hooks import take_down
 from ..common.mask import check_mask, shape_of
@@ -307,23 +307,6 @@ def _router_config(config: SieveLoraConfig, names: list[str]) -> SieveLoraConfig
     # The weight is wrapped whole, so dropout on its input has no place there.
     own.lora_dropout = 0.0
     return own
-
-
-def layer_class_of(layer: MoELayer) -> type[SieveExpertLayer]:
-    """The adapter layer that a family names.
-
-    Raises:
-        SieveError: it names none.
-    """
-    named = getattr(layer.family, "layer_class", None)
-    layer_class = pkgutil.resolve_name(named) if isinstance(named, str) else named
-    if isinstance(layer_class, type) and issubclass(layer_class, SieveExpertLayer):
-        return layer_class
-    raise SieveError(
-        f"the experts of {layer.path} belong to the family {layer.family.name!r}, whose layer_class is {named!r}, "
-        "expected an adapter layer: derive the family from the one whose forward it shares (FusedExperts or "
-        "ModuleExperts), or set layer_class"
-    )
 
 
 def _refuse_parallel(layer: MoELayer) -> None:

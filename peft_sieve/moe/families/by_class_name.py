@@ -1,4 +1,4 @@
-"""Models of transformers whose experts are stacks of weights without the common interface: each names its class here.
+"""Stacks of experts that are those of one model of transformers, found by the name of their class.
 
 By name, because nothing else tells what such a forward does with its stacks: a guess would train something else.
 """
@@ -189,4 +189,4 @@ class Zaya(FusedExperts):
         return super().watch(experts, parent, without_skipped)
 
 
-STACKED_FAMILIES = (Step3p7(), LongcatFlash(), Llama4(), Dbrx(), Zaya())
+FAMILIES_BY_CLASS_NAME = (Step3p7(), LongcatFlash(), Llama4(), Dbrx(), Zaya())

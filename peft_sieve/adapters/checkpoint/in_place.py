@@ -1,0 +1,76 @@
+"""Tensors changed where they lie in a safetensors file."""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ...errors import SieveError
+
+# By the names in a safetensors header: what a weight may be stored as to have something added.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+# Changes a tensor in place.
+Edit = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class TensorInFile:
+    """A tensor in a safetensors file."""
+
+    dtype: str  # as the header names it
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+
+
+def tensors_in(path: Path) -> dict[str, TensorInFile]:
+    """The tensors of a file by their keys, from its header alone."""
+    with safe_open(path, "pt"):
+        pass  # so that a broken file is an error of its own; offsets are not to be had from it
+    # 8 bytes for the header's length, the header in JSON, and then the tensors at offsets counted from its end.
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    start = 8 + length
+    return {
+        key: TensorInFile(entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
+        for key, entry in header.items()
+    }
+
+
+def refuse_other_types(tensors: Mapping[str, TensorInFile]) -> None:
+    """Refuse tensors of types that nothing can be added to, such as those of quantised weights."""
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise SieveError(
+                f"The base model's checkpoint holds {key} as {tensor.dtype}, not as one of {', '.join(_DTYPES)}. Pass "
+                "a checkpoint that is not quantised as base_model."
+            )
+
+
+def edit_file(path: Path, tensors: Mapping[str, TensorInFile], edits: Mapping[str, Iterable[Edit]]) -> None:
+    """Change tensors of a file, one after the other.
+
+    Args:
+        tensors: what is in the file (`tensors_in`).
+        edits: key -> changes, made in this order.
+    """
+    if not edits:
+        return
+    with open(path, "r+b") as file:
+        # Not closed by hand: a tensor may still look into it, in the traceback of an error for one.
+        memory = mmap.mmap(file.fileno(), 0)
+    for key, changes in edits.items():
+        place = tensors[key]
+        count = torch.Size(place.shape).numel()
+        flat = torch.frombuffer(memory, dtype=_DTYPES[place.dtype], count=count, offset=place.offset)
+        for change in changes:
+            change(flat.view(place.shape))
+    memory.flush()
