@@ -5,6 +5,7 @@ Each error is two short sentences: what is wrong, with the value; then what to d
 
 from __future__ import annotations
 
+import difflib
 import math
 import reprlib
 from collections.abc import Callable, Iterable
@@ -72,9 +73,10 @@ def choice(name: str, value: Any, choices: Iterable[Any]) -> None:
         SieveError: it is not.
     """
     choices = list(choices)
-    # By type, too: 1 == True.
-    if not any(type(value) is type(known) and value == known for known in choices):
-        raise must_be(name, f"one of {quoted(choices)}" if len(choices) > 1 else repr(choices[0]), value)
+    # 1 == True.
+    if not any(value == known and isinstance(value, bool) is isinstance(known, bool) for known in choices):
+        near = difflib.get_close_matches(value, map(str, choices), n=1, cutoff=0.5) if isinstance(value, str) else []
+        raise must_be(name, f"one of {quoted(choices)}", value, f"Did you mean {near[0]!r}?" if near else "")
 
 
 def flags(config: Any, names: Iterable[str]) -> None:

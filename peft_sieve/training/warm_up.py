@@ -20,8 +20,7 @@ from tqdm.auto import tqdm
 from ..checks import share
 from ..errors import SieveError
 from ..hf.injection import Snapshot
-from ..moe.topology import MoELayer, find_moe_layers
-from ..routing.counting import watching
+from ..moe.topology import find_moe_layers
 from ..routing.data.batches import CalibrationData, calibration_batches, tokens_in
 from ..routing.data.ready_batches import ModelBatches, is_model_batch
 from ..routing.data.sources import Choice, read_source
@@ -81,7 +80,7 @@ def warm_up_profile(
         SieveError: no MoE layer, unusable data, an adapter on the model, or several processes.
     """
     check_model(model)
-    _check(model, fraction, learning_rate)
+    _check_warm_up(model, fraction, learning_rate)
     layers = find_moe_layers(model)
     everything = {layer.path: list(range(layer.num_experts)) for layer in layers}
     given = SieveLoraConfig() if config is None else config
@@ -112,7 +111,7 @@ def warm_up_profile(
     )
     counted = RoutingCounters(model, layers, _ADVICE)
     with _with_adapter(model, lora, seed) as peft_model:
-        losses = _trained(peft_model, model, layers, calibration, counted, learning_rate, seed, progress)
+        losses = _trained(peft_model, model, calibration, counted, learning_rate, seed, progress)
     profile = counted.profile(model, calibration)
     check_reached(profile)
     warm_up = {"fraction": float(fraction), "steps": len(losses), "learning_rate": float(learning_rate)}
@@ -123,7 +122,6 @@ def warm_up_profile(
 def _trained(
     peft_model: PeftModel,
     model: nn.Module,
-    layers: list[MoELayer],
     calibration: CalibrationData,
     counted: RoutingCounters,
     learning_rate: float,
@@ -142,7 +140,7 @@ def _trained(
             batch = _with_labels(calibration.batches[index])
             counted.expect(batch, decoder_mask(batch))
             # Not in the backward, where checkpointing computes again.
-            with watching(_watched(model, layers, counted)):
+            with counted.watching(model):
                 check_vocabulary(model, batch)
                 loss = peft_model(**on_device(batch, device)).loss
             counted.end_batch()
@@ -152,13 +150,6 @@ def _trained(
             losses.append(loss.item())
             bar.update(tokens_in(batch))
     return losses
-
-
-def _watched(model: nn.Module, layers: list[MoELayer], counted: RoutingCounters) -> Iterator[Any]:
-    for layer in layers:
-        parent, _, name = layer.path.rpartition(".")
-        module = model.get_submodule(parent)
-        yield layer.family, getattr(module, name), module, counted.counters[layer.path].add
 
 
 def _with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +200,7 @@ def _hidden(progress: bool) -> bool | None:
     return None if progress else True
 
 
-def _check(model: nn.Module, fraction: Any, learning_rate: Any) -> None:
+def _check_warm_up(model: nn.Module, fraction: Any, learning_rate: Any) -> None:
     share("fraction", fraction)
     if (
         isinstance(learning_rate, bool)

@@ -63,10 +63,10 @@ class ToyModel(MethodTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        layer = target if isinstance(target, ToyLayer) else ToyLayer(target)
-        layer.update_layer(adapter_name, config)
-        self._activated(layer, adapter_name)
-        setattr(parent, name, layer)
+        if isinstance(target, ToyLayer):
+            target.update_layer(adapter_name, config)
+        else:
+            setattr(parent, name, self._updated(ToyLayer(target), adapter_name, config))
 
 
 register(Method(name="TOY", config=ToyConfig, model=ToyModel, title="Toy adapters", tags=("toy",)))

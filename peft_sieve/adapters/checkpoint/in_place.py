@@ -29,7 +29,7 @@ class TensorInFile:
     offset: int  # of its first byte in the file
 
 
-def tensors_in(path: Path) -> dict[str, TensorInFile]:
+def tensors_in_file(path: Path) -> dict[str, TensorInFile]:
     """The tensors of a file by their keys, from its header alone."""
     with safe_open(path, "pt"):
         pass  # so that a broken file is an error of its own; offsets are not to be had from it
@@ -59,7 +59,7 @@ def edit_file(path: Path, tensors: Mapping[str, TensorInFile], edits: Mapping[st
     """Change tensors of a file, one after the other.
 
     Args:
-        tensors: what is in the file (`tensors_in`).
+        tensors: what is in the file (`tensors_in_file`).
         edits: key -> changes, made in this order.
     """
     if not edits:

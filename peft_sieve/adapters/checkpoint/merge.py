@@ -15,7 +15,7 @@ from ..new_card import write_card
 from ..reading import open_adapter, refuse_settings
 from .base_files import checkpoint_folder, copy_the_rest, refuse_quantised, weight_files
 from .edits import edits_of
-from .in_place import edit_file, refuse_other_types, tensors_in
+from .in_place import edit_file, refuse_other_types, tensors_in_file
 
 
 def merge_checkpoint(
@@ -54,7 +54,7 @@ def merge_checkpoint(
         raise SieveError(f"output_dir {str(output)!r} is a file, or the base model itself. Pass another folder.")
     refuse_quantised(source)
     refuse_tied_experts(opened.base)
-    files = {path: tensors_in(path) for path in weight_files(source)}
+    files = {path: tensors_in_file(path) for path in weight_files(source)}
     stored = {key: tensor for tensors in files.values() for key, tensor in tensors.items()}
     edits = edits_of(opened, {key: tensor.shape for key, tensor in stored.items()})
     refuse_other_types({key: stored[key] for key in edits})

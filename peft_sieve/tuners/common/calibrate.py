@@ -74,7 +74,7 @@ def _read(config: Any, model: nn.Module) -> CalibrationData:
             "the configuration has neither calib_dataset nor selected_experts, expected one of them to know which "
             "experts to adapt: pass SieveLoraConfig(calib_dataset=...) or the mask of an earlier calibration"
         )
-    _refuse_sharded(model)
+    _refuse_sharded_model(model)
     return calibration_batches(
         data,
         tokenizer=find_tokenizer(model, tokenizer),
@@ -88,7 +88,7 @@ def _read(config: Any, model: nn.Module) -> CalibrationData:
     )
 
 
-def _refuse_sharded(model: nn.Module) -> None:
+def _refuse_sharded_model(model: nn.Module) -> None:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise SieveError(
             "the model's parameters are sharded by DeepSpeed ZeRO-3, expected whole ones for profiling: calibrate once "

@@ -40,7 +40,7 @@ def mixed_batch(
         SieveError: the model or the names do not allow it; nothing was changed. In the block: the batch has another
             number of rows.
     """
-    _check(model, adapter_names, known)
+    _check_names(model, adapter_names, known)
     in_encoder = set() if encoder is None else set(encoder.modules())
     in_blocks = {m for layer in find_moe_layers(model) for m in _block(model, layer).modules()}
     repeated = [name for name in adapter_names for _ in range(num_beams)]
@@ -58,7 +58,7 @@ def mixed_batch(
             handle.remove()
 
 
-def _check(model: nn.Module, adapter_names: Any, known: Sequence[str]) -> None:
+def _check_names(model: nn.Module, adapter_names: Any, known: Sequence[str]) -> None:
     if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
         raise SieveError(
             f"adapter_names is {adapter_names!r}, expected a list with the name of an adapter for each row of the "

@@ -48,10 +48,14 @@ class MethodTuner(BaseTuner):
             with no_init_weights() if values_follow() else nullcontext():
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def _activated(self, layer: Any, adapter_name: str) -> None:
-        """Have a new layer follow the tuner: an additional adapter does not become trainable by being added."""
+    def _updated(self, layer: Any, adapter_name: str, *args: Any) -> Any:
+        """A new layer with its first adapter, for which `update_layer` gets the other arguments."""
+        layer.set_adapter(self.active_adapters)
+        layer.update_layer(adapter_name, *args)
         if adapter_name not in self.active_adapters:
+            # As PEFT: an additional adapter does not become trainable by being added.
             layer.requires_grad_(False)
+        return layer
 
     # Loading
 

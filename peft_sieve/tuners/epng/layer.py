@@ -101,9 +101,8 @@ class EpngExpertLayer(SieveExpertLayer):
         ledger = (config.ledger or {}).get(self.path, ())
         return RankedSlots(self.shape.num_experts, self.plan(adapter_name), ledger, config.first_blocks)
 
-    def _add_factors(
-        self, adapter_name: str, name: str, group: Sequence[str], init: bool | str, device: torch.device
-    ) -> None:
+    def _add_factors(self, adapter_name: str, name: str, init: bool | str, device: torch.device) -> None:
+        group = FACTOR_GROUPS[name]
         plan = self.plan(adapter_name)
         adapted = list(plan.group_ranks(group))
         if not adapted:

@@ -19,7 +19,7 @@ from .config import LoraMoeConfig
 from .layer import LoraMoeLayer, lora_moe_layers
 from .loading import fit_to_weights
 from .pruning import update_and_prune
-from .targets import CLASSIFIERS, resolve_targets
+from .targets import CLASSIFIERS, resolve_linear_targets
 
 
 class LoraMoeModel(BalancedTuner):
@@ -57,28 +57,18 @@ class LoraMoeModel(BalancedTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: LoraMoeConfig, model_config: dict[str, Any]) -> LoraMoeConfig:
-        resolve_targets(peft_config, self.model)
+        resolve_linear_targets(peft_config, self.model)
         return peft_config
 
     def _create_and_replace(
-        self,
-        peft_config: LoraMoeConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+        self, config: Any, adapter_name: str, target: Any, name: str, parent: Any, current_key: str, **kwargs: Any
     ) -> None:
-        experts = (peft_config.kept_experts or {}).get(current_key)
+        experts = (config.kept_experts or {}).get(current_key)
         if isinstance(target, LoraMoeLayer):
-            target.update_layer(adapter_name, peft_config, experts)
+            target.update_layer(adapter_name, config, experts)
             return
-        layer = LoraMoeLayer(target, BalanceLoss.hung_on(self.model))
-        layer.set_adapter(self.active_adapters)
-        layer.update_layer(adapter_name, peft_config, experts)
-        self._activated(layer, adapter_name)
-        self._replace_module(parent, target_name, layer, target)
+        layer = self._updated(LoraMoeLayer(target, BalanceLoss.hung_on(self.model)), adapter_name, config, experts)
+        self._replace_module(parent, name, layer, target)
 
     # Loading
 

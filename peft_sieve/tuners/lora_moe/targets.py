@@ -17,7 +17,7 @@ from .config import LoraMoeConfig
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-def resolve_targets(config: LoraMoeConfig, model: nn.Module) -> None:
+def resolve_linear_targets(config: LoraMoeConfig, model: nn.Module) -> None:
     """Fill in `target_modules`, and refuse what cannot be adapted before anything is.
 
     Raises:

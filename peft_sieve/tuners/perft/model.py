@@ -49,7 +49,7 @@ class PerftModel(BalancedTuner):
         if peft_config.variant == "E":
             if peft_config.selected_experts is not None:
                 check_mask(peft_config, [layer for block in found for layer in block.layers])
-                blocks = _named(peft_config, blocks)
+                blocks = _with_named_experts(peft_config, blocks)
             blocks = self._with_experts(peft_config, blocks)
         paths = {block.path for block in blocks}
         self._found = {block.path: block for block in blocks}
@@ -86,23 +86,14 @@ class PerftModel(BalancedTuner):
     # Injection
 
     def _create_and_replace(
-        self,
-        peft_config: PerftConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+        self, config: Any, adapter_name: str, target: Any, name: str, parent: Any, current_key: str, **kwargs: Any
     ) -> None:
         layer = getattr(target, CHILD, None)
         if layer is not None:
-            layer.update_layer(adapter_name, peft_config)
+            layer.update_layer(adapter_name, config)
             return
         layer = PerftLayer(target, self._found[current_key], BalanceLoss.hung_on(self.model))
-        layer.set_adapter(self.active_adapters)
-        layer.update_layer(adapter_name, peft_config)
-        self._activated(layer, adapter_name)
+        self._updated(layer, adapter_name, config)
         attach(target, layer)
 
     # Use
@@ -151,7 +142,7 @@ def _wanted(config: PerftConfig, blocks: list[MoEBlock]) -> list[MoEBlock]:
     return kept
 
 
-def _named(config: PerftConfig, blocks: list[MoEBlock]) -> list[MoEBlock]:
+def _with_named_experts(config: PerftConfig, blocks: list[MoEBlock]) -> list[MoEBlock]:
     """Those of the blocks in which `selected_experts` names experts.
 
     Raises:

@@ -7,20 +7,19 @@ from .card import describe
 from .config import SieveLoraConfig
 from .model import SieveLoraModel
 
-__all__ = ["SieveLoraConfig", "SieveLoraModel"]
+__all__ = ["METHOD", "SieveLoraConfig", "SieveLoraModel"]
 
-register(
-    Method(
-        name="SIEVE_LORA",
-        config=SieveLoraConfig,
-        model=SieveLoraModel,
-        title="Sparse LoRA",
-        tags=("lora", "mixture-of-experts"),
-        describe=describe,
-        key_parts=EXPERT_KEY_PARTS,
-        only_keys=(SLOTS_KEY,),
-        only_fields=("selected_experts", "expert_shapes", "top_k_frac"),
-        check_files=check_saved_mask,
-        check_hotswap=check_hotswap,
-    )
+METHOD = Method(
+    name="SIEVE_LORA",
+    config=SieveLoraConfig,
+    model=SieveLoraModel,
+    title="Sparse LoRA",
+    tags=("lora", "mixture-of-experts"),
+    describe=describe,
+    key_parts=EXPERT_KEY_PARTS,
+    only_keys=(SLOTS_KEY,),
+    only_fields=("selected_experts", "expert_shapes", "top_k_frac"),
+    check_files=check_saved_mask,
+    check_hotswap=check_hotswap,
 )
+register(METHOD)

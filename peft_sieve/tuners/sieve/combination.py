@@ -55,7 +55,7 @@ def combine(combination_type: str, shares: Sequence[Share], rank: int) -> tuple[
         b = torch.cat([f[1] for f in factors], dim=-2)
         if combination_type == "svd":
             a, b = _truncated(a, b, rank)
-    return _padded(a, rank), _padded(b, rank)
+    return _padded_to(a, rank), _padded_to(b, rank)
 
 
 def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +67,6 @@ def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tenso
     return vh @ basis_in.transpose(-1, -2), (basis_out @ (u * s.unsqueeze(-2))).transpose(-1, -2)
 
 
-def _padded(factor: torch.Tensor, rank: int) -> torch.Tensor:
+def _padded_to(factor: torch.Tensor, rank: int) -> torch.Tensor:
     missing = rank - factor.shape[-2]
     return torch.nn.functional.pad(factor, (0, 0, 0, missing)) if missing else factor

@@ -144,10 +144,7 @@ class SieveLoraModel(MethodTuner, LoraModel):
             target.update_layer(adapter_name, experts, config, without_values)
             return
         wrapper = self._layer_class(layer)(target, layer)
-        wrapper.set_adapter(self.active_adapters)
-        wrapper.update_layer(adapter_name, experts, config, without_values)
-        self._activated(wrapper, adapter_name)
-        setattr(parent, name, wrapper)
+        setattr(parent, name, self._updated(wrapper, adapter_name, experts, config, without_values))
 
     def _check_layer_class(self, layer: MoELayer) -> None:
         layer_class, module = self._layer_class(layer), self.model.get_submodule(layer.path)

@@ -34,7 +34,7 @@ def weighted_config(
     Raises:
         SieveError: these adapters have no such sum; nothing was changed.
     """
-    _check(configs, adapters, weights, combination_type, svd_rank)
+    _check_sum(configs, adapters, weights, combination_type, svd_rank)
     ranks = [_checked_ranks(path, found, combination_type) for path, found in _ranks(model, adapters)]
     rank = max(combined_rank(combination_type, found) for found in ranks)
     if combination_type == "svd" and svd_rank is not None:
@@ -169,7 +169,7 @@ def _checked_ranks(path: str, ranks: list[int], combination_type: str) -> list[i
     return ranks
 
 
-def _check(
+def _check_sum(
     configs: dict[str, Any],
     adapters: Sequence[str],
     weights: Sequence[float],

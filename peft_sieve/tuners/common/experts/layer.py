@@ -91,9 +91,9 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         self.lora_experts[adapter_name] = self._new_slots(adapter_name, config)
         # Filled where they are used: those of a large model take a while on the CPU.
         device = torch.device("meta") if without_values else execution_device(self.get_base_layer())
-        for name, group in FACTOR_GROUPS.items():
-            add = self._add_deltas if self.plans[adapter_name].full else self._add_factors
-            add(adapter_name, name, group, config.init_lora_weights, device)
+        add = self._add_deltas if self.plans[adapter_name].full else self._add_factors
+        for name in FACTOR_GROUPS:
+            add(adapter_name, name, config.init_lora_weights, device)
         if config.hellori_density is not None:
             self._train_a_share(adapter_name, config.hellori_density, config.hellori_seed)
         self._unverified.add(adapter_name)
@@ -106,9 +106,8 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
     def _new_slots(self, adapter_name: str, config: Any) -> ExpertSlots:
         return ExpertSlots(self.shape.num_experts, self.plans[adapter_name].experts)
 
-    def _add_factors(
-        self, adapter_name: str, name: str, group: Sequence[str], init: bool | str, device: torch.device
-    ) -> None:
+    def _add_factors(self, adapter_name: str, name: str, init: bool | str, device: torch.device) -> None:
+        group = FACTOR_GROUPS[name]
         plan = self.plans[adapter_name]
         ranks = [plan.ranks[p] for p in group if p in plan.ranks]
         if not ranks:
@@ -131,9 +130,8 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         self.r[adapter_name], self.lora_alpha[adapter_name] = 1, 1
         self.scaling[adapter_name], self.use_rslora[adapter_name] = 1.0, False
 
-    def _add_deltas(
-        self, adapter_name: str, name: str, group: Sequence[str], init: bool | str, device: torch.device
-    ) -> None:
+    def _add_deltas(self, adapter_name: str, name: str, init: bool | str, device: torch.device) -> None:
+        group = FACTOR_GROUPS[name]
         plan = self.plans[adapter_name]
         found = [projection for projection in group if projection in plan.ranks]
         if not found:
