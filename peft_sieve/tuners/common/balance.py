@@ -67,21 +67,30 @@ def balance_loss(
         adapters * sum over adapters of (share sent there) * (mean probability): `top_k` when even, or 1 with
         `per_selection`; more otherwise. A scalar; its gradient comes from the probabilities.
     """
-    if real is None:
-        real = probabilities.new_ones(len(probabilities), dtype=torch.bool)
-    counts = sent_to(expert_ids, probabilities.shape[-1], real)
     with torch.autocast(probabilities.device.type, enabled=False):
-        weights = real.to(probabilities)
-        means = weights @ probabilities / weights.sum().clamp(min=1)  # (adapters,)
-        total = counts.sum() if per_selection else real.sum()
-        shares = counts.to(means.dtype) / total.clamp(min=1)
+        # In two ways, so that runs that go on keep the bits that they had.
+        if per_selection:
+            weights = probabilities.new_ones(len(probabilities)) if real is None else real.to(probabilities)
+            counts = sent_to(expert_ids, probabilities.shape[-1], real)
+            means = weights @ probabilities / weights.sum().clamp(min=1)  # (adapters,)
+            shares = counts.to(means.dtype) / counts.sum().clamp(min=1)
+        elif real is None:
+            shares, means = _sent(probabilities, expert_ids).mean(0), probabilities.mean(0)
+        else:
+            weights = real.to(probabilities).unsqueeze(-1) / real.sum().clamp(min=1)
+            shares, means = (_sent(probabilities, expert_ids) * weights).sum(0), (probabilities * weights).sum(0)
         return probabilities.shape[-1] * (shares * means).sum()
 
 
-def sent_to(expert_ids: torch.Tensor, num_adapters: int, real: torch.Tensor) -> torch.Tensor:
+def _sent(probabilities: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+    """(tokens, adapters), 1 where a token was sent."""
+    return torch.zeros_like(probabilities).scatter(-1, expert_ids, 1.0)
+
+
+def sent_to(expert_ids: torch.Tensor, num_adapters: int, real: torch.Tensor | None) -> torch.Tensor:
     """How many of the real tokens were sent to each adapter: (adapters,), in the type of the ids."""
     flat = expert_ids.flatten()
-    counted = real.to(flat).repeat_interleave(expert_ids.shape[-1])
+    counted = torch.ones_like(flat) if real is None else real.to(flat).repeat_interleave(expert_ids.shape[-1])
     return flat.new_zeros(num_adapters).scatter_add_(0, flat, counted)
 
 
@@ -205,14 +214,14 @@ class _Masks:
         self.has_two = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.masks = token_mask(given.get("attention_mask")), token_mask(decoder_mask(given))
 
-    def of(self, routed: Routed) -> torch.Tensor:
-        """(tokens,); all of them where no mask says so."""
+    def of(self, routed: Routed) -> torch.Tensor | None:
+        """(tokens,); None where no mask says it of as many."""
         tokens, device = len(routed.probabilities), routed.probabilities.device
         # Of two sequences of one length, which of the masks holds would be a guess.
         known = routed.path is not None or not self.has_two
         real = self.masks[routed.path in self.in_decoder] if known else None
         if real is None or real.numel() != tokens:
-            return torch.ones(tokens, dtype=torch.bool, device=device)
+            return None
         return real.to(device)
 
 

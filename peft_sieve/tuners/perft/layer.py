@@ -196,13 +196,14 @@ class PerftLayer(nn.Module, AdapterLayer):
         if plan.variant == "R":
             router = self.perft_router[adapter_name]
             assert isinstance(router, nn.Linear)
-            probabilities = wide_softmax(router(tokens))
-            kept, chosen = probabilities.topk(plan.top_k, dim=-1)
-            if plan.balance_coef:
+            logits = router(tokens)
+            if plan.balance_coef and self.training:  # also while checkpointed layers run again, which must do the same
+                probabilities = wide_softmax(logits)
+                chosen = probabilities.topk(plan.top_k, dim=-1).indices
                 trainable = router.weight.requires_grad
                 said = Routed(plan.balance_coef, probabilities, chosen, trainable, self.path, group=adapter_name)
                 self.balance.report(said)
-            return routed_gates(probabilities, kept, chosen, plan.normalized)
+            return routed_gates(logits, plan.top_k, plan.normalized)
         if plan.variant == "E":
             ids, weights = self._read_dispatch(tokens.shape[0])
             slots = self.slots(adapter_name)

@@ -41,19 +41,18 @@ def mixture(
     return inner @ second.flatten(0, 1).to(inner.dtype)
 
 
-def routed_gates(
-    probabilities: torch.Tensor, kept: torch.Tensor, chosen: torch.Tensor, normalized: bool
-) -> torch.Tensor:
-    """The gates of a softmax over the adapters, of which each token keeps some.
+def routed_gates(logits: torch.Tensor, top_k: int, normalized: bool) -> torch.Tensor:
+    """Softmax over the adapters, in float32 or wider, of which each token keeps the `top_k` largest.
 
     Args:
-        probabilities: (tokens, adapters), in float32 or wider.
-        kept, chosen: (tokens, top_k), the largest of them, and whose they are.
+        logits: (tokens, adapters).
         normalized: whether those kept are made to sum to 1.
 
     Returns:
         (tokens, adapters), zeros elsewhere.
     """
+    probabilities = wide_softmax(logits)
+    kept, chosen = probabilities.topk(top_k, dim=-1)
     if normalized:
         kept = kept / kept.sum(-1, keepdim=True)
     return torch.zeros_like(probabilities).scatter(-1, chosen, kept)
