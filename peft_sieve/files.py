@@ -1,18 +1,58 @@
-"""Writing several files so that a crash leaves either all the old ones or all the new ones."""
+"""Writing files so that a crash leaves either all the old ones or all the new ones."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .errors import SieveError
 
 # A folder of this name holds a complete save whose files were not all moved to their places yet,
 COMPLETE = ".peft_sieve_saved"
 # and one whose name starts like this a save that is not complete.
 STAGING = ".peft_sieve_saving_"
+
+
+@contextmanager
+def writing(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a `SieveError` of an `OSError` in the block, which writes `what` to `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise SieveError(
+            f"The {what} cannot be written to {os.fspath(path)} ({error.strerror or error}). "
+            "Choose another path, in a folder that exists and can be written to."
+        ) from error
+
+
+def write_file(path: str | os.PathLike[str], content: bytes, what: str) -> None:
+    """Write one file, whole or not at all.
+
+    Args:
+        path: an older file there is replaced; a device or a pipe is written to.
+        what: names the content in the error.
+
+    Raises:
+        SieveError: nothing can be written there.
+    """
+    target = Path(path)
+    scratch = target.parent / f".{uuid.uuid4().hex}.tmp"  # same folder, so the same file system
+    with writing(what, path):
+        if target.exists() and not target.is_file():
+            target.write_bytes(content)
+            return
+        try:
+            scratch.write_bytes(content)
+            _flush(scratch)
+            os.replace(scratch, target)
+        finally:
+            with suppress(OSError):  # after os.replace there is nothing left to remove
+                scratch.unlink()
 
 
 @contextmanager

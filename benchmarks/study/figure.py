@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from peft_sieve.report.canvas import LIGHT, dress, head, new_figure, save_png
+from peft_sieve.report.canvas import dress, head, new_figure, save_png
+from peft_sieve.report.themes import LIGHT
 
 from .analysis import MARGIN, Row, against_full, losses
 from .conditions import conditions

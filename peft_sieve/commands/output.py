@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -64,24 +63,7 @@ def check_folder_of(path: str) -> None:
         SieveError: it is not there, or `path` is itself a folder.
     """
     folder = Path(path).parent
-    if Path(path).is_dir() or not folder.is_dir():
-        what = "is a folder" if Path(path).is_dir() else f"would lie in {folder}, which is no folder"
-        raise SieveError(f"{path} {what}, expected the name of a file to write in a folder that exists: pass one")
-
-
-def write_text(path: str, text: str) -> None:
-    """Write a file, whole or not at all.
-
-    Raises:
-        SieveError: nothing can be written there.
-    """
-    check_folder_of(path)
-    scratch = f"{path}.{os.getpid()}.tmp"
-    try:
-        Path(scratch).write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    except OSError as error:
-        Path(scratch).unlink(missing_ok=True)
-        raise SieveError(
-            f"could not write {path} ({error.strerror or error}), expected a file in a writable folder: choose another"
-        ) from error
+    if Path(path).is_dir():
+        raise SieveError(f"{path} is a folder. Pass the name of a file to write.")
+    if not folder.is_dir():
+        raise SieveError(f"There is no folder {folder} for {path}. Create it or choose another path.")

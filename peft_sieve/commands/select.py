@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..files import write_file
 from .options import add_json, add_selection, selection_options
-from .output import check_folder_of, plain_warnings, print_json, print_table, write_text
+from .output import check_folder_of, plain_warnings, print_json, print_table
 
 NAME = "select"
 HELP = "select the experts to adapt from a routing profile"
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     # As calibration fills the mask in: a layer without experts is not named.
     mask = {layer: ids for layer, ids in selection.to_dict().items() if ids}
     if args.output:
-        write_text(args.output, json.dumps(mask) + "\n")
+        write_file(args.output, f"{json.dumps(mask)}\n".encode(), "selection")
     if args.json:
         coverage = selection.coverage(profile, score=args.score)
         print_json(

@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 # Rows and the map from the gradient of the result to that of the input.
-Replay = tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
-Function = Callable[[torch.Tensor], torch.Tensor]
-Replayer = Callable[[torch.Tensor], Replay]
+Replay = tuple[Tensor, Callable[[Tensor], Tensor]]
+Function = Callable[[Tensor], Tensor]
+Replayer = Callable[[Tensor], Replay]
 
 
-def replay(function: Function, x: torch.Tensor) -> Replay:
+def replay(function: Function, x: Tensor) -> Replay:
     """`function(x)` once more, and its backward."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
@@ -21,12 +22,12 @@ def replay(function: Function, x: torch.Tensor) -> Replay:
     return result.detach(), lambda grad: torch.autograd.grad(result, leaf, grad.to(result.dtype))[0]
 
 
-def replay_silu_gate(gate_up: torch.Tensor) -> Replay:
+def replay_silu_gate(gate_up: Tensor) -> Replay:
     """`replay` for silu(gate) * up, gate and up side by side, without autograd's copies."""
     gate, up = gate_up.chunk(2, dim=-1)
     silu = F.silu(gate)
 
-    def backward(grad: torch.Tensor) -> torch.Tensor:
+    def backward(grad: Tensor) -> Tensor:
         grad_both = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_both.chunk(2, dim=-1)
         torch.mul(grad, silu, out=grad_up)

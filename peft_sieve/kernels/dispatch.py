@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -18,36 +19,42 @@ class Dispatch:
         expert_ids: expert of each pair, ascending, (pairs,).
         counts: pairs per expert, (num_experts,).
         top_k: pairs per token.
+        rank_major: whether the dispatch was flattened as (top_k, tokens).
     """
 
-    order: torch.Tensor
-    tokens: torch.Tensor
-    expert_ids: torch.Tensor
-    counts: torch.Tensor
+    order: Tensor
+    tokens: Tensor
+    expert_ids: Tensor
+    counts: Tensor
     top_k: int
+    rank_major: bool = False
 
-    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.order, self.tokens, self.expert_ids, self.counts
 
-    def unsort(self, values: torch.Tensor) -> torch.Tensor:
-        """One value a pair, sorted, (pairs,) -> (pairs,) as dispatched."""
-        return torch.empty_like(values).index_copy_(0, self.order, values)
+    def sort(self, values: Tensor) -> Tensor:
+        """One value a pair, as dispatched, (tokens, top_k) -> sorted, (pairs,)."""
+        return (values.T if self.rank_major else values).reshape(-1).index_select(0, self.order)
 
-    def sum_by_token(self, rows: torch.Tensor, stock_bits: bool = True) -> torch.Tensor:
+    def unsort(self, values: Tensor) -> Tensor:
+        """The inverse of `sort`: (pairs,) -> (tokens, top_k)."""
+        flat = torch.empty_like(values).index_copy_(0, self.order, values)
+        return flat.view(self.top_k, -1).T if self.rank_major else flat.view(-1, self.top_k)
+
+    def sum_by_token(self, rows: Tensor, stock_bits: bool = True) -> Tensor:
         """Add up the pairs of each token: (pairs, width) -> (tokens, width).
 
         Args:
             stock_bits: give the bits of stock transformers, which reorders the rows and sums over a dimension.
         """
-        inverse = self.unsort(torch.arange(self.order.numel(), device=rows.device))
-        positions = inverse.view(-1, self.top_k)
+        positions = self.unsort(torch.arange(self.order.numel(), device=rows.device))
         wide_sums = rows.dtype in (torch.float32, torch.float64)
         if self._in_sequence(rows) or (not stock_bits and rows.device.type == "cpu" and wide_sums):
             # Without a reordered copy of all rows.
             return F.embedding_bag(positions, rows, mode="sum")
-        return rows.index_select(0, inverse).view(-1, self.top_k, rows.shape[-1]).sum(1)
+        return rows.index_select(0, positions.flatten()).view(-1, self.top_k, rows.shape[-1]).sum(1)
 
-    def _in_sequence(self, rows: torch.Tensor) -> bool:
+    def _in_sequence(self, rows: Tensor) -> bool:
         """Whether `sum` adds the rows of a token one after the other on this device, with the bits of `embedding_bag`.
 
         It does so in float32 for up to 16 rows, in the columns that fill its vectors (four at a time, of up to 16).
@@ -56,7 +63,7 @@ class Dispatch:
         return fits and rows.device.type == "cpu" and rows.dtype == torch.float32
 
 
-def sort_by_expert(expert_ids: torch.Tensor, num_experts: int, rank_major: bool = False) -> Dispatch:
+def sort_by_expert(expert_ids: Tensor, num_experts: int, rank_major: bool = False) -> Dispatch:
     """Sort the pairs of a dispatch by expert, without waiting for the device.
 
     Args:
@@ -72,4 +79,4 @@ def sort_by_expert(expert_ids: torch.Tensor, num_experts: int, rank_major: bool 
     # histc, not bincount: no copy to the host. It takes no integers on the CPU.
     values = sorted_ids.int() if sorted_ids.is_cuda else sorted_ids.float()
     counts = torch.histc(values, bins=num_experts, min=0, max=num_experts - 1).to(torch.int64)
-    return Dispatch(order, tokens, sorted_ids, counts, top_k)
+    return Dispatch(order, tokens, sorted_ids, counts, top_k, rank_major)

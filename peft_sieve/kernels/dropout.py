@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Dropout:
         return 1 / (1 - self.p)
 
 
-def dropped_positions(dropout: Dropout, stream: int, count: int) -> torch.Tensor:
+def dropped_positions(dropout: Dropout, stream: int, count: int) -> Tensor:
     """Which of `count` elements are zeroed, each with probability p by itself: ascending, int64.
 
     The gaps between them are drawn, which are geometric: for the usual small p far fewer numbers than elements.

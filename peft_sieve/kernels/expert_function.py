@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activation import replay
 from .chunks import Chunk
+from .delta import Delta, ProductBackward
 from .dispatch import Dispatch
-from .full_delta import FullDelta
-from .grouped import Groups
-from .low_rank import LowRank
-from .reused_memory import scratch
+from .groups import Groups
 from .stacks import ExpertStacks
+from .token_sums import TokenSums
 from .workers import for_each
 
 
@@ -42,8 +42,8 @@ class ExpertPlan:
 
     chunks: Sequence[Chunk]
     stacks_again: Callable[[], AbstractContextManager[ExpertStacks]]
-    first_adapters: Sequence[LowRank | FullDelta] = field(default_factory=list)
-    down_adapters: Sequence[LowRank | FullDelta] = field(default_factory=list)
+    first_adapters: Sequence[Delta] = field(default_factory=list)
+    down_adapters: Sequence[Delta] = field(default_factory=list)
     keep: bool = True
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class ExpertPlan:
         """How many tensors the forward of a chunk leaves for its backward."""
         return 1 + len(self.first_adapters) + len(self.down_adapters) + (stacks.post_norm is not None)
 
-    def _groups(self, adapters: Sequence[LowRank | FullDelta]) -> list[list[tuple[LowRank | FullDelta, Groups]]]:
+    def _groups(self, adapters: Sequence[Delta]) -> list[list[tuple[Delta, Groups]]]:
         """For each chunk, the adapters and their ranges in it; made once, since ranges remember what they dropped."""
         return [
             [(adapter, chunk.groups.select(adapter.slots, adapter.ids)) for adapter in adapters]
@@ -75,17 +75,17 @@ class ExpertFunction(torch.autograd.Function):
         plan: ExpertPlan,
         stacks: ExpertStacks,
         dispatch: Dispatch,
-        hidden_states: torch.Tensor,
-        expert_weights: torch.Tensor,
-        *factors: torch.Tensor,
-    ) -> torch.Tensor:
+        hidden_states: Tensor,
+        expert_weights: Tensor,
+        *factors: Tensor,
+    ) -> Tensor:
         dtype = stacks.down.dtype
         with torch.autocast(hidden_states.device.type, enabled=False):
             factors_used = [factor.to(dtype) for factor in factors]
-            weights = _sorted_weights(expert_weights, dispatch, stacks.one_by_one)
+            weights = dispatch.sort(expert_weights)
             sum_dtype = hidden_states.dtype if stacks.one_by_one else torch.promote_types(dtype, weights.dtype)
-            total = _Total(dispatch, hidden_states, sum_dtype, stacks.one_by_one, len(plan.chunks))
-            kept: list[torch.Tensor] = []
+            total = TokenSums(dispatch, hidden_states, sum_dtype, len(plan.chunks))
+            kept: list[Tensor] = []
             for chunk, first, down in zip(plan.chunks, plan.first_groups, plan.down_groups, strict=True):
                 rows = chunk.rows
                 x = hidden_states.index_select(0, dispatch.tokens[rows]).to(dtype)  # (rows, hidden)
@@ -101,23 +101,23 @@ class ExpertFunction(torch.autograd.Function):
                 normed = out if stacks.post_norm is None else stacks.post_norm(out)
                 total.add(chunk, normed, weights[rows])
         if plan.keep:
-            ctx.plan, ctx.num_factors = plan, len(factors)
+            ctx.plan, ctx.num_factors, ctx.layout = plan, len(factors), (dispatch.top_k, dispatch.rank_major)
             # Tensors only here, where autograd lets go of them after the backward.
             ctx.save_for_backward(*dispatch.tensors(), hidden_states, expert_weights, *factors, *kept)
         return total.result().to(hidden_states.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan: ExpertPlan = ctx.plan
         order, tokens, expert_ids, counts, hidden_states, expert_weights, *saved = ctx.saved_tensors
-        dispatch = Dispatch(order, tokens, expert_ids, counts, expert_weights.shape[1])
+        dispatch = Dispatch(order, tokens, expert_ids, counts, *ctx.layout)
         factors, kept = saved[: ctx.num_factors], saved[ctx.num_factors :]
         _, _, _, needs_hidden, needs_weights, *needs_factors = ctx.needs_input_grad
         # Made before any chunk, since those may come from several threads.
         with torch.autocast(hidden_states.device.type, enabled=False), plan.stacks_again() as stacks:
             dtype = stacks.down.dtype
-            weights = _sorted_weights(expert_weights, dispatch, stacks.one_by_one)
+            weights = dispatch.sort(expert_weights)
             # Added one after the other, half precision would round each time.
             sum_dtype = torch.promote_types(dtype, torch.float32) if stacks.one_by_one else dtype
             step = plan.kept_per_chunk(stacks)
@@ -135,9 +135,7 @@ class ExpertFunction(torch.autograd.Function):
                     for factor, needed in zip(factors, needs_factors, strict=True)
                 ],
                 grad_weights=torch.zeros_like(weights, dtype=torch.promote_types(weights.dtype, torch.float32)),
-                grad_hidden=_Total(dispatch, hidden_states, sum_dtype, stacks.one_by_one, len(plan.chunks))
-                if needs_hidden
-                else None,
+                grad_hidden=TokenSums(dispatch, hidden_states, sum_dtype, len(plan.chunks)) if needs_hidden else None,
             )
             sizes = [chunk.rows.stop - chunk.rows.start for chunk in plan.chunks]
             if stacks.one_by_one or hidden_states.device.type != "cpu":
@@ -150,7 +148,7 @@ class ExpertFunction(torch.autograd.Function):
             None,
             None,
             run.grad_hidden.result(stock_bits=False).to(hidden_states.dtype) if run.grad_hidden is not None else None,
-            _unsorted_weights(run.grad_weights, expert_weights, dispatch, stacks.one_by_one) if needs_weights else None,
+            dispatch.unsort(run.grad_weights).to(expert_weights.dtype) if needs_weights else None,
             *run.grad_factors,
         )
 
@@ -170,14 +168,14 @@ class _Backward:
     plan: ExpertPlan
     stacks: ExpertStacks
     dispatch: Dispatch
-    hidden_states: torch.Tensor
-    weights: torch.Tensor
-    kept: Sequence[Sequence[torch.Tensor]]
-    factors: Sequence[torch.Tensor]
-    grad: torch.Tensor
-    grad_factors: Sequence[torch.Tensor | None]
-    grad_weights: torch.Tensor
-    grad_hidden: _Total | None
+    hidden_states: Tensor
+    weights: Tensor
+    kept: Sequence[Sequence[Tensor]]
+    factors: Sequence[Tensor]
+    grad: Tensor
+    grad_factors: Sequence[Tensor | None]
+    grad_weights: Tensor
+    grad_hidden: TokenSums | None
 
     def __call__(self, index: int) -> None:
         plan, dispatch, stacks = self.plan, self.dispatch, self.stacks
@@ -187,7 +185,7 @@ class _Backward:
         up, *inners = self.kept[index]
         grad_out = self.grad.index_select(0, tokens)  # (rows, hidden)
         pair_weights = self.weights[rows].unsqueeze(-1)
-        scale: torch.Tensor | None = pair_weights
+        scale: Tensor | None = pair_weights
         if stacks.post_norm is not None:
             normed, grad_norm = replay(stacks.post_norm, inners.pop())
             self.grad_weights[rows] = _row_dot(grad_out, normed)
@@ -196,8 +194,8 @@ class _Backward:
         act, grad_activation = stacks.replay_activation(up)
         # Not yet multiplied by the pair's weight: its product with act is the gradient of that weight.
         grad_act = groups.project(grad_out, stacks.down.transpose(1, 2))
-        for (adapter, ranges), inner in zip(down, inners[len(first) :], strict=True):
-            adapter.add_gradients(grad_out, act, inner, scale, grad_act, ranges, self.factors, self.grad_factors, False)
+        product = ProductBackward(grad_out, act, grad_act, self.factors, self.grad_factors, scale)
+        _add_gradients(down, inners[len(first) :], product, consume=False)
         if scale is not None:
             self.grad_weights[rows] = _row_dot(grad_act, act)
             if stacks.down_bias is not None:
@@ -205,62 +203,26 @@ class _Backward:
                 self.grad_weights[rows] += _row_dot(grad_out, bias)
             grad_act.mul_(scale)
         grad_up = grad_activation(grad_act).contiguous()
-        del grad_out, act, grad_act
+        del grad_out, act, grad_act, product
         grad_x = _project_back(grad_up, stacks.first, groups)
         if any(not ranges.is_empty for _, ranges in first):
             x = self.hidden_states.index_select(0, tokens).to(dtype)
-            for (adapter, ranges), inner in zip(first, inners[: len(first)], strict=True):
-                adapter.add_gradients(
-                    grad_up, x, inner, None, grad_x, ranges, self.factors, self.grad_factors, adapter.last
-                )
+            product = ProductBackward(grad_up, x, grad_x, self.factors, self.grad_factors)
+            _add_gradients(first, inners[: len(first)], product, consume=True)
         if self.grad_hidden is not None:
             self.grad_hidden.add(chunk, grad_x)
         for _, ranges in (*first, *down):
             ranges.forget()
 
 
-class _Total:
-    """Sums the pairs of each token, chunk after chunk: (rows, hidden) ... -> (tokens, hidden)."""
-
-    def __init__(
-        self, dispatch: Dispatch, hidden_states: torch.Tensor, dtype: torch.dtype, added: bool, num_chunks: int
-    ) -> None:
-        self.dispatch = dispatch
-        self.added = added
-        self.at_once = num_chunks == 1
-        num_tokens, width = hidden_states.shape
-        if self.added:
-            self.rows = hidden_states.new_zeros((num_tokens, width), dtype=dtype)
-        elif not self.at_once:
-            # Here, before any chunk: those may come from several threads.
-            self.rows = scratch((dispatch.order.numel(), width), dtype, hidden_states.device)
-
-    def add(self, chunk: Chunk, rows: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Take the rows of one chunk, (rows, hidden), times their weights, (rows,)."""
-        if self.added:
-            rows = rows if weights is None else rows * weights.unsqueeze(-1)
-            self.rows.index_add_(0, self.dispatch.tokens[chunk.rows], rows.to(self.rows.dtype))
-        elif self.at_once:
-            self.rows = rows if weights is None else rows * weights.unsqueeze(-1)
-        elif weights is None:
-            self.rows[chunk.rows] = rows
-        else:
-            torch.mul(rows, weights.unsqueeze(-1), out=self.rows[chunk.rows])
-
-    def result(self, stock_bits: bool = True) -> torch.Tensor:
-        return self.rows if self.added else self.dispatch.sum_by_token(self.rows, stock_bits)
-
-
-def _project(
-    x: torch.Tensor, stacks: Sequence[torch.Tensor], bias: torch.Tensor | None, chunk: Chunk, dispatch: Dispatch
-) -> torch.Tensor:
+def _project(x: Tensor, stacks: Sequence[Tensor], bias: Tensor | None, chunk: Chunk, dispatch: Dispatch) -> Tensor:
     """The products with all stacks side by side: (rows, in) -> (rows, sum of the stacks' outs)."""
     outs = [chunk.groups.project(x, stack) for stack in stacks]
     out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
     return out if bias is None else out.add_(bias.index_select(0, dispatch.expert_ids[chunk.rows]))
 
 
-def _project_back(grad: torch.Tensor, stacks: Sequence[torch.Tensor], groups: Groups) -> torch.Tensor:
+def _project_back(grad: Tensor, stacks: Sequence[Tensor], groups: Groups) -> Tensor:
     """The gradient of the input of `_project`: (rows, sum of the stacks' outs) -> (rows, in)."""
     parts = [grad] if len(stacks) == 1 else grad.split([stack.shape[2] for stack in stacks], dim=-1)
     total = groups.project(parts[0].contiguous(), stacks[0].transpose(1, 2))
@@ -269,19 +231,13 @@ def _project_back(grad: torch.Tensor, stacks: Sequence[torch.Tensor], groups: Gr
     return total
 
 
-def _row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _add_gradients(
+    adapters: Sequence[tuple[Delta, Groups]], inners: Sequence[Tensor], product: ProductBackward, consume: bool
+) -> None:
+    """The backward of what adapters added to one product, whose input the last of them may overwrite if `consume`."""
+    for (adapter, ranges), inner in zip(adapters, inners, strict=True):
+        adapter.add_gradients(product, inner, ranges, consume and adapter.last)
+
+
+def _row_dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, dtype=torch.promote_types(a.dtype, torch.float32))
-
-
-def _sorted_weights(expert_weights: torch.Tensor, dispatch: Dispatch, rank_major: bool) -> torch.Tensor:
-    """(tokens, top_k) -> (pairs,)."""
-    flat = (expert_weights.T if rank_major else expert_weights).reshape(-1)
-    return flat.index_select(0, dispatch.order)
-
-
-def _unsorted_weights(
-    values: torch.Tensor, expert_weights: torch.Tensor, dispatch: Dispatch, rank_major: bool
-) -> torch.Tensor:
-    flat = dispatch.unsort(values)
-    tokens, top_k = expert_weights.shape
-    return (flat.view(top_k, tokens).T if rank_major else flat.view(tokens, top_k)).to(expert_weights.dtype)

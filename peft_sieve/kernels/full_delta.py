@@ -1,66 +1,47 @@
-"""What a difference of full size adds to a product with a frozen stack, and its gradients, on rows sorted by expert."""
+"""A difference of full size beside a frozen stack."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
-from .grouped import Groups
-from .low_rank import Part, scaled
+from .delta import Delta, ProductBackward
+from .groups import Groups, ProductOptions
 
 
 @dataclass(frozen=True)
-class FullDelta:
-    """What one adapter adds to one product with a stack, used as `LowRank` is.
+class FullDelta(Delta):
+    """scaling * D x; the `ranks` of the parts are rows of the difference D.
 
     Attributes:
-        slots: expert -> slot, for the adapted experts.
-        ids: the experts in the order of their slots, (slots,).
-        parts: the projections that share the input; their `ranks` are rows of the difference.
         delta: position of the difference among the function's tensors: (slots, out, in).
-        last: whether no other adapter reads the input after this one.
     """
 
-    slots: Mapping[int, int]
-    ids: torch.Tensor
-    parts: Sequence[Part]
     delta: int
-    last: bool = False
 
-    def add(
-        self, x: torch.Tensor, out: torch.Tensor, groups: Groups, factors: Sequence[torch.Tensor], consume: bool
-    ) -> torch.Tensor:
-        """Add to `out`, as `LowRank.add`.
+    def add(self, x: Tensor, out: Tensor, groups: Groups, factors: Sequence[Tensor], consume: bool) -> Tensor:
+        """As `Delta.add`.
 
         Returns:
             Nothing that a backward needs, (0, 0).
         """
-        for part in self.parts:
-            matrices = factors[self.delta][:, part.ranks].transpose(1, 2)
-            groups.multiply(x, matrices, out[:, part.columns], alpha=part.scaling, accumulate=True)
+        if not groups.is_empty:
+            for part in self.parts:
+                matrices = factors[self.delta][:, part.ranks].transpose(1, 2)
+                options = ProductOptions(alpha=part.scaling, accumulate=True)
+                groups.multiply(x, matrices, out[:, part.columns], options)
         return x.new_empty(0, 0)
 
-    def add_gradients(
-        self,
-        grad_out: torch.Tensor,
-        x: torch.Tensor,
-        inner: torch.Tensor,
-        row_scale: torch.Tensor | None,
-        grad_x: torch.Tensor,
-        groups: Groups,
-        factors: Sequence[torch.Tensor],
-        gradients: Sequence[torch.Tensor | None],
-        consume: bool,
-    ) -> None:
-        """The backward of `add`; arguments as for `LowRank.add_gradients`."""
+    def add_gradients(self, product: ProductBackward, inner: Tensor, groups: Groups, consume: bool) -> None:
         if groups.is_empty:
             return
-        gradient = gradients[self.delta]
+        gradient = product.gradients[self.delta]
         for part in self.parts:
-            rows = grad_out[:, part.columns]
-            groups.multiply(rows, factors[self.delta][:, part.ranks], grad_x, alpha=part.scaling, accumulate=True)
+            rows = product.grad_out[:, part.columns]
+            matrices = product.factors[self.delta][:, part.ranks]
+            groups.multiply(rows, matrices, product.grad_x, ProductOptions(alpha=part.scaling, accumulate=True))
             if gradient is not None:
-                rows = rows if row_scale is None else scaled(rows, row_scale)
-                groups.outer(rows, x, gradient[:, part.ranks], alpha=part.scaling)
+                options = ProductOptions(alpha=part.scaling)
+                groups.outer(product.scaled(rows), product.x, gradient[:, part.ranks], options)

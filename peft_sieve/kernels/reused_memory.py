@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 
 import torch
+from torch import Tensor
 
 _kept = threading.local()
 
 
-def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised tensor that the next call in the same thread may give away again.
 
     On other devices PyTorch keeps memory for such use itself, so there it is a new tensor.
@@ -21,7 +22,7 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     size = torch.Size(shape).numel() * dtype.itemsize
-    block: torch.Tensor | None = getattr(_kept, "block", None)
+    block: Tensor | None = getattr(_kept, "block", None)
     if block is None or block.numel() < size:
         block = _kept.block = torch.empty(size, dtype=torch.uint8)
     return block[:size].view(dtype).view(shape)

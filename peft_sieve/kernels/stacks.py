@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from .activation import Function, Replayer
 
@@ -27,13 +27,13 @@ class ExpertStacks:
         passes_others: ids from num_experts on return their input; otherwise they are dropped.
     """
 
-    first: Sequence[torch.Tensor]
-    down: torch.Tensor
+    first: Sequence[Tensor]
+    down: Tensor
     columns: Mapping[str, slice]
     activation: Function
     replay_activation: Replayer
-    first_bias: torch.Tensor | None = None
-    down_bias: torch.Tensor | None = None
+    first_bias: Tensor | None = None
+    down_bias: Tensor | None = None
     post_norm: Function | None = None
     one_by_one: bool = False
     passes_others: bool = False

@@ -3,7 +3,6 @@
 All return what they make and print nothing; figures are matplotlib's, shown by a notebook as they are.
 """
 
-from .canvas import DARK, LIGHT, Theme
 from .coverage import coverage_figure
 from .depth import cold_figure
 from .heatmap import heatmap_figure, save_heatmap
@@ -11,6 +10,7 @@ from .overlap import overlap_figure
 from .page import write_report
 from .stability import stability_figure
 from .tables import coverage_table, layer_table, profiles_table
+from .themes import DARK, LIGHT, Theme
 
 __all__ = [
     "DARK",

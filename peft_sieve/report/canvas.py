@@ -1,76 +1,33 @@
-"""What all figures share: a light and a dark look, a canvas without side effects, and writing the picture."""
+"""What all figures share: a canvas without side effects, one look, and the picture as PNG.
+
+matplotlib is not installed everywhere and slow to import, so only functions that draw import it.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SieveError
+from ..files import write_file
+from .themes import Theme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-    from .figure import ReportFigure
-
 FONT = 8  # points
+DPI = 150
+_PAD = 0.1  # inches around the axes
 _MARKERS = "osD^vP*X<>"
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)))
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a figure.
-
-    Attributes:
-        background, text, quiet: of the page, of what is read, and of lines that only guide the eye.
-        shares: from none to much of one hue, so that every kind of colour vision sees the order.
-        emphasis: a hue that all kinds of colour vision tell from `shares`.
-        series: colours for lines, told apart by all kinds of colour vision, and with markers and dashes besides.
-        depth: name of a colour map of even steps, from the first layer to the last.
-    """
-
-    name: str
-    background: str
-    text: str
-    quiet: str
-    shares: tuple[str, ...]
-    emphasis: str
-    series: tuple[str, ...]
-    depth: str
-    depth_range: tuple[float, float]
-
-
-# The series are those of Okabe and Ito that stand out from the background.
-LIGHT = Theme(
-    name="light",
-    background="#ffffff",
-    text="#1f2328",
-    quiet="#b5bbc2",
-    shares=("#f7fbff", "#c6dbef", "#6baed6", "#2171b5", "#08306b"),
-    emphasis="#D55E00",
-    series=("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555"),
-    depth="viridis_r",
-    depth_range=(0.1, 1.0),
-)
-DARK = Theme(
-    name="dark",
-    background="#0d1117",
-    text="#e6edf3",
-    quiet="#4d5661",
-    shares=("#131c27", "#15395c", "#2a74b0", "#7fbce6", "#f0f8ff"),
-    emphasis="#FF9E3D",
-    series=("#56B4E9", "#FF8A3D", "#2BC79A", "#E79AC6", "#F0E442", "#6E8FE8", "#C9D1D9"),
-    depth="viridis",
-    depth_range=(0.3, 1.0),
-)
-THEMES = {theme.name: theme for theme in (LIGHT, DARK)}
-
-
-def new_figure(width: float = 7.0, height: float = 4.0, *, constrained: bool = True) -> ReportFigure:
+def new_figure(width: float = 7.0, height: float = 4.0, *, constrained: bool = True) -> Figure:
     """An empty figure, sizes in inches, that no window system or pyplot knows of.
 
     Args:
@@ -80,14 +37,19 @@ def new_figure(width: float = 7.0, height: float = 4.0, *, constrained: bool = T
         SieveError: if matplotlib is not installed.
     """
     try:
-        import matplotlib.figure  # noqa: F401  (first, so that its absence is what the sentence names)
-
-        from .figure import ReportFigure
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise SieveError(
-            f"figures are drawn with matplotlib, which cannot be imported ({error}): pip install peft-sieve[report]"
+            f"Figures need matplotlib, which cannot be imported ({error}). Run `pip install peft-sieve[report]`."
         ) from error
-    return ReportFigure(width, height, constrained)
+    layout = ConstrainedLayoutEngine(w_pad=_PAD, h_pad=_PAD) if constrained else None
+    figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
+    FigureCanvasAgg(figure)
+    # Notebooks call it to show an object; without pyplot, matplotlib's own figures do not have it.
+    figure._repr_png_ = partial(as_png, figure)  # type: ignore[attr-defined]
+    return figure
 
 
 def dress(figure: Figure, theme: Theme) -> None:
@@ -142,16 +104,17 @@ def legend_beside(figure: Figure, axes: Axes, names: Sequence[str]) -> None:
     figure.set_size_inches(width, max(height, 0.8 + 0.19 * len(names)))
 
 
+def as_png(figure: Figure) -> bytes:
+    """The content of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
 def save_png(figure: Figure, path: str | os.PathLike[str], what: str) -> None:
     """Write the figure as a PNG file, whatever the path's suffix.
 
     Raises:
         SieveError: if nothing can be written there.
     """
-    try:
-        figure.savefig(path, format="png", dpi=figure.dpi)
-    except OSError as error:
-        raise SieveError(
-            f"could not write the {what} to {os.fspath(path)} ({error.strerror or error}), expected a file name in a "
-            "writable folder: create the folder or choose another path"
-        ) from error
+    write_file(path, as_png(figure), what)

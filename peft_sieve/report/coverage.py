@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from ..routing.comparison import coverage_curves
 from ..routing.profile import RoutingProfile
 from ..routing.selection import ExpertSelection
-from .canvas import FONT, LIGHT, Theme, dress, new_figure
+from .canvas import FONT, dress, new_figure
+from .themes import LIGHT, Theme
 
 if TYPE_CHECKING:
-    from .figure import ReportFigure
+    from matplotlib.figure import Figure
 
 
 def coverage_figure(
@@ -22,7 +23,7 @@ def coverage_figure(
     score: str = "count",
     title: str = "",
     theme: Theme = LIGHT,
-) -> ReportFigure:
+) -> Figure:
     """One curve a layer, coloured by its depth, and the mean over layers if they have as many experts.
 
     The dashed line is what a uniform router would give. A dot shows what a selection has in its layer: on the curve
@@ -45,6 +46,7 @@ def coverage_figure(
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.ticker import MaxNLocator
 
     axes = figure.add_subplot()
     layers = list(profile.counts)
@@ -82,13 +84,7 @@ def coverage_figure(
     if len(layers) > 1:
         bar = figure.colorbar(colours, ax=axes, label="layer, by position", pad=0.02, aspect=30)
         bar.outline.set_visible(False)
-        bar.locator = _whole_numbers()
+        bar.locator = MaxNLocator(nbins=8, integer=True)
         bar.update_ticks()
     dress(figure, theme)
     return figure
-
-
-def _whole_numbers():  # type: ignore[no-untyped-def]
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=8, integer=True)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from ..routing.comparison import check_same_layers
 from ..routing.profile import RoutingProfile
 from ..routing.statistics import routing_statistics
-from .canvas import LIGHT, Theme, dress, head, legend_beside, new_figure, series_style
+from .canvas import dress, head, legend_beside, new_figure, series_style
+from .themes import LIGHT, Theme
 
 if TYPE_CHECKING:
-    from .figure import ReportFigure
+    from matplotlib.figure import Figure
 
 
-def cold_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = LIGHT) -> ReportFigure:
+def cold_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = LIGHT) -> Figure:
     """One line a profile: share of cold experts, those with fewer than half the uniform share, layer by layer.
 
     Args:

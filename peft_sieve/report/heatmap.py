@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..routing.profile import RoutingProfile, check_profile
 from ..routing.selection import ExpertSelection
-from .canvas import FONT, LIGHT, Theme, dress, new_figure, save_png, shares_map
+from .canvas import FONT, dress, new_figure, save_png, shares_map
+from .themes import LIGHT, Theme
 
 if TYPE_CHECKING:
-    from .figure import ReportFigure
+    from matplotlib.figure import Figure
 
 _TITLE = "Share of its layer's routed tokens that each expert receives"
 _OUTLINE_WIDTH = 1.0  # points
@@ -52,7 +53,7 @@ def save_heatmap(
 
 def heatmap_figure(
     profile: RoutingProfile, selection: Mapping[str, Iterable[int]] | None = None, *, theme: Theme = LIGHT
-) -> ReportFigure:
+) -> Figure:
     """The picture that `save_heatmap` writes, as a figure of matplotlib.
 
     Args:

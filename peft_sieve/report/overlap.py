@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING, Any
 from ..errors import SieveError
 from ..routing.comparison import jaccard_matrix
 from ..routing.profile import RoutingProfile
-from .canvas import FONT, LIGHT, Theme, dress, head, new_figure, shares_map
+from .canvas import FONT, dress, head, new_figure, shares_map
+from .themes import LIGHT, Theme
 
 if TYPE_CHECKING:
-    from .figure import ReportFigure
+    from matplotlib.figure import Figure
 
 _CELL, _MOST_CELLS = 0.46, 9.0  # inches
 _MOST_NUMBERS = 20  # profiles; beyond, the cells are too small to write in
 
 
-def overlap_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = LIGHT, **options: Any) -> ReportFigure:
+def overlap_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = LIGHT, **options: Any) -> Figure:
     """The Jaccard overlap of the selections for each two profiles, mean over layers, as a matrix.
 
     Args:
@@ -30,8 +31,7 @@ def overlap_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = LIG
     """
     if len(profiles) < 2:
         raise SieveError(
-            f"received {len(profiles)} routing profile to compare, expected at least two: add the profile of another "
-            "data set"
+            f"An overlap needs at least 2 routing profiles, got {len(profiles)}. Add the profile of another data set."
         )
     overlaps = jaccard_matrix(profiles, **options)
     number = len(profiles)

@@ -12,23 +12,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SieveError
-from ..files import replaced_when_done
+from ..files import replaced_when_done, writing
 from ..routing.comparison import check_same_layers
 from ..routing.profile import RoutingProfile
 from ..routing.selection import ExpertSelection, select_experts
-from .canvas import DARK, LIGHT, THEMES, Theme
+from .canvas import DPI, as_png
 from .coverage import coverage_figure
 from .depth import cold_figure
 from .heatmap import heatmap_figure
 from .overlap import overlap_figure
 from .stability import stability_figure
 from .tables import layer_table, mean_coverage, profiles_table
+from .themes import DARK, LIGHT, Theme
 
 if TYPE_CHECKING:
-    from .figure import ReportFigure
+    from matplotlib.figure import Figure
 
 PAGE = "index.html"
-_CSS_PIXELS_PER_DOT = 96 / 150  # of the pictures, which have 150 dots an inch
+_THEMES = (LIGHT, DARK)
+_CSS_PIXELS_PER_DOT = 96 / DPI
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,13 @@ class Plot:
     name: str
     heading: str
     caption: str
-    draw: Callable[[Theme], ReportFigure]
+    draw: Callable[[Theme], Figure]
 
 
-def report_plots(profiles: Mapping[str, RoutingProfile], **options: Any) -> dict[str, list[Plot]]:
-    """The figures of a report, not drawn yet: under "" those over all profiles, then those of each.
-
-    Args:
-        profiles: by the name to show, of one model.
-        options: of `select_experts`.
-
-    Raises:
-        SieveError: if the profiles are of different models, or an option is out of range.
-    """
-    check_same_layers(profiles)
-    score = options.get("score", "count")
-    selections = {name: select_experts(profile, **options) for name, profile in profiles.items()}
+def _plots(
+    profiles: Mapping[str, RoutingProfile], selections: Mapping[str, ExpertSelection], options: Mapping[str, Any]
+) -> dict[str, list[Plot]]:
+    """The figures of a report, not drawn yet: under "" those over all profiles, then those of each."""
     common = [
         Plot(
             "cold",
@@ -87,7 +80,7 @@ def report_plots(profiles: Mapping[str, RoutingProfile], **options: Any) -> dict
         common.insert(1, overlap)
     plots = {"": common}
     for name, label in _file_labels(profiles).items():
-        plots[name] = _plots_of(name, label, profiles[name], selections[name], score)
+        plots[name] = _plots_of(name, label, profiles[name], selections[name], options.get("score", "count"))
     return plots
 
 
@@ -134,26 +127,22 @@ def write_report(
         SieveError: if matplotlib or jinja2 is not installed, the profiles are of different models, an option is out of
             range, or nothing can be written there.
     """
-    plots = report_plots(profiles, **options)
+    check_same_layers(profiles)
+    selections = {name: select_experts(profile, **options) for name, profile in profiles.items()}
+    plots = _plots(profiles, selections, options)
     every = [plot for group in plots.values() for plot in group]
     template = _template()
     pictures: dict[str, bytes] = {}
     for plot in every:
-        for theme in THEMES.values():
-            pictures[_file(plot, theme)] = plot.draw(theme)._repr_png_()
-            on_progress(len(pictures), len(every) * len(THEMES))
-    page = template.render(_contents(profiles, plots, pictures, options))
+        for theme in _THEMES:
+            pictures[_file(plot, theme)] = as_png(plot.draw(theme))
+            on_progress(len(pictures), len(every) * len(_THEMES))
+    page = template.render(_contents(profiles, selections, plots, pictures, options))
     target = Path(folder)
-    try:
-        with replaced_when_done(target) as staging:
-            for name, data in pictures.items():
-                Path(staging, name).write_bytes(data)
-            Path(staging, PAGE).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise SieveError(
-            f"could not write the report to {target} ({error.strerror or error}), expected a folder that can be "
-            "written to: choose another"
-        ) from error
+    with writing("report", target), replaced_when_done(target) as staging:
+        for name, data in pictures.items():
+            Path(staging, name).write_bytes(data)
+        Path(staging, PAGE).write_text(page, encoding="utf-8")
     return [target / PAGE, *(target / name for name in pictures)]
 
 
@@ -162,7 +151,7 @@ def _template() -> Any:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
         raise SieveError(
-            f"the page is made with jinja2, which cannot be imported ({error}): pip install peft-sieve[report]"
+            f"The page needs jinja2, which cannot be imported ({error}). Run `pip install peft-sieve[report]`."
         ) from error
     loader = PackageLoader("peft_sieve.report", "")
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("page.html")
@@ -170,12 +159,12 @@ def _template() -> Any:
 
 def _contents(
     profiles: Mapping[str, RoutingProfile],
+    selections: Mapping[str, ExpertSelection],
     plots: Mapping[str, list[Plot]],
     pictures: Mapping[str, bytes],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     score = options.get("score", "count")
-    selections = {name: select_experts(profile, **options) for name, profile in profiles.items()}
     anchors = _file_labels(profiles)
     sections = [
         {
@@ -202,7 +191,7 @@ def _contents(
 
 
 def _embedded(plot: Plot, pictures: Mapping[str, bytes]) -> dict[str, Any]:
-    light, dark = (pictures[_file(plot, theme)] for theme in (LIGHT, DARK))
+    light, dark = (pictures[_file(plot, theme)] for theme in _THEMES)
     width, height = struct.unpack(">II", light[16:24])  # of a PNG, in its first chunk
     return {
         "heading": plot.heading,

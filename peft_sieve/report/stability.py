@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..routing.comparison import resampled_stability, smaller_sample_stability
 from ..routing.profile import RoutingProfile
-from .canvas import LIGHT, Theme, dress, head, legend_beside, new_figure, series_style
+from .canvas import dress, head, legend_beside, new_figure, series_style
+from .themes import LIGHT, Theme
 
 if TYPE_CHECKING:
-    from .figure import ReportFigure
+    from matplotlib.figure import Figure
 
 _FEWEST_TOKENS = 32
 _SMALLEST_PART = 2.0**-12  # where the number of tokens is not known
 
 
-def stability_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = LIGHT, **options: Any) -> ReportFigure:
+def stability_figure(profiles: Mapping[str, RoutingProfile], *, theme: Theme = LIGHT, **options: Any) -> Figure:
     """Overlap of the selection with the one from all tokens, against the number of tokens.
 
     Thin lines: parts of each profile drawn at random, dispatch by dispatch, which is the best case, since the tokens of

@@ -84,11 +84,11 @@ def profiles_table(
             (
                 name,
                 UNKNOWN if profile.num_tokens is None else f"{profile.num_tokens:,}",
-                _number(statistics.mean_layer_cv, ".2f"),
-                _number(statistics.global_cv, ".2f"),
-                _number(statistics.mean_cold_fraction, ".1%"),
+                _or_unknown(statistics.mean_layer_cv, ".2f"),
+                _or_unknown(statistics.global_cv, ".2f"),
+                _or_unknown(statistics.mean_cold_fraction, ".1%"),
                 f"{sum(map(len, selection.values())):,} of {total:,}",
-                _number(mean_coverage(profile, selection, score), ".1%"),
+                _or_unknown(mean_coverage(profile, selection, score), ".1%"),
             )
         )
     header = ("profile", "tokens", "layer CV", "global CV", "cold", "selected", "coverage")
@@ -102,5 +102,5 @@ def mean_coverage(profile: RoutingProfile, selection: ExpertSelection, score: st
     return math.fsum(reached) / len(reached) if reached else math.nan
 
 
-def _number(value: float, form: str) -> str:
+def _or_unknown(value: float, form: str) -> str:
     return UNKNOWN if math.isnan(value) else format(value, form)

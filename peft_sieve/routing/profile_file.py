@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from ..checks import must_be, one_line
 from ..errors import SieveError
+from ..files import write_file
 from .profile_fields import COUNTS_DTYPE, MASS_DTYPE, WEIGHTS
 
 Profile = TypeVar("Profile")  # a RoutingProfile, which this module does not import: it is imported by it
@@ -34,22 +32,7 @@ def write(profile: Any, path: Any) -> None:
     for what, prefix in _WEIGHTS.items():
         tensors |= {prefix + name: layer for name, layer in (getattr(profile, what) or {}).items()}
     blob = to_safetensors(tensors, metadata={HEADER_KEY: json.dumps(_header(profile))})
-    target = _as_path(path)
-    scratch = target.parent / f".{uuid.uuid4().hex}.tmp"  # same folder, so the same file system
-    try:
-        with open(scratch, "xb") as file:
-            file.write(blob)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, target)
-    except OSError as error:
-        raise SieveError(
-            f"could not write the routing profile to {target} ({error.strerror or error}), "
-            "expected a file name in a writable folder: create the folder or choose another path"
-        ) from error
-    finally:
-        with suppress(OSError):  # after os.replace there is nothing left to remove
-            scratch.unlink()
+    write_file(_as_path(path), blob, "routing profile")
 
 
 def read(path: Any, make: Callable[..., Profile]) -> Profile:

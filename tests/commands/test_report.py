@@ -57,7 +57,7 @@ def test_errors_are_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str
     for words, text in (
         ([first, f"x={folder}/other/profile.safetensors", "-o", f"{folder}/out"], "and 'x'"),
         ([f"{folder}/none.safetensors", "-o", f"{folder}/out"], "could not read a routing profile"),
-        ([first, "-o", f"{folder}/taken"], "could not write the report"),
+        ([first, "-o", f"{folder}/taken"], "report cannot be written to"),
         ([first, "-o", f"{folder}/out", "--score", "mass"], "score='mass' needs a profile with mass"),
     ):
         assert main(["report", *words]) == 1

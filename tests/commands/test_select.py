@@ -79,8 +79,8 @@ def test_a_layer_without_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[st
             ["{0}", "--top-k", "65"],
             "top_k must be at most 64, the number of experts of layer 'model.layers.0.mlp.experts', got 65",
         ),
-        (["{0}", "-o", "/no/such/folder/mask.json"], "would lie in /no/such/folder, which is no folder"),
-        (["{0}", "-o", "/tmp"], "/tmp is a folder, expected the name of a file"),
+        (["{0}", "-o", "/no/such/folder/mask.json"], "no folder /no/such/folder"),
+        (["{0}", "-o", "/tmp"], "/tmp is a folder"),
     ],
 )
 def test_errors_are_one_sentence(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
 
 from peft_sieve import RoutingProfile, SieveError, routing_statistics, select_experts
 from peft_sieve.report import (
@@ -19,7 +20,6 @@ from peft_sieve.report import (
     overlap_figure,
     stability_figure,
 )
-from peft_sieve.report.figure import ReportFigure
 from peft_sieve.routing.comparison import coverage_curves, jaccard_matrix
 from tests.report.layout import check_layout, visible_texts
 
@@ -34,7 +34,7 @@ def olmoe() -> dict[str, RoutingProfile]:
         return {name: RoutingProfile.from_arrays(arrays[f"{name}.counts"], num_experts_per_tok=8) for name in names}
 
 
-def texts_of(figure: ReportFigure) -> list[str]:
+def texts_of(figure: Figure) -> list[str]:
     return [text.get_text() for text in visible_texts(figure)]
 
 
@@ -49,7 +49,7 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def check(figure: ReportFigure, theme: Theme) -> None:
+def check(figure: Figure, theme: Theme) -> None:
     """Nothing overlaps, everything contrasts with the background, and a notebook gets a picture."""
     figure.draw_without_rendering()
     check_layout(figure)
@@ -136,7 +136,7 @@ def test_overlap_of_many_and_of_one(olmoe: dict[str, RoutingProfile]) -> None:
     figure = overlap_figure(many)
     check(figure, LIGHT)
     assert not figure.axes[0].texts  # no room for numbers
-    with pytest.raises(SieveError, match="received 1 routing profile"):
+    with pytest.raises(SieveError, match="at least 2 routing profiles, got 1"):
         overlap_figure({"gsm8k": olmoe["gsm8k"]})
 
 

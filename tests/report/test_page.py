@@ -125,5 +125,5 @@ def test_a_failed_report_leaves_the_old_one(
 
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("x")
-    with pytest.raises(SieveError, match="could not write the report to .*taken"):
+    with pytest.raises(SieveError, match="report cannot be written to .*taken"):
         write_report({"one": RoutingProfile(counts={"a": [8, 1]})}, tmp_path / "taken")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from peft_sieve import SieveError, SieveLoraConfig
-from peft_sieve.kernels.chunks import BACKEND_VARIABLE
+from peft_sieve.kernels.backend import BACKEND_VARIABLE
 from peft_sieve.moe.families.registry import family_of
 from peft_sieve.moe.topology import MoELayer
 from peft_sieve.tuners.common.experts import fused

@@ -18,7 +18,7 @@ from transformers import TorchAoConfig
 from trl import SFTConfig, SFTTrainer
 
 from peft_sieve import SieveError, SieveLoraConfig, export_lora, inspect_adapter, merge_checkpoint
-from peft_sieve.kernels.chunks import BACKEND_VARIABLE
+from peft_sieve.kernels.backend import BACKEND_VARIABLE
 from peft_sieve.moe.topology import find_moe_layers
 from peft_sieve.tuners.common.experts.layer import expert_layers
 from tests.deepseek_like import deepseek_like

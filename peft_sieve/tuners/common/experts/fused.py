@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from ....errors import SieveError
-from ....kernels.chunks import CHUNK_ROWS, device_chunks, device_groups_usable, loop_chunks
+from ....kernels.backend import device_groups_usable
+from ....kernels.chunks import CHUNK_ROWS, device_chunks, loop_chunks
+from ....kernels.delta import PackedPart
 from ....kernels.dispatch import sort_by_expert
 from ....kernels.dropout import Dropout
 from ....kernels.expert_function import ExpertFunction, ExpertPlan
 from ....kernels.full_delta import FullDelta
-from ....kernels.low_rank import LowRank, Part
+from ....kernels.low_rank import LowRank
 from ....kernels.stacks import ExpertStacks
 from ....moe.families.fused import FusedExperts
 from ....moe.placement import onloaded
@@ -147,12 +149,12 @@ class FusedSieveExperts(SieveExpertLayer):
         parts = self._parts(adapter_name, ranks, columns)
         return [FullDelta(plan.slot_of, self.slots_module(adapter_name).ids, parts, len(factors) - 1)]
 
-    def _parts(self, adapter_name: str, ranks: Mapping[str, int], columns: Mapping[str, slice]) -> list[Part]:
+    def _parts(self, adapter_name: str, ranks: Mapping[str, int], columns: Mapping[str, slice]) -> list[PackedPart]:
         """Which rows of packed tensors belong to which columns of the product, for projections in the order packed."""
         parts, start = [], 0
         for projection, rank in ranks.items():
             scaling = self.scaling[adapter_name] * self.plans[adapter_name].relative_scaling[projection]
-            parts.append(Part(slice(start, start + rank), columns[projection], scaling))
+            parts.append(PackedPart(slice(start, start + rank), columns[projection], scaling))
             start += rank
         return parts
 

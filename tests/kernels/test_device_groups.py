@@ -17,9 +17,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from peft_sieve.kernels import triton_groups  # noqa: E402
+from peft_sieve.kernels import device_groups  # noqa: E402
+from peft_sieve.kernels.device_groups import DeviceGroups  # noqa: E402
 from peft_sieve.kernels.dropout import Dropout  # noqa: E402
-from peft_sieve.kernels.triton_groups import multiply, outer  # noqa: E402
+from peft_sieve.kernels.groups import ProductOptions  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -50,9 +51,8 @@ def _random(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "cont
     return views[layout]
 
 
-def _bounds(bounds: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    starts, ends = torch.tensor(bounds, dtype=torch.int32, device=DEVICE).unbind(1)
-    return starts, ends
+def _groups(bounds: list[tuple[int, int]]) -> DeviceGroups:
+    return DeviceGroups(*torch.tensor(bounds, dtype=torch.int32, device=DEVICE).unbind(1))
 
 
 def _assert_close(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, terms: int) -> None:
@@ -80,10 +80,10 @@ def _check_multiply(
     mask_out: torch.Tensor | float = 1.0,
     **dropout: Any,
 ) -> None:
-    """Run `multiply` and compare rows in groups with the loop, and everything else in storage with what was there."""
+    """Multiply, and compare rows in groups with the loop, and everything else in storage with what was there."""
     storage = out if out._base is None else out._base
     before, old = storage.clone(), out.double()
-    multiply(x, matrices, *_bounds(bounds), out, alpha=alpha, accumulate=accumulate, **dropout)
+    _groups(bounds).multiply(x, matrices, out, ProductOptions(alpha=alpha, accumulate=accumulate, **dropout))
 
     masked = x.double() * mask_x
     rounded = matrices.to(x.dtype).double()
@@ -118,7 +118,7 @@ def _check_outer(
 ) -> None:
     storage = out if out._base is None else out._base
     before = storage.clone()
-    outer(x, y, *_bounds(bounds), out, alpha=alpha, dropout=dropout)
+    _groups(bounds).outer(x, y, out, ProductOptions(alpha=alpha, dropout=dropout))
 
     left, right = x.double(), y.to(x.dtype).double() * mask
     for group, (start, end) in enumerate(bounds):
@@ -135,7 +135,7 @@ def _mask(rows: int, width: int, dropout: Dropout) -> torch.Tensor:
     """The mask of a matrix, its scaling included: what `multiply` makes of ones. float64."""
     x, matrices = torch.ones(rows, 1, device=DEVICE), torch.ones(1, 1, width, device=DEVICE)
     out = torch.empty(rows, width, device=DEVICE)
-    multiply(x, matrices, *_bounds([(0, rows)]), out, dropout=dropout, drop_output=True)
+    _groups([(0, rows)]).multiply(x, matrices, out, ProductOptions(dropout=dropout, drop_output=True))
     return out.double()
 
 
@@ -195,11 +195,11 @@ def test_nothing_to_do() -> None:
     _check_multiply(_random(ROWS, 5), _random(2, 5, 7), _random(ROWS, 7, seed=2), bounds=empty)
     _check_multiply(_random(0, 5), _random(2, 5, 7), _random(0, 7), bounds=empty)
     _check_outer(_random(0, 5), _random(0, 7), _random(2, 5, 7), bounds=empty)
-    no_bounds = torch.empty(0, dtype=torch.int32, device=DEVICE)
+    none = DeviceGroups(*torch.empty(2, 0, dtype=torch.int32, device=DEVICE))
     out = _random(ROWS, 7)
-    multiply(_random(ROWS, 5), _random(0, 5, 7), no_bounds, no_bounds, out)
+    none.multiply(_random(ROWS, 5), _random(0, 5, 7), out)
     assert torch.equal(out, _random(ROWS, 7))
-    outer(_random(ROWS, 5), _random(ROWS, 7), no_bounds, no_bounds, _random(0, 5, 7))
+    none.outer(_random(ROWS, 5), _random(ROWS, 7), _random(0, 5, 7))
 
 
 def test_rows_outside_groups_are_not_read() -> None:
@@ -209,23 +209,23 @@ def test_rows_outside_groups_are_not_read() -> None:
     spoiled_x, spoiled_y = torch.full_like(x, torch.nan), torch.full_like(y, torch.nan)
     spoiled_x[inside], spoiled_y[inside] = x[inside], y[inside]
     out = torch.zeros(ROWS, 30, device=DEVICE)
-    multiply(spoiled_x, _random(len(BOUNDS), 20, 30), *_bounds(BOUNDS), out)
+    _groups(BOUNDS).multiply(spoiled_x, _random(len(BOUNDS), 20, 30), out)
     sums = torch.zeros(len(BOUNDS), 20, 30, device=DEVICE)
-    outer(spoiled_x, spoiled_y, *_bounds(BOUNDS), sums)
+    _groups(BOUNDS).outer(spoiled_x, spoiled_y, sums)
     assert out.isfinite().all() and sums.isfinite().all()
 
 
 def test_wrong_shapes_are_refused() -> None:
-    starts, ends = _bounds(BOUNDS)
+    groups = _groups(BOUNDS)
     x, matrices, out = _random(ROWS, 5), _random(len(BOUNDS), 5, 7), _random(ROWS, 7)
     with pytest.raises(ValueError, match="matrices has shape"):
-        multiply(x, matrices.mT, starts, ends, out)
+        groups.multiply(x, matrices.mT, out)
     with pytest.raises(ValueError, match="out has shape"):
-        multiply(x, matrices, starts, ends, out[1:])
+        groups.multiply(x, matrices, out[1:])
     with pytest.raises(ValueError, match="ends has shape"):
-        multiply(x, matrices, starts, ends[1:], out)
+        DeviceGroups(groups.starts, groups.ends[1:]).multiply(x, matrices, out)
     with pytest.raises(ValueError, match="y has shape"):
-        outer(x, out[1:], starts, ends, matrices)
+        groups.outer(x, out[1:], matrices)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -249,7 +249,7 @@ def test_infinite_elements_can_be_dropped() -> None:
     kept = _mask(ROWS, 40, dropout) != 0
     x = torch.where(kept, 1.0, torch.inf)
     out = torch.empty(ROWS, 1, device=DEVICE)
-    multiply(x, torch.ones(1, 40, 1, device=DEVICE), *_bounds(EVERYTHING), out, dropout=dropout)
+    _groups(EVERYTHING).multiply(x, torch.ones(1, 40, 1, device=DEVICE), out, ProductOptions(dropout=dropout))
     assert torch.equal(out[:, 0], 2.0 * kept.sum(1))
 
 
@@ -278,9 +278,9 @@ def test_masks_beyond_2_to_32_elements() -> None:
     last = 2**32 // width
     x, y = torch.ones(1, 1, device=DEVICE), torch.ones(1, width, device=DEVICE)
     masks = torch.empty(2, 1, width, device=DEVICE)
-    bounds = _bounds([(0, 1), (last, last + 1)])
+    groups = _groups([(0, 1), (last, last + 1)])
     # Of stride zero, so that the rows need no memory.
-    outer(x.expand(last + 1, 1), y.expand(last + 1, width), *bounds, masks, dropout=dropout)
+    groups.outer(x.expand(last + 1, 1), y.expand(last + 1, width), masks, ProductOptions(dropout=dropout))
     agreement = (masks[0] == masks[1]).double().mean().item()
     assert abs(agreement - 0.5) <= 5 * (0.25 / width) ** 0.5
 
@@ -294,7 +294,7 @@ def test_offsets_beyond_2_to_31_elements() -> None:
     rows = storage.as_strided((last + 1, 20), (stride, 1))
     rows[last] = 1
     out = torch.empty(1, 20, 3, device=DEVICE)
-    outer(rows, torch.ones(1, 3, device=DEVICE).expand(last + 1, 3), *_bounds([(last, last + 1)]), out)
+    _groups([(last, last + 1)]).outer(rows, torch.ones(1, 3, device=DEVICE).expand(last + 1, 3), out)
     assert (out == 1).all()
 
 
@@ -303,8 +303,8 @@ def test_same_bits_every_time(dropout: Dropout | None) -> None:
     x, y, matrices = _random(ROWS, 35), _random(ROWS, 33, seed=1), _random(len(BOUNDS), 35, 33, seed=2)
     rows, sums = torch.zeros(2, ROWS, 33, device=DEVICE), torch.zeros(2, len(BOUNDS), 35, 33, device=DEVICE)
     for turn in range(2):
-        multiply(x, matrices, *_bounds(BOUNDS), rows[turn], dropout=dropout)
-        outer(x, y, *_bounds(BOUNDS), sums[turn], dropout=dropout)
+        _groups(BOUNDS).multiply(x, matrices, rows[turn], ProductOptions(dropout=dropout))
+        _groups(BOUNDS).outer(x, y, sums[turn], ProductOptions(dropout=dropout))
     assert torch.equal(rows[0], rows[1]) and torch.equal(sums[0], sums[1])
 
 
@@ -335,34 +335,34 @@ def compile_all(capability: int) -> None:
     bfloat16, float16, float32 = DTYPES
     calls: list[tuple[Any, ...]] = [
         # float16 goes the way of bfloat16.
-        (multiply, float16, float16, 2048, 128, accumulate),
-        (multiply, float16, float16, 128, 2048, drop_output),
-        (outer, float16, float16, 128, 2048, {}),
-        (multiply, bfloat16, float32, 2048, 128, dropout),
-        (multiply, bfloat16, float32, 128, 2048, accumulate),
+        ("multiply", float16, float16, 2048, 128, accumulate),
+        ("multiply", float16, float16, 128, 2048, drop_output),
+        ("outer", float16, float16, 128, 2048, {}),
+        ("multiply", bfloat16, float32, 2048, 128, dropout),
+        ("multiply", bfloat16, float32, 128, 2048, accumulate),
     ]
     for dtype in (bfloat16, float32):
-        calls.append((multiply, dtype, dtype, 2048, 128, {}))
-        calls.append((multiply, dtype, dtype, 2048, 128, dropout))
-        calls.append((multiply, dtype, dtype, 128, 2048, drop_output | accumulate))
-        calls.append((outer, dtype, dtype, 128, 2048, dropout))
-    for function, *call in calls:
-        kernel, arguments = _launch(function, *call)
+        calls.append(("multiply", dtype, dtype, 2048, 128, {}))
+        calls.append(("multiply", dtype, dtype, 2048, 128, dropout))
+        calls.append(("multiply", dtype, dtype, 128, 2048, drop_output | accumulate))
+        calls.append(("outer", dtype, dtype, 128, 2048, dropout))
+    for method, *call in calls:
+        kernel, arguments = _launch(method, *call)
         options = {name: arguments[name] for name in ("num_warps", "num_stages")}
         target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
         compiled = triton.compile(_source(kernel, arguments), target=target, options=options)
         cubin = compiled.asm["cubin"]
-        result = {"call": repr((function.__name__, *call)), "shared": compiled.metadata.shared}
+        result = {"call": repr((method, *call)), "shared": compiled.metadata.shared}
         print(json.dumps(result | {"size": len(cubin), "elf": cubin[:4] == b"\x7fELF"}), flush=True)
 
 
 def _launch(
-    function: Any, dtype: torch.dtype, second: torch.dtype, inner: int, n: int, options: dict[str, Any]
+    method: str, dtype: torch.dtype, second: torch.dtype, inner: int, n: int, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The kernel that a call launches and its arguments by name, on tensors without memory."""
     rows, groups = 131072, 64
-    name = f"_{function.__name__}_kernel"
-    kernel = getattr(triton_groups, name)
+    name = f"{method}_kernel"
+    kernel = getattr(device_groups, name)
     launches: list[dict[str, Any]] = []
 
     class Recorder:
@@ -370,9 +370,8 @@ def _launch(
             return lambda *args, **kwargs: launches.append(dict(zip(kernel.arg_names, args, strict=False), **kwargs))
 
     with pytest.MonkeyPatch.context() as monkeypatch, torch.device("meta"):
-        monkeypatch.setattr(triton_groups, name, Recorder())
-        bounds = [torch.empty(groups, dtype=torch.int32) for _ in range(2)]
-        if function is multiply:
+        monkeypatch.setattr(device_groups, name, Recorder())
+        if method == "multiply":
             empty = [
                 torch.empty(rows, inner, dtype=dtype),
                 torch.empty(groups, inner, n, dtype=second),
@@ -384,7 +383,8 @@ def _launch(
                 torch.empty(rows, n, dtype=second),
                 torch.empty(groups, inner, n),
             ]
-        function(*empty[:2], *bounds, empty[2], **options)
+        ranges = DeviceGroups(*torch.empty(2, groups, dtype=torch.int32))
+        getattr(ranges, method)(*empty, ProductOptions(**options))
     return kernel, launches[0]
 
 

@@ -1,4 +1,4 @@
-"""How sorted rows are cut into chunks, and which implementation is chosen."""
+"""Which implementation of the products is chosen."""
 
 from __future__ import annotations
 
@@ -6,17 +6,7 @@ import pytest
 import torch
 
 from peft_sieve import SieveError
-from peft_sieve.kernels.chunks import BACKEND_VARIABLE, device_groups_usable, loop_chunks
-
-
-@pytest.mark.parametrize(
-    ("chunk_rows", "expected"),
-    [(1, [(0, 5), (5, 11), (11, 12)]), (6, [(0, 11), (11, 12)]), (100, [(0, 12)])],
-)
-def test_chunks_hold_whole_experts(chunk_rows: int, expected: list[tuple[int, int]]) -> None:
-    chunks = loop_chunks(torch.tensor([5, 0, 6, 1]), chunk_rows)
-    assert [(chunk.rows.start, chunk.rows.stop) for chunk in chunks] == expected
-    assert loop_chunks(torch.tensor([0, 0])) == []
+from peft_sieve.kernels.backend import BACKEND_VARIABLE, device_groups_usable
 
 
 @pytest.mark.parametrize(
@@ -47,12 +37,12 @@ def test_the_cpu_loops_unless_told_otherwise() -> None:
 
 def test_kernels_without_triton_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BACKEND_VARIABLE, "device")
-    monkeypatch.setattr("peft_sieve.kernels.chunks.find_spec", lambda name: None)
-    with pytest.raises(SieveError, match="'device' and Triton is not installed, expected it there: pip install triton"):
+    monkeypatch.setattr("peft_sieve.kernels.backend.find_spec", lambda name: None)
+    with pytest.raises(SieveError, match="'device'.*pip install triton"):
         device_groups_usable([torch.rand(2, 8, 16)])
 
 
 def test_an_unknown_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BACKEND_VARIABLE, "cuda")
-    with pytest.raises(SieveError, match="PEFT_SIEVE_BACKEND is 'cuda', expected auto, loop"):
+    with pytest.raises(SieveError, match="PEFT_SIEVE_BACKEND must be one of 'auto', 'loop', 'device', got 'cuda'"):
         device_groups_usable([torch.rand(2, 8, 16)])
