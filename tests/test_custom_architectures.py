@@ -104,7 +104,7 @@ def test_the_whole_path(page: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", [ModuleExperts, "mixtral", None])
 def test_what_is_no_family(given: Any) -> None:
-    with pytest.raises(SieveError, match="register_moe_family received .*expected an instance of a class derived"):
+    with pytest.raises(SieveError, match="register_moe_family .*MoEFamily"):
         register_moe_family(given)
 
 
@@ -116,7 +116,7 @@ def test_what_is_no_adapter_layer(layer_class: Any, monkeypatch: pytest.MonkeyPa
     register_moe_family(family)
     model = transformers4_like("mixtral_v4")
     modules = list(model.modules())
-    with pytest.raises(SieveError, match="the family 'mine', whose layer_class is .*expected an adapter layer"):
+    with pytest.raises(SieveError, match="family 'mine'.*layer_class"):
         get_peft_model(model, SieveLoraConfig(selected_experts={"model.layers.0.block_sparse_moe.experts": [1]}))
     assert list(model.modules()) == modules
 
