@@ -177,12 +177,13 @@ def test_wrong_names_are_refused(names: Any, match: str) -> None:
     base = tiny_model("olmoe")
     model = pair(base, target_modules=[], train_router=False)
     batch = token_batch(base, batch=4)
+    hooks = [list(module._forward_pre_hooks) for module in model.modules()]
     with torch.no_grad():
         before = model(**batch).logits
         with pytest.raises(SieveError, match=match):
             model(**batch, adapter_names=names)
         assert torch.equal(model(**batch).logits, before)
-    assert not any(module._forward_pre_hooks for module in model.base_model.model.model.modules())
+    assert [list(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
 def test_training_merged_adapters_and_lists_of_modules_are_refused() -> None:

@@ -72,7 +72,7 @@ def test_the_callback_moves_ranks_under_trl_defaults(texts: Dataset, tmp_path: P
 
 def test_what_cannot_work_is_refused_when_training_begins(tokens: Dataset, tmp_path: Path) -> None:  # noqa: F811
     sieve = SieveLoraConfig(r=4, selected_experts=MASK, task_type="CAUSAL_LM")
-    with pytest.raises(SieveError, match="OlmoeForCausalLM, has no EPnG adapter in training"):
+    with pytest.raises(SieveError, match="PeftModelForCausalLM, has no EPnG adapter in training"):
         trainer("trainer", tokens, tmp_path, sieve).train()
     run = trainer("trainer", tokens, tmp_path)
     for name, value, text in (

@@ -81,6 +81,19 @@ def test_one_layer_is_as_transformers_computes_it(top_k: int) -> None:
         assert_same(shares, theirs / top_k, "loss per selection", rtol=1e-6)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_in_float64_it_is_the_naive_loss(top_k: int) -> None:
+    """Value and gradient; what is left above, in float32, is the order of the sums."""
+    logits = torch.randn(24, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    real = torch.arange(24) % 5 != 0
+    probabilities = logits.softmax(-1)
+    fast = balance_loss(probabilities, probabilities.topk(top_k, dim=-1).indices, real)
+    naive = naive_balance(list(logits[real]), top_k)
+    assert_same(fast, naive, "loss", rtol=1e-13)
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (fast, naive)]
+    assert_same(*gradients, "gradient", rtol=1e-12, atol=1e-15)
+
+
 def test_an_even_router_scores_top_k() -> None:
     probabilities = (torch.eye(4, dtype=torch.float64) * 1e-9).softmax(-1)
     ids = probabilities.argmax(-1, keepdim=True)
