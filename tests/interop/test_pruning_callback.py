@@ -100,7 +100,7 @@ def test_sft_without_the_callback_has_the_balance_loss_too(tokens: Dataset, tmp_
     """And so nothing to warn of, in either."""
     losses = []
     for callback in (False, True):
-        trainer = trainer_of("sft", tokens, tmp_path, callback=callback, max_steps=2)
+        trainer = trainer_of("sft", tokens, tmp_path, callback=callback, changes={"prune_step": 2}, max_steps=2)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "(?i)the balance loss")
             trainer.train()

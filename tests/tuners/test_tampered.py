@@ -278,7 +278,7 @@ def test_the_good_adapter_is_taken(saved: Saved) -> None:
         ("other ids", ("[1, 6]", "[1, 5]", FIRST, CONFIG)),
         ("ids as floats", ("1.0", FIRST, "whole numbers")),
         ("shapes of another model", ("intermediate size 25", "intermediate size 24", FIRST)),
-        ("type LORA", ("'LORA'", "'SIEVE_LORA'")),
+        ("type LORA", ("'LORA'", "SIEVE_LORA")),
         ("factor wider", ("(2, 4, 48)", "(2, 4, 24)", DOWN_A)),
         ("router gone", (ROUTER_B,)),
     ],
