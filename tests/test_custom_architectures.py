@@ -21,18 +21,11 @@ from peft_sieve import (
     register_moe_family,
 )
 from peft_sieve.moe.families import registry as families
-from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.tuners.common.experts.by_family import layer_class_of
-from peft_sieve.tuners.common.experts.module_list import ModuleListSieveExperts
 from tests.models import randomize_adapters
 from tests.reference import assert_same
 from tests.transformers4_like import transformers4_like
 
 PAGE = Path(__file__).parents[1] / "docs" / "custom-architectures.md"
-
-
-class MyLayer(ModuleListSieveExperts):
-    """An adapter layer that a family may name."""
 
 
 @pytest.fixture
@@ -111,7 +104,7 @@ def test_the_whole_path(page: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("given", [ModuleExperts, "mixtral", None])
 def test_what_is_no_family(given: Any) -> None:
-    with pytest.raises(SieveError, match="register_moe_family takes an instance of a MoEFamily class, got "):
+    with pytest.raises(SieveError, match="register_moe_family .*MoEFamily"):
         register_moe_family(given)
 
 
@@ -123,19 +116,9 @@ def test_what_is_no_adapter_layer(layer_class: Any, monkeypatch: pytest.MonkeyPa
     register_moe_family(family)
     model = transformers4_like("mixtral_v4")
     modules = list(model.modules())
-    with pytest.raises(SieveError, match="the family 'mine', whose layer_class is .*, not an adapter layer"):
+    with pytest.raises(SieveError, match="family 'mine'.*layer_class"):
         get_peft_model(model, SieveLoraConfig(selected_experts={"model.layers.0.block_sparse_moe.experts": [1]}))
     assert list(model.modules()) == modules
-
-
-def test_an_adapter_layer_of_your_own_goes_before_that_for_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "_FAMILIES", list(families._FAMILIES))
-    family = ModuleExperts("mine", gate_proj="w1", up_proj="w3", down_proj="w2")
-    register_moe_family(family)
-    layer = find_moe_layers(transformers4_like("mixtral_v4"))[0]
-    assert layer_class_of(layer) is ModuleListSieveExperts
-    family.layer_class = f"{__name__}:MyLayer"
-    assert layer_class_of(layer) is MyLayer
 
 
 def test_a_later_family_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:

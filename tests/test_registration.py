@@ -16,7 +16,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import peft_sieve
 from peft_sieve import SieveLoraConfig, SieveLoraModel
-from peft_sieve.hf import patches as registration
+from peft_sieve.hf import patches
+from peft_sieve.hf.methods import methods
 from tests.models import tiny_model, token_batch
 
 IMPORT = """
@@ -34,7 +35,7 @@ print(json.dumps({"heavy": heavy, "type": PeftType("SIEVE_LORA").value, "members
 
 def test_the_import_pulls_in_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
-    members = list(registration.PEFT_TYPES)
+    members = [method.name for method in methods()]
     assert json.loads(done.stdout) == {"heavy": [], "type": "SIEVE_LORA", "members": members}
 
 
@@ -56,7 +57,7 @@ def test_importing_twice_and_reloading(tmp_path: Path) -> None:
     config = SieveLoraConfig(selected_experts={"model.layers.0.mlp.experts": [2, 1]})
     dumped = pickle.dumps(config)
     originals = {n: PeftModel.__dict__[n]._peft_sieve_original for n in ("save_pretrained", "load_adapter")}
-    importlib.reload(registration)
+    importlib.reload(patches)
     importlib.reload(peft_sieve)
     assert pickle.loads(dumped) == config
     for name, original in originals.items():

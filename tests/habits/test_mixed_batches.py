@@ -166,10 +166,10 @@ def test_generate(num_beams: int) -> None:
 @pytest.mark.parametrize(
     ("names", "match"),
     [
-        (["default", "third", "__base__", "other"], "holds other, third, expected names among"),
-        ("default", "adapter_names is 'default', expected a list"),
-        (["default", "second"], "stands for 2 rows and the batch has 4"),
-        (["default"] * 8, "stands for 8 rows and the batch has 4"),
+        (["default", "third", "__base__", "other"], "adapter_names .*other.*third"),
+        ("default", "adapter_names .*list.*default|adapter_names .*default.*list"),
+        (["default", "second"], r"adapter_names .*\b2\b.*rows.*\b4\b"),
+        (["default"] * 8, r"adapter_names .*\b8\b.*rows.*\b4\b"),
     ],
 )
 def test_wrong_names_are_refused(names: Any, match: str) -> None:
@@ -177,24 +177,25 @@ def test_wrong_names_are_refused(names: Any, match: str) -> None:
     base = tiny_model("olmoe")
     model = pair(base, target_modules=[], train_router=False)
     batch = token_batch(base, batch=4)
+    hooks = [list(module._forward_pre_hooks) for module in model.modules()]
     with torch.no_grad():
         before = model(**batch).logits
         with pytest.raises(SieveError, match=match):
             model(**batch, adapter_names=names)
         assert torch.equal(model(**batch).logits, before)
-    assert not any(module._forward_pre_hooks for module in model.base_model.model.model.modules())
+    assert [list(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
 def test_training_merged_adapters_and_lists_of_modules_are_refused() -> None:
     base = tiny_model("olmoe")
     model, batch = pair(base), token_batch(base, batch=4)
-    with pytest.raises(SieveError, match="training mode, expected evaluation mode"):
+    with pytest.raises(SieveError, match="adapter_names .*training mode"):
         model.train()(**batch, adapter_names=NAMES)
     model.eval().merge_adapter()
-    with pytest.raises(SieveError, match="while default is merged.*unmerge_adapter"):
+    with pytest.raises(SieveError, match="default.* merged.*unmerge_adapter"):
         model(**batch, adapter_names=NAMES)
     listed = pair(deepseek_like())
-    with pytest.raises(SieveError, match="mlp.experts are separate modules.*set_adapter"):
+    with pytest.raises(SieveError, match="mlp.experts .*separate modules.*set_adapter"):
         listed(**token_batch(listed, batch=4), adapter_names=NAMES)
 
 
@@ -213,5 +214,5 @@ def test_splitting_by_adapter() -> None:
     assert product.tolist() == [0, 2, 2, 9, 8]
     assert ids.tolist() == [0, 1, 2, 3, 4] and nothing is None
     assert twice.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    with pytest.raises(SieveError, match="has no entry for each of its 2 tokens"):
+    with pytest.raises(SieveError, match="entry for each of its 2 tokens"):
         each_adapter(lambda name, x: x.sum(), names, (x,), {})

@@ -94,7 +94,7 @@ REFUSED: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_settings_of_other_methods_are_refused_by_name(name: str) -> None:
-    with pytest.raises(SieveError, match=f"^{name}=.*leave it at"):
+    with pytest.raises(SieveError, match=f"^{name}=.*not supported.*Leave it at"):
         SieveLoraConfig(**{name: REFUSED[name]})
 
 
@@ -146,7 +146,7 @@ def test_rank_and_alpha_patterns_by_layer_and_by_projection(tmp_path: Path) -> N
 
 def test_a_pattern_that_matches_nothing_adapted_is_told() -> None:
     """A name of a projection or a router that is left out counts as nothing, too."""
-    text = r"rank_pattern has \['up_proj', 'mlp.gate', 'nope'\], which match nothing"
+    text = r"rank_pattern .*'up_proj', 'mlp.gate', 'nope'.* match nothing"
     settings = {"expert_projections": ["down_proj"], "train_router": False}
     with pytest.warns(RuntimeWarning, match=text) as seen:
         adapted(
@@ -213,7 +213,7 @@ def test_excluded_modules_are_left_out(excluded: Any, gone: set[str] | None) -> 
     """A router without experts beside it is left alone, too."""
     base = tiny_model("olmoe")
     if gone is None:
-        with pytest.raises(SieveError, match=r"exclude_modules=.*'experts'.* leave none of the 2 MoE layers"):
+        with pytest.raises(SieveError, match=r"exclude_modules=.*'experts'.* none of the 2 MoE layers"):
             adapted(base, exclude_modules=excluded)
         assert layers(base) == {}
         return

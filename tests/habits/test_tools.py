@@ -92,7 +92,7 @@ def test_hotswap_to_other_experts_ranks_or_modules_is_refused(
 def test_hotswap_with_patterns_is_refused(tmp_path: Path) -> None:
     first = saved(tmp_path / "a", 1, rank_pattern={"q_proj": 2})
     model = PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path / "a")
-    with pytest.raises(SieveError, match="rank_pattern or an alpha_pattern.*load_adapter"):
+    with pytest.raises(SieveError, match="rank_pattern.*alpha_pattern.*load_adapter"):
         hotswap_adapter(model, str(tmp_path / "a"), "default", torch_device="cpu")
     assert torch.equal(logits(model), first)
 
@@ -100,7 +100,7 @@ def test_hotswap_with_patterns_is_refused(tmp_path: Path) -> None:
 def test_preparing_for_compiled_hotswap_is_refused() -> None:
     """Under the name that the module has now: one imported before this package is PEFT's own."""
     model = get_peft_model(tiny_model("olmoe"), config(tiny_model("olmoe")))
-    with pytest.raises(SieveError, match="prepare_model_for_compiled_hotswap was called.*leave the call out"):
+    with pytest.raises(SieveError, match="prepare_model_for_compiled_hotswap .*not supported.*Leave the call out"):
         hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
     assert {type(layer.scaling["default"]) for _, layer in expert_layers(model)} == {float}
     assert model.peft_config["default"].r == 4
@@ -267,13 +267,13 @@ def test_pickled_files_are_neither_written_nor_read(tmp_path: Path) -> None:
     model = get_peft_model(base, config(base))
     for arguments in ((tmp_path / "new", False), (tmp_path / "new",)):
         keywords = {} if len(arguments) == 2 else {"safe_serialization": False}
-        with pytest.raises(SieveError, match="safe_serialization is False, expected True"):
+        with pytest.raises(SieveError, match="safe_serialization=False"):
             model.save_pretrained(*map(str, arguments[:1]), *arguments[1:], **keywords)
     assert not (tmp_path / "new").exists()
     model.save_pretrained(tmp_path)
     torch.save(get_peft_model_state_dict(model), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink()
     base = tiny_model("olmoe")
-    with pytest.raises(SieveError, match=r"adapter_model.bin, a pickled file, expected adapter_model.safetensors"):
+    with pytest.raises(SieveError, match=r"adapter_model.bin, a pickled file.*adapter_model.safetensors"):
         PeftModel.from_pretrained(base, tmp_path)
     assert not any(isinstance(module, BaseTunerLayer) for module in base.modules())

@@ -205,16 +205,16 @@ def test_adapters_on_different_layers_of_the_small_trained_model() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({}, {"combination_type": "ties"}, "combination_type is 'ties', expected one of svd, linear, cat"),
-    ({}, {"combination_type": "dare_linear_svd"}, "'dare_linear_svd'"),
-    ({}, {"combination_type": "magnitude_prune", "density": 0.5}, "'magnitude_prune'"),
+    ({}, {"combination_type": "ties"}, "combination_type .*'ties'"),
+    ({}, {"combination_type": "dare_linear_svd"}, "combination_type .*'dare_linear_svd'"),
+    ({}, {"combination_type": "magnitude_prune", "density": 0.5}, "combination_type .*'magnitude_prune'"),
     ({"r": 2}, {"combination_type": "linear"}, r"ranks \[4, 2\] in .*'cat' or 'svd'"),
     ({"rank_pattern": {"down_proj": 2}}, {"combination_type": "linear"}, r"ranks \[4, 2\] in .*experts.down_proj"),
-    ({}, {"adapters": ["first", "third"]}, r"called for \['first', 'third'\], expected one or more of"),
-    ({}, {"adapters": []}, r"called for \[\]"),
+    ({}, {"adapters": ["first", "third"]}, r"add_weighted_adapter .*'third'"),
+    ({}, {"adapters": []}, r"add_weighted_adapter .*\[\]"),
     ({}, {"weights": [1.0]}, "1 weights for 2 adapters"),
-    ({}, {"svd_rank": 0}, "svd_rank is 0"),
-    ({}, {"svd_clamp": 0.9}, "svd_clamp is 0.9"),
+    ({}, {"svd_rank": 0}, r"svd_rank .*\b0\b"),
+    ({}, {"svd_clamp": 0.9}, "svd_clamp"),
     ({"modules_to_save": ["lm_head"]}, {}, r"'second' has modules_to_save=\['lm_head'\]"),
     ({"trainable_token_indices": [3]}, {}, r"'second' has trainable_token_indices=\[3\]"),
     ({"bias": "lora_only"}, {}, "'second' has bias='lora_only'"),

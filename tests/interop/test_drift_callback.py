@@ -417,16 +417,16 @@ def test_what_is_refused(tokens: Dataset, tmp_path: Path) -> None:
         small_olmoe(),
         get_peft_model(small_olmoe(), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")),
     ):
-        with pytest.raises(SieveError, match="has 0 active sieve adapters on expert layers, expected one"):
+        with pytest.raises(SieveError, match="has 0 active sieve adapters on expert layers"):
             RoutingDriftCallback(trainer_of(model))
     trainer = plain(tokens, tmp_path)
     for every in (0, -1, 1.5, True, None):
-        with pytest.raises(SieveError, match="expected a whole number of steps from 1 on"):
+        with pytest.raises(SieveError, match=f"^every .*whole number.*{every}"):
             RoutingDriftCallback(trainer, every=every)  # type: ignore[arg-type]
-    with pytest.raises(SieveError, match="received OlmoeForCausalLM as the trainer"):
+    with pytest.raises(SieveError, match="RoutingDriftCallback .*OlmoeForCausalLM"):
         RoutingDriftCallback(small_olmoe())  # type: ignore[arg-type]
     trainer.args.torch_compile = True
-    with pytest.raises(SieveError, match="torch_compile=True"):
+    with pytest.raises(SieveError, match="torch_compile=True.*RoutingDriftCallback"):
         RoutingDriftCallback(trainer)
     trainer.args.torch_compile = False
     trainer.args._n_gpu = 2

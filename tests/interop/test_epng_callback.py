@@ -72,13 +72,13 @@ def test_the_callback_moves_ranks_under_trl_defaults(texts: Dataset, tmp_path: P
 
 def test_what_cannot_work_is_refused_when_training_begins(tokens: Dataset, tmp_path: Path) -> None:  # noqa: F811
     sieve = SieveLoraConfig(r=4, selected_experts=MASK, task_type="CAUSAL_LM")
-    with pytest.raises(SieveError, match="has no EPnG adapter in training, expected one"):
+    with pytest.raises(SieveError, match="PeftModelForCausalLM, has no EPnG adapter in training"):
         trainer("trainer", tokens, tmp_path, sieve).train()
     run = trainer("trainer", tokens, tmp_path)
     for name, value, text in (
-        ("torch_compile", True, "expected a model that is not compiled"),
-        ("deepspeed", "zero.json", "the trainer uses DeepSpeed or FSDP"),
-        ("_n_gpu", 2, "over 2 GPUs, expected one process for each"),
+        ("torch_compile", True, "torch_compile=True.*EpngCallback"),
+        ("deepspeed", "zero.json", "DeepSpeed or FSDP"),
+        ("_n_gpu", 2, "over 2 GPUs"),
     ):
         arguments = TrainingArguments(**settings(tmp_path))
         setattr(arguments, name, value)

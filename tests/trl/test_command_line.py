@@ -76,7 +76,7 @@ def test_lora_options_keep_their_meaning_and_sieve_options_come_on_top(trl_confi
 
 
 def test_sieve_options_without_an_adapter_are_refused(trl_config: Any) -> None:
-    with pytest.raises(SieveError, match="expected --use_peft among the options of the program, too: add it"):
+    with pytest.raises(SieveError, match="--sieve .*--use_peft"):
         trl_config.get_peft_config(ModelConfig())
-    with pytest.raises(SieveError, match="use_dora=True cannot hold"):
+    with pytest.raises(SieveError, match="use_dora=True .*not supported"):
         trl_config.get_peft_config(ModelConfig(use_peft=True, use_dora=True))

@@ -1,8 +1,7 @@
-"""Every error a user can cause: one sentence, before anything is changed."""
+"""Every error a user can cause: plain sentences, before anything is changed."""
 
 from __future__ import annotations
 
-import re
 import warnings
 from typing import Any
 
@@ -16,16 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from peft_sieve import MoEFamily, SieveError, SieveLoraConfig, register_moe_family
 from peft_sieve.moe.families.fused import FusedExperts
 from tests.models import randomize_adapters, tiny_model, token_batch
+from tests.tuners.errors import assert_plain
 
 PATH = "model.layers.0.mlp.experts"
-
-
-def assert_one_sentence(text: str) -> None:
-    assert "\n" not in text
-    assert len(text) > 40, "says too little"
-    assert re.search(r"expected|must be|leave it|use |pass |load |take ", text, re.IGNORECASE), (
-        f"does not say what to do: {text}"
-    )
 
 
 def refused(model: nn.Module, config: Any, match: str) -> None:
@@ -37,7 +29,7 @@ def refused(model: nn.Module, config: Any, match: str) -> None:
     requires_grad = [p.requires_grad for p in model.parameters()]
     with pytest.raises(SieveError, match=match) as caught:
         get_peft_model(model, config() if callable(config) else config)
-    assert_one_sentence(str(caught.value))
+    assert_plain(str(caught.value))
     assert [name for name, _ in model.named_modules()] == names
     assert [p.requires_grad for p in model.parameters()] == requires_grad
     assert not hasattr(model, "peft_config")
@@ -54,23 +46,23 @@ def refused(model: nn.Module, config: Any, match: str) -> None:
         ({"top_k_frac": "0.5"}, "top_k_frac"),
         ({"top_k": 0}, "top_k"),
         ({"top_k": 2.5}, "top_k"),
-        ({"strategy": "unifrom"}, "uniform.*unifrom"),
-        ({"score": "weight"}, "count.*mass.*weight"),
+        ({"strategy": "unifrom"}, "unifrom.*uniform"),
+        ({"score": "weight"}, "weight.*count.*mass"),
         ({"coverage": 1.5}, "coverage"),
-        ({"calib_stability": 0}, "calib_stability.*above 0 and at most 1.*or None, got 0"),
-        ({"calib_stability": 1.5}, "calib_stability.*1.5"),
-        ({"calib_stability": True}, "calib_stability.*True"),
-        ({"calib_stability": "0.7"}, "calib_stability.*'0.7'"),
-        ({"expert_projections": ["gate"]}, r"gate_proj, up_proj, down_proj"),
-        ({"expert_projections": []}, "expert_projections"),
-        ({"r": 0}, "r is 0"),
-        ({"r": 2.5}, "r is 2.5"),
-        ({"lora_alpha": 0}, "lora_alpha is 0"),
-        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] is 0"),
-        ({"rank_pattern": {"q_proj": 2.5}}, r"rank_pattern\['q_proj'\] is 2.5"),
-        ({"alpha_pattern": {"q_proj": "8"}}, r"alpha_pattern\['q_proj'\] is '8'"),
-        ({"lora_dropout": 1.5}, "lora_dropout"),
-        ({"calib_samples": 0}, "calib_samples"),
+        ({"calib_stability": 0}, r"calib_stability .*above 0 and at most 1.* 0\b"),
+        ({"calib_stability": 1.5}, r"calib_stability .*1\.5"),
+        ({"calib_stability": True}, "calib_stability .*True"),
+        ({"calib_stability": "0.7"}, r"calib_stability .*'0\.7'"),
+        ({"expert_projections": ["gate"]}, "expert_projections.*gate_proj.*up_proj.*down_proj.*'gate'"),
+        ({"expert_projections": []}, r"expert_projections.*\[\]"),
+        ({"r": 0}, r"^r .* 0\b"),
+        ({"r": 2.5}, r"^r .* 2\.5"),
+        ({"lora_alpha": 0}, r"lora_alpha .* 0\b"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] .* 0\b"),
+        ({"rank_pattern": {"q_proj": 2.5}}, r"rank_pattern\['q_proj'\] .* 2\.5"),
+        ({"alpha_pattern": {"q_proj": "8"}}, r"alpha_pattern\['q_proj'\] .* '8'"),
+        ({"lora_dropout": 1.5}, r"lora_dropout .*1\.5"),
+        ({"calib_samples": 0}, r"calib_samples .* 0\b"),
         ({"use_dora": True}, "use_dora=True"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out=True"),
@@ -87,18 +79,18 @@ def refused(model: nn.Module, config: Any, match: str) -> None:
         ({"init_lora_weights": "mica"}, "mica"),
         ({"init_lora_weights": "orthogonal"}, "orthogonal"),
         ({"init_lora_weights": "lora_ga"}, "lora_ga"),
-        ({"init_lora_weights": 1}, "init_lora_weights=1"),
-        ({"selected_experts": [1, 2]}, "selected_experts is"),
-        ({"selected_experts": {}}, "names no expert"),
-        ({"selected_experts": {PATH: []}}, "names no expert"),
-        ({"selected_experts": {PATH: "12"}}, "expected a list of expert ids"),
-        ({"selected_experts": {PATH: [1, -2]}}, "negative id -2"),
-        ({"selected_experts": {PATH: [1, 1]}}, r"\[1\] more than once"),
-        ({"selected_experts": {PATH: [1.5]}}, "holds 1.5"),
-        ({"selected_experts": {PATH: [True]}}, "holds True"),
-        ({"selected_experts": {3: [1]}}, "key 3"),
-        ({"calibration": "yes"}, "calibration is 'yes'"),
-        ({"expert_shapes": {PATH: [1]}}, "expert_shapes"),
+        ({"init_lora_weights": 1}, r"init_lora_weights .*\b1\b"),
+        ({"selected_experts": [1, 2]}, r"selected_experts .*mapping.*\[1, 2\]"),
+        ({"selected_experts": {}}, "selected_experts .*expert"),
+        ({"selected_experts": {PATH: []}}, "selected_experts .*expert"),
+        ({"selected_experts": {PATH: "12"}}, f"{PATH}.*list of expert ids.*'12'"),
+        ({"selected_experts": {PATH: [1, -2]}}, f"{PATH}.*negative.* -2"),
+        ({"selected_experts": {PATH: [1, 1]}}, rf"{PATH}.*\[1\] more than once"),
+        ({"selected_experts": {PATH: [1.5]}}, rf"{PATH}.*whole numbers.*1\.5"),
+        ({"selected_experts": {PATH: [True]}}, f"{PATH}.*whole numbers.*True"),
+        ({"selected_experts": {3: [1]}}, r"selected_experts .*\b3\b.*path"),
+        ({"calibration": "yes"}, "calibration .*'yes'"),
+        ({"expert_shapes": {PATH: [1]}}, rf"expert_shapes .*{PATH}.*\[1\]"),
     ],
 )
 def test_options(options: dict[str, Any], match: str) -> None:
@@ -106,7 +98,7 @@ def test_options(options: dict[str, Any], match: str) -> None:
     with pytest.raises(SieveError, match=match) as caught:
         SieveLoraConfig(**options)
     assert isinstance(caught.value, ValueError)
-    assert_one_sentence(str(caught.value))
+    assert_plain(str(caught.value))
 
 
 def data(model: nn.Module) -> list[dict[str, torch.Tensor]]:
@@ -138,7 +130,7 @@ def test_masks_and_data(options: dict[str, Any], match: str) -> None:
 
 def test_more_experts_than_there_are() -> None:
     model = tiny_model("olmoe")
-    refused(model, SieveLoraConfig(top_k=9, calib_dataset=data(model)), "top_k must be at most 8.*got 9")
+    refused(model, SieveLoraConfig(top_k=9, calib_dataset=data(model)), "top_k=9.*8 experts")
 
 
 def test_a_model_without_moe_layers() -> None:

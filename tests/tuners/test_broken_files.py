@@ -14,7 +14,7 @@ from torch import nn
 
 from peft_sieve import SieveError
 from tests.models import tiny_model
-from tests.tuners.test_bad_input import assert_one_sentence
+from tests.tuners.errors import assert_plain
 from tests.tuners.test_injection import CONFIGS, state
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -63,5 +63,5 @@ def test_is_refused(method: str, edit: str, load: Callable[..., Any], tmp_path: 
     before = state(base)
     with pytest.raises(SieveError, match=text) as caught:
         load(base, tmp_path)
-    assert_one_sentence(str(caught.value))
+    assert_plain(str(caught.value))
     assert state(base) == before

@@ -410,7 +410,7 @@ def test_frozen_factors_and_inputs_get_no_gradient() -> None:
 def test_experts_that_are_trained_themselves_are_refused() -> None:
     layer = make_layer("olmoe")
     layer.get_base_layer().down_proj.requires_grad_(True)
-    with pytest.raises(SieveError, match=r"down_proj of layer\.experts require gradients, expected .* frozen"):
+    with pytest.raises(SieveError, match=r"down_proj of layer\.experts require.* gradients"):
         layer(*dispatch())
     with torch.no_grad():
         layer(*dispatch())

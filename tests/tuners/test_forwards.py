@@ -32,7 +32,7 @@ TASKS: dict[str, Any] = {
 }
 HEADS = {"SEQ_CLS": "score", "TOKEN_CLS": "score", "QUESTION_ANS": "qa_outputs"}
 CONFIGS: dict[str, Any] = {
-    "perft": lambda task: PerftConfig(r=2, aux_loss_coef=100.0, dropout=0.0, task_type=task),
+    "perft": lambda task: PerftConfig(r=2, balance_loss_coef=100.0, lora_dropout=0.0, task_type=task),
     "lora_moe": lambda task: LoraMoeConfig(
         r=2, num_experts=4, balance_loss_coef=100.0, lora_dropout=0.0, prune_ratio=None, task_type=task
     ),

@@ -302,9 +302,9 @@ def test_what_it_cannot_be_is_refused(tmp_path: Path) -> None:
     peft_model = adapted(tiny_model("olmoe"))
     peft_model.save_pretrained(tmp_path / "full")
     for call, message in (
-        (lambda: export_lora(peft_model, tmp_path / "lora"), "expert_tuning='full', expected low-rank factors of expe"),
-        (lambda: peft_model.add_weighted_adapter(["default"], [1.0], "sum"), "expected only low-rank factors for a"),
-        (lambda: hotswap_adapter(peft_model, str(tmp_path / "full"), "default"), "only those are swapped"),
+        (lambda: export_lora(peft_model, tmp_path / "lora"), "expert_tuning='full'"),
+        (lambda: peft_model.add_weighted_adapter(["default"], [1.0], "sum"), "'default'.*expert_tuning='full'"),
+        (lambda: hotswap_adapter(peft_model, str(tmp_path / "full"), "default"), "expert_tuning"),
     ):
         with pytest.raises(SieveError, match=message) as caught:
             call()
@@ -312,5 +312,5 @@ def test_what_it_cannot_be_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "lora").exists()
     lora = get_peft_model(tiny_model("olmoe"), config(tiny_model("olmoe"), expert_tuning="lora", r=4))
     lora.save_pretrained(tmp_path / "low_rank")
-    with pytest.raises(SieveError, match="expected"):
+    with pytest.raises(SieveError, match="lora_gate_up_delta.*'default'"):
         peft_model.load_adapter(str(tmp_path / "low_rank"), "default")

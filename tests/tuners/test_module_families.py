@@ -371,7 +371,7 @@ def test_rows_that_are_no_tokens() -> None:
     model = transformers4_like("qwen2_moe_v4")
     for expert in model.model.layers[1].mlp.experts:
         expert.register_forward_pre_hook(lambda m, args: (args[0] * 2,), prepend=True)
-    with pytest.raises(SieveError, match=r"Qwen2MoeBlock received rows that its router did not read.*watch\(\)"):
+    with pytest.raises(SieveError, match=r"Qwen2MoeBlock .*rows that its router did not read.*watch\(\)"):
         profile_routing(model, [token_batch(model)])
 
 

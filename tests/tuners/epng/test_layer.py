@@ -290,7 +290,7 @@ def test_an_optimizer_whose_states_cannot_follow_is_refused_and_nothing_moved() 
     layer(hidden, ids, weights).square().sum().backward()
     optimizer.step()
     before = {n: p.clone() for n, p in layer.named_parameters()}
-    with pytest.raises(SieveError, match="Adafactor keeps exp_avg_sq_row of shape .* train with AdamW"):
+    with pytest.raises(SieveError, match="Adafactor keeps exp_avg_sq_row of shape .* AdamW"):
         move(layer)
     assert all(torch.equal(p, before[n]) for n, p in layer.named_parameters())
 
@@ -308,7 +308,7 @@ def test_shapes_and_storage_stay_the_same() -> None:
 def test_rows_that_are_not_there_are_not_computed() -> None:
     """The products' widths are the experts' own ranks: what passes through them says so."""
     layer = moved_layer()
-    widths = {pack.experts: pack.a.shape[1] for pack in layer.packs("default", "lora_down")}
+    widths = {tuple(pack.slot_of): pack.a.shape[1] for pack in layer.packs("default", "lora_down")}
     assert widths == {(2,): 4, (1, 6): 8}
 
 

@@ -161,7 +161,7 @@ def test_the_adapter_in_training_moves_and_the_others_stay() -> None:
 
 
 def test_weighted_sums_are_refused() -> None:
-    with pytest.raises(SieveError, match="activate several at once"):
+    with pytest.raises(SieveError, match="Activate several|activate several"):
         trained().add_weighted_adapter(["default"], [0.5], "sum")
 
 
@@ -215,10 +215,10 @@ def too_few_blocks(tensors: dict[str, torch.Tensor], settings: dict[str, Any]) -
 
 
 EDITS: list[tuple[Callable[..., None], str, str]] = [
-    (swap_blocks, "expected what its ledger comes to", ""),
+    (swap_blocks, f"expert_blocks.*{PATH}.*ledger", ""),
     (swap_blocks_tensor, "other ranks by expert", ""),
-    (drop_importance, "hold no .*lora_experts.importance", ""),
-    (too_few_blocks, "a positive whole number for each of the", ""),
+    (drop_importance, "no .*lora_experts.importance", ""),
+    (too_few_blocks, f"expert_blocks.*{PATH}.*positive whole number", ""),
 ]
 
 

@@ -236,7 +236,7 @@ def test_a_checkpoint_of_other_first_experts_is_refused_and_nothing_changes(tmp_
     model.save_pretrained(tmp_path)
     other = adapted(selected_experts={path: [0, 1, 2, 7]})
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    with pytest.raises(SieveError, match="expected the same mask"):
+    with pytest.raises(SieveError, match=rf"{path}.*adapter 'default' .*\[0, 1, 2, 7\]"):
         other.load_adapter(str(tmp_path), "default")
     after = other.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
@@ -247,7 +247,7 @@ def test_a_checkpoint_of_other_first_experts_is_refused_and_nothing_changes(tmp_
 
 
 def test_an_update_without_counted_routing_is_refused() -> None:
-    with pytest.raises(SieveError, match="no routing was counted so far"):
+    with pytest.raises(SieveError, match="step 2.*no routing was counted"):
         adapted().update_and_allocate(2)
 
 
@@ -261,14 +261,17 @@ def test_a_model_without_an_adapter_in_training_is_refused() -> None:
 def test_a_merged_adapter_is_refused() -> None:
     model = adapted()
     model.merge_adapter()
-    with pytest.raises(SieveError, match="call unmerge_adapter first"):
+    with pytest.raises(SieveError, match="[Cc]all unmerge_adapter first"):
         model.update_and_allocate(1)
 
 
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"rank_block": 3}, "r is 4 and rank_block is 3, expected r in whole blocks"),
+        (
+            {"rank_block": 3},
+            "r is 4 and rank_block is 3|rank_block .*3.*r.* 4|r .*rank_block.* 3.*4|4.*multiple.*rank_block.*3",
+        ),
         ({"rank_block": 0}, "rank_block is 0, expected a whole number from 1 on"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
         ({"update_interval": 1.5}, "update_interval is 1.5"),

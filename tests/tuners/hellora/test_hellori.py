@@ -157,7 +157,7 @@ def test_weights_of_another_share_are_refused(tmp_path: Path) -> None:
     model = get_peft_model(tiny_model("olmoe"), config(init_lora_weights=False))
     model.save_pretrained(tmp_path)
     other = get_peft_model(tiny_model("olmoe"), config(hellori_seed=1))
-    with pytest.raises(SieveError, match=r"lora_gate_up_B.weight outside the share that hellori_density and") as caught:
+    with pytest.raises(SieveError, match=r"lora_gate_up_B.weight .*hellori_density") as caught:
         other.load_adapter(str(tmp_path), "default")
     assert "\n" not in str(caught.value)
     same = get_peft_model(tiny_model("olmoe"), config())
@@ -169,10 +169,10 @@ def test_weights_of_another_share_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hellori_density": 0.0}, "hellori_density.* at most 1, got 0.0"),
-        ({"hellori_density": 0.1, "expert_tuning": "full"}, "hellori_density was given with expert_tuning='full'"),
-        ({"hellori_seed": 0.5}, "hellori_seed is 0.5, expected a whole number"),
-        ({"expert_tuning": "dora"}, "expert_tuning is 'dora', expected 'lora' or 'full'"),
+        ({"hellori_density": 0.0}, r"hellori_density .*above 0 and at most 1.*0\.0"),
+        ({"hellori_density": 0.1, "expert_tuning": "full"}, "hellori_density .*expert_tuning='full'"),
+        ({"hellori_seed": 0.5}, r"hellori_seed .*whole number.*0\.5"),
+        ({"expert_tuning": "dora"}, "expert_tuning .*'lora', 'full'.*'dora'"),
     ],
 )
 def test_settings_that_cannot_hold_are_refused(options: dict[str, Any], message: str) -> None:

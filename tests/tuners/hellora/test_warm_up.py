@@ -110,7 +110,7 @@ def test_it_leaves_no_trace() -> None:
     check()
     assert warm_up(model) == first, "deterministic for a seed"
     check()
-    with pytest.raises(SieveError, match=r"token id 16384.* 128 embeddings"):
+    with pytest.raises(SieveError, match=r"token id 16384.*\b128\b"):
         warm_up(model, [{"input_ids": [5, 6, 128 * 128]}])
     check()
 
@@ -118,13 +118,13 @@ def test_it_leaves_no_trace() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fraction": 0}, "fraction.* at most 1, got 0"),
-        ({"learning_rate": -1.0}, "learning_rate=-1.0, expected a number above 0"),
-        ({"config": 3}, "received config=3 for the warm-up, expected a SieveLoraConfig"),
-        ({"config": EpngConfig()}, "for the warm-up, expected a SieveLoraConfig"),
-        ({"config": SieveLoraConfig(expert_tuning="full")}, "and with expert_tuning='lora'"),
-        ({"config": SieveLoraConfig(selected_experts={"a": [1]})}, "without selected_experts"),
-        ({"data": iter(rows())}, "as the data of the warm-up, expected data of known size"),
+        ({"fraction": 0}, r"fraction\b.*\b0\b"),
+        ({"learning_rate": -1.0}, r"learning_rate\b.*-1\.0"),
+        ({"config": 3}, r"SieveLoraConfig.*\b3\b|\b3\b.*SieveLoraConfig"),
+        ({"config": EpngConfig()}, "EpngConfig.*SieveLoraConfig|SieveLoraConfig.*EpngConfig"),
+        ({"config": SieveLoraConfig(expert_tuning="full")}, "SieveLoraConfig.*expert_tuning='lora'"),
+        ({"config": SieveLoraConfig(selected_experts={"a": [1]})}, "SieveLoraConfig.*without selected_experts"),
+        ({"data": iter(rows())}, "iterator.*data of known size|known size.*iterator"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
@@ -137,7 +137,7 @@ def test_a_model_with_an_adapter_is_refused() -> None:
     model = tiny_model("olmoe")
     adapted = get_peft_model(model, SieveLoraConfig(selected_experts={"model.layers.0.mlp.experts": [1]}))
     for given in (adapted, model):
-        with pytest.raises(SieveError, match="has an adapter already, expected the base model"):
+        with pytest.raises(SieveError, match="has an adapter already|already has an adapter"):
             warm_up(given)
 
 
@@ -153,8 +153,8 @@ def test_the_preset_takes_the_routers_top_k(tmp_path: Path) -> None:
     assert hellora_config(profile, top_k_frac=0.5).selected_experts == select_experts(profile, top_k=4).to_dict()
 
     plain = RoutingProfile.from_arrays([[3, 1, 2]])
-    with pytest.raises(SieveError, match="without num_experts_per_tok, expected the router's top-k"):
+    with pytest.raises(SieveError, match="num_experts_per_tok.*top_k"):
         hellora_config(plain)
     assert hellora_config(plain, top_k=2).selected_experts == {"layers.0": [0, 2]}
-    with pytest.raises(SieveError, match="was given calib_dataset, expected the profile alone"):
+    with pytest.raises(SieveError, match="hellora_config .*calib_dataset"):
         hellora_config(profile, calib_dataset=rows())

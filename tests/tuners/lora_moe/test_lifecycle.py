@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -214,10 +215,10 @@ def test_a_copy_counts_for_itself() -> None:
 @pytest.mark.parametrize(
     ("action", "text"),
     [
-        (lambda m: m.merge_and_unload(), "merging was asked for, and each token has its own mixture"),
-        (lambda m: m.merge_adapter(), "merging was asked for"),
-        (lambda m: m(**token_batch(m), adapter_names=["default"] * 3), "adapter_names was passed"),
-        (lambda m: m.expert_utilization("other"), "there is no adapter 'other'"),
+        (lambda m: m.merge_and_unload(), "LoRA experts .*merged"),
+        (lambda m: m.merge_adapter(), "LoRA experts .*merged"),
+        (lambda m: m(**token_batch(m), adapter_names=["default"] * 3), "adapter_names"),
+        (lambda m: m.expert_utilization("other"), "no adapter 'other'"),
     ],
 )
 def test_refused(action: Any, text: str) -> None:
@@ -238,10 +239,10 @@ def test_hotswap_is_refused_by_peft(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "settings", "text"),
     [
-        ("olmoe", {"target_modules": ["experts"]}, r"mlp.experts, a OlmoeExperts, expected linear layers"),
-        ("dense", {"target_modules": ["embed_tokens"]}, "embed_tokens, a Embedding, expected linear layers"),
-        ("dense", {"target_modules": ["nothing"]}, "leave no layer of Qwen3ForCausalLM"),
-        ("dense", {"kept_experts": {"model.layers.9.mlp.up_proj": [0, 1]}}, "kept_experts names model.layers.9"),
+        ("olmoe", {"target_modules": ["experts"]}, r"target_modules .*mlp.experts.*OlmoeExperts.*linear layers"),
+        ("dense", {"target_modules": ["embed_tokens"]}, "target_modules .*embed_tokens.*Embedding.*linear layers"),
+        ("dense", {"target_modules": ["nothing"]}, "target_modules=.*'nothing'.* no layer of Qwen3ForCausalLM"),
+        ("dense", {"kept_experts": {"model.layers.9.mlp.up_proj": [0, 1]}}, "kept_experts .*model.layers.9"),
     ],
 )
 def test_targets_that_cannot_be_adapted(base: str, settings: dict[str, Any], text: str) -> None:
@@ -275,20 +276,24 @@ def test_targets_that_cannot_be_adapted(base: str, settings: dict[str, Any], tex
     ids=str,
 )
 def test_bad_settings(bad: dict[str, Any]) -> None:
-    with pytest.raises(SieveError, match=f"{next(iter(bad))} is .*expected"):
+    ((name, value),) = bad.items()
+    with pytest.raises(SieveError, match=f"^{name} .*{re.escape(repr(value))}"):
         LoraMoeConfig(**bad)
 
 
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda s: s.pop("base_model.model.model.layers.0.mlp.up_proj.lora_usage.experts"), "hold no model.layers"),
-        (lambda s: s.update({k: v[:-1] for k, v in s.items() if "lora_A" in k}), "with lora_A of shape"),
+        (
+            lambda s: s.pop("base_model.model.model.layers.0.mlp.up_proj.lora_usage.experts"),
+            "no model.layers.0.mlp.up_proj.lora_usage.experts",
+        ),
+        (lambda s: s.update({k: v[:-1] for k, v in s.items() if "lora_A" in k}), "lora_A.* shape"),
         (lambda s: s.update({k: v[:-1] for k, v in s.items() if k.endswith("usage.tokens")}), "of 3 with"),
-        (lambda s: s.update({k: v + 1 for k, v in s.items() if k.endswith("usage.experts")}), "expected some of 4"),
+        (lambda s: s.update({k: v + 1 for k, v in s.items() if k.endswith("usage.experts")}), "some of 4"),
         (
             lambda s: s.update({"base_model.model.model.layers.7.mlp.up_proj.lora_usage.experts": torch.arange(2)}),
-            "LoRA experts of model.layers.7.mlp.up_proj .1 such layers., which adapter 'default' does not target",
+            r"\b1 .*adapter 'default'.*model.layers.7.mlp.up_proj",
         ),
     ],
 )
@@ -307,7 +312,7 @@ def test_weights_that_do_not_belong(change: Any, text: str, tmp_path: Path) -> N
 
 
 def test_a_weighted_sum_is_refused() -> None:
-    with pytest.raises(SieveError, match=r"add_weighted_adapter was called.*active at the same time"):
+    with pytest.raises(SieveError, match="LoRA experts have no weighted sum.*set_adapter"):
         adapted().add_weighted_adapter(["default"], [1.0], "sum")
 
 

@@ -83,7 +83,7 @@ def test_a_base_model_is_left_as_it_was_when_weights_are_refused(
     change_weights(tmp_path, change)
     base = dense_model() if name == "dense" else tiny_model(name)
     before, expected = state(base), logits(base)
-    with pytest.raises(SieveError, match="expected"):
+    with pytest.raises(SieveError, match="adapter 'default'"):
         load(base, tmp_path)
     assert same(state(base), before)
     assert logits(base).equal(expected)
@@ -95,7 +95,7 @@ def test_other_adapters_stay_when_weights_are_refused(tmp_path: Path) -> None:
     change_weights(tmp_path, without_a_tensor)
     model = adapted().train()
     before = state(model)
-    with pytest.raises(SieveError, match=f"the weights hold no {FIRST}.lora_router.weight"):
+    with pytest.raises(SieveError, match=f"no {FIRST}.lora_router.weight for adapter 'other'"):
         model.load_adapter(str(tmp_path), "other")
     assert same(state(model), before)
     assert set(model.peft_config) == {"default"}
@@ -128,7 +128,7 @@ def test_a_configuration_of_other_kept_experts_is_refused_by_transformers(tmp_pa
     file.write_text(json.dumps(config))
     base = dense_model()
     before = state(base)
-    with pytest.raises(SieveError, match=f"the weights of {FIRST} belong to pruned experts"):
+    with pytest.raises(SieveError, match=f"{FIRST}.* pruned experts|pruned experts .*{FIRST}"):
         base.load_adapter(str(tmp_path))
     assert same(state(base), before)
 

@@ -210,9 +210,9 @@ def _uncounted(model: PeftModel, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("prepare", "call", "text"),
     [
-        (None, {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])}, "the optimizer holds no model.layers.0"),
-        (None, {"step": 1.5}, "step is 1.5, expected"),
-        (_several, {}, "under 2 processes, expected one"),
+        (None, {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])}, "no model.layers.0"),
+        (None, {"step": 1.5}, r"step .*1\.5"),
+        (_several, {}, "2 processes"),
         (_uncounted, {}, "no token has been counted"),
     ],
 )
@@ -233,13 +233,13 @@ def test_an_optimizer_with_states_of_another_shape_is_refused() -> None:
     model = adapted(prune_step=1).train()
     optimizer = torch.optim.Adafactor([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     step(model, optimizer, padded_batch(model))
-    with pytest.raises(SieveError, match="keeps 'row_var' for model.layers.0.* in another shape"):
+    with pytest.raises(SieveError, match="Adafactor.*'row_var' for model.layers.0.* another shape"):
         model.update_and_prune(1, optimizer)
 
 
 def test_a_share_of_unknown_many_steps_is_refused() -> None:
     model, optimizer = _ready(prune_step=None)
-    with pytest.raises(SieveError, match="prune_ratio is 0.1 and the number of training steps is not known"):
+    with pytest.raises(SieveError, match="prune_ratio is 0.1.*training steps is not known.*prune_step"):
         model.update_and_prune(1, optimizer)
 
 

@@ -17,10 +17,12 @@ MASK = {"model.layers.0.mlp.experts": [1, 2, 6], "model.layers.1.mlp.experts": [
 
 
 def config(variant: str = "R", **settings: Any) -> PerftConfig:
-    """Small, without dropout; `alpha / r` is no power of two, and several adapters to choose from."""
+    """Small, without dropout; `lora_alpha / r` is no power of two, and several adapters to choose from."""
     if variant in ("R", "D"):
         settings = {"num_adapters": 5, **settings}
-    return PerftConfig(**{"variant": variant, "r": 3, "alpha": 7, "dropout": 0.0, "task_type": "CAUSAL_LM", **settings})
+    return PerftConfig(
+        **{"variant": variant, "r": 3, "lora_alpha": 7, "lora_dropout": 0.0, "task_type": "CAUSAL_LM", **settings}
+    )
 
 
 def adapted(variant: str = "R", base: nn.Module | None = None, seed: int = 1, **settings: Any) -> PeftModel:

@@ -81,6 +81,19 @@ def test_one_layer_is_as_transformers_computes_it(top_k: int) -> None:
         assert_same(shares, theirs / top_k, "loss per selection", rtol=1e-6)
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_in_float64_it_is_the_naive_loss(top_k: int) -> None:
+    """Value and gradient; what is left above, in float32, is the order of the sums."""
+    logits = torch.randn(24, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    real = torch.arange(24) % 5 != 0
+    probabilities = logits.softmax(-1)
+    fast = balance_loss(probabilities, probabilities.topk(top_k, dim=-1).indices, real)
+    naive = naive_balance(list(logits[real]), top_k)
+    assert_same(fast, naive, "loss", rtol=1e-13)
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (fast, naive)]
+    assert_same(*gradients, "gradient", rtol=1e-12, atol=1e-15)
+
+
 def test_an_even_router_scores_top_k() -> None:
     probabilities = (torch.eye(4, dtype=torch.float64) * 1e-9).softmax(-1)
     ids = probabilities.argmax(-1, keepdim=True)
@@ -89,14 +102,14 @@ def test_an_even_router_scores_top_k() -> None:
 
 def test_the_loss_of_a_padded_batch_holds_the_naive_balance_loss() -> None:
     """Value and gradient, each layer by itself, without padding."""
-    model = adapted("R", num_adapters_per_tok=2, aux_loss_coef=COEF).train()
+    model = adapted("R", num_adapters_per_tok=2, balance_loss_coef=COEF).train()
     batch = padded(model)
     logits = router_logits(model, batch)
     real = batch["attention_mask"].flatten().bool()
     naive = COEF * torch.stack([naive_balance(list(rows[real]), 2) for rows in logits]).mean()
     with_loss = model(**batch).loss
     assert_same(model.auxiliary_loss(), naive, "auxiliary loss", rtol=1e-5)
-    plain = adapted("R", num_adapters_per_tok=2, aux_loss_coef=0.0).train()
+    plain = adapted("R", num_adapters_per_tok=2, balance_loss_coef=0.0).train()
     alone = plain(**batch).loss
     assert_same(with_loss, alone + naive, "loss", rtol=1e-5)
     assert plain.auxiliary_loss().item() == 0.0
@@ -106,14 +119,14 @@ def test_the_loss_of_a_padded_batch_holds_the_naive_balance_loss() -> None:
     naive.backward()
     # `naive` went through the model with the coefficient, into the same parameters: take it away again.
     together = router_gradients(model)
-    again = adapted("R", num_adapters_per_tok=2, aux_loss_coef=COEF).train()
+    again = adapted("R", num_adapters_per_tok=2, balance_loss_coef=COEF).train()
     again(**batch).loss.backward()
     for both, fast, task in zip(together, router_gradients(again), router_gradients(plain), strict=True):
         assert_same(fast - task, both - fast, "router gradient", rtol=1e-3, atol=1e-4)
 
 
 def test_a_loss_made_by_hand_adds_it() -> None:
-    model = adapted("R", aux_loss_coef=COEF).train()
+    model = adapted("R", balance_loss_coef=COEF).train()
     batch = labelled(model)
     expected = model(**batch).loss
     labels = batch.pop("labels")
@@ -155,10 +168,10 @@ def test_a_loss_that_calls_the_backbone_alone_has_it_too() -> None:
 
 
 def test_evaluation_adds_nothing() -> None:
-    model, plain = adapted("R", aux_loss_coef=COEF).eval(), adapted("R", aux_loss_coef=0.0).eval()
+    model, plain = adapted("R", balance_loss_coef=COEF).eval(), adapted("R", balance_loss_coef=0.0).eval()
     batch = labelled(model)
     assert torch.equal(model(**batch).loss, plain(**batch).loss)
-    with pytest.raises(SieveError, match="before a forward in training mode"):
+    with pytest.raises(SieveError, match="no forward in training mode"):
         model.auxiliary_loss()
     with torch.no_grad():
         assert torch.equal(model.train()(**batch).loss, plain.train()(**batch).loss)
@@ -166,15 +179,15 @@ def test_evaluation_adds_nothing() -> None:
 
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_with_tuples_too(return_dict: bool) -> None:
-    model = adapted("R", aux_loss_coef=COEF).train()
+    model = adapted("R", balance_loss_coef=COEF).train()
     loss = model(**labelled(model), return_dict=return_dict)[0]
-    plain = adapted("R", aux_loss_coef=0.0).train()
+    plain = adapted("R", balance_loss_coef=0.0).train()
     assert_same(loss, plain(**labelled(model))[0] + model.auxiliary_loss(), "loss", rtol=1e-6)
 
 
 def test_batches_of_a_step_add_up_to_the_loss_of_all_their_tokens() -> None:
     """`num_items_in_batch`, with which the Trainer accumulates: each batch counts by its share of the labels."""
-    model = adapted("R", aux_loss_coef=COEF).train()
+    model = adapted("R", balance_loss_coef=COEF).train()
     batches = [padded(model), labelled(model, batch=1, length=5)]
     sizes = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
     means, shares = [], []
@@ -185,7 +198,7 @@ def test_batches_of_a_step_add_up_to_the_loss_of_all_their_tokens() -> None:
 
 
 def test_several_active_adapters_each_add_theirs() -> None:
-    model = adapted("R", aux_loss_coef=COEF)
+    model = adapted("R", balance_loss_coef=COEF)
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     model.add_adapter("dense", type(model.peft_config["default"])(variant="D"))
     randomize(model)
@@ -207,7 +220,7 @@ def test_several_active_adapters_each_add_theirs() -> None:
 
 
 def test_encoder_and_decoder_have_masks_of_their_own() -> None:
-    model = adapted("R", switch_transformers(), aux_loss_coef=COEF, task_type="SEQ_2_SEQ_LM").train()
+    model = adapted("R", switch_transformers(), balance_loss_coef=COEF, task_type="SEQ_2_SEQ_LM").train()
     batch = token_batch(model, length=6)
     batch["attention_mask"][0, 4:] = 0
     labels = batch["input_ids"].clone()
@@ -223,7 +236,7 @@ def test_encoder_and_decoder_have_masks_of_their_own() -> None:
 
 
 def test_checkpointed_layers_give_the_same_and_reentrant_ones_are_refused() -> None:
-    plain, model = adapted("R", aux_loss_coef=COEF).train(), adapted("R", aux_loss_coef=COEF).train()
+    plain, model = adapted("R", balance_loss_coef=COEF).train(), adapted("R", balance_loss_coef=COEF).train()
     batch = labelled(model)
     plain(**batch).loss.backward()
     model.gradient_checkpointing_enable()
@@ -278,7 +291,7 @@ class FirstSFT(First, SFTTrainer):
 def train(kind: str, coef: float, texts: Dataset, folder: Path, **changes: Any) -> First:
     """One step with random adapters."""
     changes = {"max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3, **changes}
-    model = adapted("R", small_olmoe(), aux_loss_coef=coef)
+    model = adapted("R", small_olmoe(), balance_loss_coef=coef)
     if kind == "sft":
         fixed = {"bf16": False, "gradient_checkpointing": False}
         args: Any = SFTConfig(**arguments(folder, **{**fixed, **changes}))

@@ -38,7 +38,7 @@ def test_a_new_adapter_changes_nothing_and_unload_gives_the_base_back(variant: s
     with model.disable_adapter():
         assert torch.equal(logits(model, batch), before)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(SieveError, match=r"whose weights cannot hold.*unload\(\)"):
+        with pytest.raises(SieveError, match=r"merged.*unload\(\)"):
             merge()
     assert not torch.allclose(logits(model, batch), before, atol=1e-2)
     base = model.unload()
@@ -241,19 +241,19 @@ def test_some_blocks_only(settings: dict[str, Any], paths: list[str], tmp_path: 
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"variant": "X"}, "expected one of R, E, D, S"),
-        ({"form": "wide"}, "expected one of lora, bottleneck"),
-        ({"r": 0}, "r is 0, expected a positive whole number"),
-        ({"alpha": 0}, "alpha is 0"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"aux_loss_coef": -0.1}, "aux_loss_coef is -0.1"),
-        ({"activation": "nothing"}, "activation is 'nothing'"),
-        ({"num_adapters": 2, "num_adapters_per_tok": 3}, "num_adapters_per_tok is 3 of num_adapters 2"),
-        ({"variant": "S", "num_adapters": 2}, "variant S, expected None or 1"),
-        ({"variant": "E", "num_adapters": 2}, "variant E, expected None"),
-        ({"variant": "D", "num_adapters_per_tok": 1}, "only R has a router"),
-        ({"selected_experts": MASK}, "for variant E only"),
-        ({"variant": "D", "calib_dataset": ["text"]}, "for variant E only"),
+        ({"variant": "X"}, "variant .*'R', 'E', 'D', 'S'.*'X'"),
+        ({"form": "wide"}, "form .*'lora', 'bottleneck'.*'wide'"),
+        ({"r": 0}, r"^r .*positive whole number.*\b0\b"),
+        ({"lora_alpha": 0}, r"lora_alpha .*\b0\b"),
+        ({"lora_dropout": 1.0}, r"lora_dropout .*1\.0"),
+        ({"balance_loss_coef": -0.1}, r"balance_loss_coef .*-0\.1"),
+        ({"activation": "nothing"}, "activation .*'nothing'"),
+        ({"num_adapters": 2, "num_adapters_per_tok": 3}, r"num_adapters_per_tok .*\b[23]\b.*\b[23]\b"),
+        ({"variant": "S", "num_adapters": 2}, "num_adapters .*2.*variant S|num_adapters .*variant.*S.*2"),
+        ({"variant": "E", "num_adapters": 2}, "num_adapters .*2.*variant E|num_adapters .*variant.*E.*2"),
+        ({"variant": "D", "num_adapters_per_tok": 1}, "num_adapters_per_tok .*1.* R|num_adapters_per_tok .*R.*1"),
+        ({"selected_experts": MASK}, "selected_experts.*variant E"),
+        ({"variant": "D", "calib_dataset": ["text"]}, "selected_experts.*variant E"),
         ({"variant": "E", "selected_experts": {"model.layers.0.mlp.experts": [-1]}}, "negative id"),
         ({"variant": "E", "top_k_frac": 2.0, "calib_dataset": ["text"]}, "top_k_frac"),
     ],
@@ -266,13 +266,19 @@ def test_settings_that_cannot_work(settings: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"variant": "E", "selected_experts": {"model.layers.7.mlp.experts": [1]}}, "which the model does not have"),
-        ({"variant": "E", "selected_experts": {"model.layers.0.mlp.experts": [8]}}, "expected ids below 8"),
-        ({"layers_to_transform": [5]}, r"layers_to_transform=\[5\] leave none of the model's 2 MoE blocks"),
-        ({"target_modules": ["q_proj"]}, "leave none"),
+        (
+            {"variant": "E", "selected_experts": {"model.layers.7.mlp.experts": [1]}},
+            "model.layers.7.mlp.experts.*does not have",
+        ),
+        (
+            {"variant": "E", "selected_experts": {"model.layers.0.mlp.experts": [8]}},
+            r"model.layers.0.mlp.experts.*\bid 8\b",
+        ),
+        ({"layers_to_transform": [5]}, r"layers_to_transform=\[5\].* none of the model's 2 MoE blocks"),
+        ({"target_modules": ["q_proj"]}, "target_modules=.*q_proj.* none of"),
         (
             {"variant": "E", "selected_experts": {"model.layers.0.mlp.experts": [1]}, "layers_to_transform": [1]},
-            "of model.layers.0.mlp.experts, and the other settings leave blocks such as model.layers.1.mlp",
+            "selected_experts.*model.layers.0.mlp.experts.*model.layers.1.mlp",
         ),
     ],
 )
@@ -286,7 +292,7 @@ def test_settings_that_do_not_fit_the_model(settings: dict[str, Any], text: str)
 
 def test_weighted_sums_mixed_batches_and_hot_swapping_are_refused(tmp_path: Path) -> None:
     model = adapted("S").eval()
-    with pytest.raises(SieveError, match=r"add_weighted_adapter was called.*active at the same time"):
+    with pytest.raises(SieveError, match="PERFT adapters have no weighted sum.*set_adapter"):
         model.add_weighted_adapter(["default"], [1.0], "sum")
     with pytest.raises(SieveError, match="adapter_names"):
         model(**token_batch(model), adapter_names=["default"] * 3)
@@ -318,7 +324,7 @@ def test_a_base_model_is_left_as_it_was_when_weights_are_refused(how: str, tmp_p
     base = tiny_model("olmoe")
     batch = token_batch(base)
     expected, modules = logits(base, batch), [name for name, _ in base.named_modules()]
-    with pytest.raises(SieveError, match=r"layers.0.mlp.perft.perft_A.*expected the same"):
+    with pytest.raises(SieveError, match=r"(?=.*layers.0.mlp.perft.perft_A)(?=.*adapter 'default')"):
         PeftModel.from_pretrained(base, str(tmp_path)) if how == "peft" else base.load_adapter(str(tmp_path))
     assert [name for name, _ in base.named_modules()] == modules
     assert not [m for m in base.modules() if m._forward_hooks or m._forward_pre_hooks]
@@ -332,7 +338,7 @@ def test_other_adapters_stay_when_weights_are_refused(tmp_path: Path) -> None:
     model = adapted("S")
     batch = token_batch(model)
     expected, tensors = logits(model, batch), {name: p.requires_grad for name, p in model.named_parameters()}
-    with pytest.raises(SieveError, match="with shape None"):
+    with pytest.raises(SieveError, match="no .*layers.0.mlp.perft.perft_A.* adapter 'other'"):
         model.load_adapter(str(tmp_path), "other")
     assert {name: p.requires_grad for name, p in model.named_parameters()} == tensors
     assert set(model.peft_config) == {"default"} and torch.equal(logits(model, batch), expected)

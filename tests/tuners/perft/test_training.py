@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def perft_config(kind: str, **changes: Any) -> PerftConfig:
-    return PerftConfig(**{"r": 8, "dropout": 0.1, "task_type": "CAUSAL_LM", **KINDS[kind], **changes})
+    return PerftConfig(**{"r": 8, "lora_dropout": 0.1, "task_type": "CAUSAL_LM", **KINDS[kind], **changes})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +137,7 @@ def test_dpo_takes_the_bare_model_as_reference_and_says_that_it_leaves_the_balan
         args=DPOConfig(**settings(tmp_path, max_steps=2, per_device_train_batch_size=2, bf16=False)),
         train_dataset=Dataset.from_list(rows),
         processing_class=small_tokenizer(),
-        peft_config=perft_config("R", dropout=0.0, aux_loss_coef=coef),
+        peft_config=perft_config("R", lora_dropout=0.0, balance_loss_coef=coef),
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -154,7 +154,7 @@ def test_checkpointed_layers_have_the_same_gradients(variant: str) -> None:
     """With dropout: what runs again draws the same numbers, and finds the same dispatch."""
     gradients: list[dict[str, torch.Tensor]] = []
     for checkpointing in (False, True):
-        model: nn.Module = adapted(variant, dropout=0.2).train()
+        model: nn.Module = adapted(variant, lora_dropout=0.2).train()
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
