@@ -25,6 +25,7 @@ HERE = [
     "docs/quickstart.md",
     "docs/choosing-k.md",
     "docs/several-adapters.md",
+    "docs/architecture.md",
 ]
 ELSEWHERE = {
     "docs/command-line.md": "tests/commands/test_page.py",

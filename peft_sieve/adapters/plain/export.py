@@ -22,10 +22,7 @@ from ...tuners.sieve.config import SieveLoraConfig
 from ..new_card import write_card
 from ..reading import OpenedAdapter, open_adapter, refuse_settings
 from ..stack_layout import is_stack, parameters_of
-from .layouts import per_expert, stacked
-
-_BUILD = {"per_expert": per_expert, "stacked": stacked}
-LAYOUTS = ("auto", *_BUILD)
+from .layouts import LAYOUTS
 
 # Model types whose adapters vLLM reads stacked (its `is_3d_moe_weight`).
 STACKED_IN_VLLM = (
@@ -96,7 +93,7 @@ def export_lora(
         SieveError: the adapter holds what plain LoRA or its servers cannot, or the layout cannot be loaded for this
             base model; nothing was written.
     """
-    choice("layout", layout, LAYOUTS)
+    choice("layout", layout, ("auto", *LAYOUTS))
     output = _checked_output(output_dir)
     opened = open_adapter(adapter, base_model, adapter_name, _refuse_what_is_no_lora)
     layers = opened.moe_layers()
@@ -108,7 +105,7 @@ def export_lora(
     rank = _common_rank(opened, others)
     for chosen in layouts:
         try:
-            plain = _BUILD[chosen](opened, layers, others, rank)
+            plain = LAYOUTS[chosen](opened, layers, others, rank)
             break
         except SieveError:
             if chosen == layouts[-1]:

@@ -96,6 +96,10 @@ def per_expert(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, 
     return plain
 
 
+# Name -> what builds it of (the opened adapter, all MoE layers, PEFT's layers by path, the common rank).
+LAYOUTS = {"per_expert": per_expert, "stacked": stacked}
+
+
 def _plain_config(opened: OpenedAdapter, rank: int) -> LoraConfig:
     config = opened.config
     return LoraConfig(
