@@ -31,7 +31,7 @@ def run(page: Path) -> None:
     names: dict[str, Any] = {"__name__": page.stem.replace("-", "_")}
     for language, block in blocks(page):
         if language == "python":
-            exec(compile(block, str(page), "exec"), names)
+            exec(compile(block, str(page), "exec", dont_inherit=True), names)  # without this file's __future__
         elif language == "sh":
             for program, *words in commands(block):
                 assert program == "peft-sieve", f"{page}: {program}"
