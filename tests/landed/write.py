@@ -19,7 +19,7 @@ It was run once, with the code of that commit, and is not to be run again with a
   - `expected.safetensors`: the losses of those two steps, and the logits of the adapters in both folders, once as the
     model gives them and once computed in float64.
 
-Where a model has several adapters, each has a folder of its name in these folders.
+Where a model has several adapters, each has a folder of its name in these folders, and the first alone is trained.
 """
 
 from __future__ import annotations
