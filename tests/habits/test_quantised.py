@@ -219,7 +219,7 @@ def check_against_reference(
     trained = logits(adapted, batch)
     assert torch.equal(logits(PeftModel.from_pretrained(again(), tmp_path), batch), trained)
     for merge in (adapted.merge_adapter, adapted.merge_and_unload):
-        with pytest.raises(SieveError, match="experts of .*mlp.experts are quantised"):
+        with pytest.raises(SieveError, match="experts of model.* are quantised"):
             merge()
         assert torch.equal(logits(adapted, batch), trained)
     assert [type(module) for module in adapted.unload().modules()] == before

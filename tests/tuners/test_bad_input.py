@@ -108,20 +108,26 @@ def data(model: nn.Module) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, "neither calib_dataset nor selected_experts"),
+        ({}, "calib_dataset.*selected_experts"),
         ({"calib_dataset": []}, "empty"),
         ({"calib_dataset": ["", "  "], "calib_tokenizer": None}, "."),
         ({"calib_dataset": 5}, "int"),
         ({"selected_experts": {"model.layers.9.mlp.experts": [1]}}, "model.layers.9.mlp.experts.*does not have"),
-        ({"selected_experts": {PATH: [8]}}, "id 8, expected ids below 8"),
+        ({"selected_experts": {PATH: [8]}}, rf"{PATH}.*\bid 8\b"),
         (
             {"selected_experts": {PATH: [1]}, "expert_shapes": {PATH: [16, 32, 24]}},
-            "experts 16.*this model has experts 8",
+            rf"experts 16.*{PATH}.*experts 8",
         ),
-        ({"selected_experts": {PATH: [1]}, "expert_shapes": {PATH: [8, 64, 24]}}, "hidden size 64.*hidden size 32"),
+        (
+            {"selected_experts": {PATH: [1]}, "expert_shapes": {PATH: [8, 64, 24]}},
+            rf"hidden size 64.*{PATH}.*hidden size 32",
+        ),
         ({"selected_experts": {PATH: [1]}, "target_parameters": ["mlp.foo"]}, "target_parameters.*mlp.foo"),
-        ({"selected_experts": {PATH: [1]}, "target_parameters": ["q_norm.weight"]}, "target_parameters"),
-        ({"selected_experts": {PATH: [1]}, "target_parameters": ["mlp.experts.down_proj"]}, "target_parameters"),
+        ({"selected_experts": {PATH: [1]}, "target_parameters": ["q_norm.weight"]}, "target_parameters.*q_norm.weight"),
+        (
+            {"selected_experts": {PATH: [1]}, "target_parameters": ["mlp.experts.down_proj"]},
+            "target_parameters.*mlp.experts.down_proj",
+        ),
     ],
 )
 def test_masks_and_data(options: dict[str, Any], match: str) -> None:
@@ -130,7 +136,7 @@ def test_masks_and_data(options: dict[str, Any], match: str) -> None:
 
 def test_more_experts_than_there_are() -> None:
     model = tiny_model("olmoe")
-    refused(model, SieveLoraConfig(top_k=9, calib_dataset=data(model)), "top_k=9.*8 experts")
+    refused(model, SieveLoraConfig(top_k=9, calib_dataset=data(model)), r"top_k.*\b9\b.*\b8\b|\b8\b.*top_k.*\b9\b")
 
 
 def test_a_model_without_moe_layers() -> None:
@@ -138,13 +144,15 @@ def test_a_model_without_moe_layers() -> None:
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
     )
     model = AutoModelForCausalLM.from_config(config)
-    refused(model, SieveLoraConfig(calib_dataset=data(model)), "LlamaForCausalLM has no Mixture-of-Experts layer")
+    refused(model, SieveLoraConfig(calib_dataset=data(model)), "LlamaForCausalLM.* no .*Mixture-of-Experts layer")
 
 
 def test_no_layer_left() -> None:
     model = tiny_model("olmoe")
     refused(
-        model, SieveLoraConfig(calib_dataset=data(model), layers_to_transform=[7]), "leave none of the 2 MoE layers"
+        model,
+        SieveLoraConfig(calib_dataset=data(model), layers_to_transform=[7]),
+        r"layers_to_transform=\[7\].* none of the 2 MoE layers",
     )
 
 
@@ -152,7 +160,7 @@ def test_quantised_experts() -> None:
     model = tiny_model("olmoe")
     experts = model.model.layers[1].mlp.experts
     experts.down_proj = nn.Parameter(experts.down_proj.data.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(SieveError, match="layers.1.mlp.experts are stored as torch.float8_e4m3fn"):
+    with pytest.raises(SieveError, match="layers.1.mlp.experts .*torch.float8_e4m3fn"):
         get_peft_model(model, SieveLoraConfig(calib_dataset=data(model)))
     assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
@@ -167,13 +175,13 @@ def test_a_family_without_an_adapter_layer(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("peft_sieve.moe.families.registry._FAMILIES", [])
     register_moe_family(Odd())
     model = tiny_model("olmoe")
-    refused(model, SieveLoraConfig(calib_dataset=data(model)), "family 'odd', whose layer_class is None")
+    refused(model, SieveLoraConfig(calib_dataset=data(model)), "family 'odd'.*layer_class.*None")
 
 
 def test_expert_parallel_experts() -> None:
     model = tiny_model("olmoe")
     model.model.layers[0].mlp.experts._is_expert_parallel = True
-    with pytest.raises(SieveError, match="expert parallelism"):
+    with pytest.raises(SieveError, match="layers.0.mlp.experts .*expert parallelism"):
         get_peft_model(model, SieveLoraConfig(calib_dataset=data(model)))
 
 
@@ -217,7 +225,7 @@ def test_a_failed_second_adapter_leaves_the_first() -> None:
 
 def test_transformers_add_adapter_recovers() -> None:
     model = tiny_model("olmoe")
-    with pytest.raises(SieveError, match="neither calib_dataset"):
+    with pytest.raises(SieveError, match="calib_dataset.*selected_experts"):
         model.add_adapter(SieveLoraConfig())
     model.add_adapter(SieveLoraConfig(r=4, calib_dataset=data(model)))
     assert model.active_adapters() == ["default"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,23 +271,23 @@ def test_a_merged_adapter_is_refused() -> None:
     [
         (
             {"rank_block": 3},
-            "r is 4 and rank_block is 3|rank_block .*3.*r.* 4|r .*rank_block.* 3.*4|4.*multiple.*rank_block.*3",
+            r"(?=.*\brank_block\b)(?=.*\b3\b)(?=.*\b4\b)",
         ),
-        ({"rank_block": 0}, "rank_block is 0, expected a whole number from 1 on"),
-        ({"warmup_steps": -1}, "warmup_steps is -1"),
-        ({"update_interval": 1.5}, "update_interval is 1.5"),
-        ({"update_until": True}, "update_until is True, expected a whole number from 0 on or None"),
-        ({"prune_ratio": 1.0}, r"prune_ratio is 1.0, expected a number in \(0, 1\)"),
-        ({"grow_ratio": 0}, r"grow_ratio is 0, expected a number in \(0, 1\]"),
-        ({"keep_ratio": "all"}, "keep_ratio is 'all'"),
-        ({"decay": 1.1}, r"decay is 1.1, expected a number in \[0, 1\]"),
-        ({"max_rank": 2}, "max_rank is 2 and r is 4, expected at least as much"),
-        ({"selected_experts": {"a": [1, 2]}, "expert_blocks": {"a": [4]}}, "for each of the 2 experts"),
-        ({"selected_experts": {"a": [1]}, "expert_blocks": {"a": [0]}}, "a positive whole number"),
-        ({"selected_experts": {"a": [1]}, "ledger": {"a": [[1, 2]]}}, "no list of"),
-        ({"expert_blocks": [1]}, "expected mappings or None"),
-        ({"expert_tuning": "full"}, "expert_tuning is 'full' for EPnG, expected 'lora'"),
-        ({"hellori_density": 0.1}, "hellori_density is 0.1 for EPnG, expected None"),
+        ({"rank_block": 0}, r"rank_block\b.*whole number.*\b0\b|rank_block is 0\b"),
+        ({"warmup_steps": -1}, r"warmup_steps\b.* -1\b"),
+        ({"update_interval": 1.5}, r"update_interval\b.* 1\.5\b"),
+        ({"update_until": True}, r"update_until\b.*True"),
+        ({"prune_ratio": 1.0}, r"prune_ratio\b.*\b1\.0\b"),
+        ({"grow_ratio": 0}, r"grow_ratio\b.*\b0\b"),
+        ({"keep_ratio": "all"}, r"keep_ratio\b.*'all'"),
+        ({"decay": 1.1}, r"decay\b.*\b1\.1\b"),
+        ({"max_rank": 2}, r"max_rank\b.*\b[24]\b.*\b[24]\b"),
+        ({"selected_experts": {"a": [1, 2]}, "expert_blocks": {"a": [4]}}, r"expert_blocks\['a'\].*\b2 experts"),
+        ({"selected_experts": {"a": [1]}, "expert_blocks": {"a": [0]}}, r"expert_blocks\['a'\].*positive whole number"),
+        ({"selected_experts": {"a": [1]}, "ledger": {"a": [[1, 2]]}}, r"ledger\['a'\].*list"),
+        ({"expert_blocks": [1]}, "expert_blocks.*mapping"),
+        ({"expert_tuning": "full"}, "expert_tuning\\b.*'full'"),
+        ({"hellori_density": 0.1}, r"hellori_density\b.*\b0\.1\b"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], text: str) -> None:
@@ -297,7 +298,7 @@ def test_settings_that_cannot_work(settings: dict[str, Any], text: str) -> None:
 def test_ranks_that_are_not_in_whole_blocks_are_refused_before_anything_changes() -> None:
     base = tiny_model("olmoe")
     names = [name for name, _ in base.named_modules()]
-    with pytest.raises(SieveError, match="rank_pattern gives up_proj of .* the rank 6, expected a multiple of 4"):
+    with pytest.raises(SieveError, match=r"rank_pattern .*up_proj of .*\b6\b.*multiple of 4"):
         get_peft_model(base, config(rank_pattern={"up_proj": 6}))
     assert [name for name, _ in base.named_modules()] == names
 
@@ -310,7 +311,7 @@ def test_the_two_methods_do_not_mix_in_a_model() -> None:
     other.add_adapter(config(), "epng")
     for model, second in ((base, config()), (other, SieveLoraConfig(selected_experts={path: [1]}, r=2))):
         names = [name for name, _ in model.named_parameters()]
-        with pytest.raises(SieveError, match="expected adapters of one method in a model"):
+        with pytest.raises(SieveError, match="adapters? of another method"):
             model.add_adapter(second, "second")
         assert [name for name, _ in model.named_parameters()] == names
 
@@ -346,5 +347,5 @@ def test_states_follow_before_the_first_step_of_an_optimizer_that_is_passed() ->
 @pytest.mark.parametrize("step", [None, "1", -1, 1.5, True])
 def test_a_step_that_is_none_is_refused(step: Any) -> None:
     model = adapted()
-    with pytest.raises(SieveError, match="expected the number of optimizer steps so far"):
+    with pytest.raises(SieveError, match=r"^step\b.*" + re.escape(repr(step))):
         model.update_and_allocate(step)
