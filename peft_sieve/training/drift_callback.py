@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from ..checks import whole
@@ -68,8 +67,7 @@ class RoutingDriftCallback(TrainerCallback):
         check_same_trainer(self, state)
         self._restore.close()
         self._traffic = _DriftTraffic(self.trainer, self.every)
-        self._traffic.hang_on(self._traffic.model, _NAME)
-        self._restore.callback(self._traffic.take_off, self._traffic.model, _NAME)
+        self._restore.callback(wrap_method(self.trainer, "compute_loss", self._traffic.during))
         self._restore.callback(wrap_method(self.trainer, "log", self._with_drift))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -100,9 +98,15 @@ class _DriftTraffic(Traffic):
         check_score(self.score)
         self.counters = self._new_counters()
 
-    def begin(self, model: nn.Module, given: Mapping[str, Any]) -> None:
-        if self.trainer.state.global_step % self.every == 0:
-            super().begin(model, given)
+    def during(self, compute_loss: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Compute a loss, and count meanwhile if this is a step that counts; no hook is left, also after an error."""
+        if self.trainer.state.global_step % self.every:
+            return compute_loss(*args, **kwargs)
+        self.hang_on(self.model, _NAME)
+        try:
+            return compute_loss(*args, **kwargs)
+        finally:
+            self.take_off(self.model, _NAME)
 
     def counter(self, layer: SieveExpertLayer) -> DispatchCounter:
         return self.counters[layer.path]

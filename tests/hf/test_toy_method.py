@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -51,43 +46,6 @@ def test_it_is_saved_and_loaded_in_peft_and_in_transformers(tmp_path: Path) -> N
     in_transformers = tiny_model("olmoe")
     in_transformers.load_adapter(str(tmp_path))
     assert torch.equal(logits(in_transformers), logits(model))
-
-
-SAVER = """
-import sys, torch
-from tests.hf.test_toy_method import adapted
-model = adapted()
-print("ready", flush=True)
-version = 0
-while True:
-    version += 1
-    model.peft_config["default"].factor = float(version)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "toy_linear" in name:
-                parameter.fill_(version)
-    model.save_pretrained(sys.argv[1])
-    print(version, flush=True)
-"""
-
-
-def test_saves_survive_kills(tmp_path: Path) -> None:
-    """Killed at random moments, a save leaves the old version or the new one, and never a mixture that loads."""
-    generator = random.Random(0)
-    process = None
-    for _ in range(8):
-        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        for _ in range(3):  # ready, and two whole saves
-            process.stdout.readline()
-        time.sleep(generator.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        loaded = PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path)
-        version = loaded.peft_config["default"].factor
-        factors = [parameter for name, parameter in loaded.named_parameters() if "toy_linear" in name]
-        assert factors and all(bool((factor == version).all()) for factor in factors)
 
 
 def without(tensors: dict[str, torch.Tensor], key: str) -> None:

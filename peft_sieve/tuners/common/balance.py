@@ -107,6 +107,7 @@ class BalanceLoss(TrainingForwards):
         self._routed: list[Routed] = []
         self._loss: torch.Tensor | None = None
         self._used = True
+        self._warned = False
 
     @classmethod
     def of(cls, model: nn.Module) -> BalanceLoss | None:
@@ -155,7 +156,8 @@ class BalanceLoss(TrainingForwards):
             self.adds_to_outputs = before
 
     def begin(self, model: nn.Module, given: Mapping[str, Any]) -> None:
-        if not self._used and self.trains:
+        if not self._used and self.trains and not self._warned:
+            self._warned = True
             warnings.warn(
                 "The balance loss of the last forward was not used: the model gave no loss that it could be added to. "
                 "Add model.auxiliary_loss() to yours, or set balance_loss_coef=0.",

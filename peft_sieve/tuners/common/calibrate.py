@@ -71,8 +71,8 @@ def _read(config: Any, model: nn.Module) -> CalibrationData:
     data, tokenizer, formatting_func = (vars(config)[name] for name in RUNTIME_ONLY)
     if data is None:
         raise SieveError(
-            "the configuration has neither calib_dataset nor selected_experts, expected one of them to know which "
-            "experts to adapt: pass SieveLoraConfig(calib_dataset=...) or the mask of an earlier calibration"
+            "The configuration has neither calib_dataset nor selected_experts, which say which experts to adapt. Pass "
+            "SieveLoraConfig(calib_dataset=...), or the mask of an earlier calibration."
         )
     _refuse_sharded_model(model)
     return calibration_batches(
@@ -91,6 +91,6 @@ def _read(config: Any, model: nn.Module) -> CalibrationData:
 def _refuse_sharded_model(model: nn.Module) -> None:
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise SieveError(
-            "the model's parameters are sharded by DeepSpeed ZeRO-3, expected whole ones for profiling: calibrate once "
-            "without it (select_experts(profile_routing(...)).to_dict()) and pass the result as selected_experts"
+            "The model's parameters are sharded by DeepSpeed ZeRO-3, where nothing is profiled. Calibrate once without "
+            "it (select_experts(profile_routing(...)).to_dict()), and pass the result as selected_experts."
         )

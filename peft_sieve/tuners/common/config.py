@@ -69,9 +69,11 @@ def with_former_names(names: Mapping[str, str]) -> Callable[[type], type]:
 
         @wraps(original)
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            # dataclasses.replace gives all fields, and those to change by whatever name.
+            is_copy = all(one.name in kwargs for one in fields(config) if one.init)
             for former, name in names.items():
                 if former in kwargs:
-                    if name in kwargs:
+                    if name in kwargs and not is_copy:
                         raise SieveError(f"{former} is the former name of {name}. Pass one of them.")
                     kwargs[name] = kwargs.pop(former)
             original(self, *args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...checks import listed
 from ...errors import SieveError
 from ...moe.topology import MoELayer
 
@@ -19,15 +20,15 @@ def check_mask(config: Any, layers: list[MoELayer]) -> None:
     missing = [path for path in mask if path not in known]
     if missing:
         raise SieveError(
-            f"selected_experts names {_listed(missing)}, which the model does not have, expected paths such as "
-            f"{layers[0].path!r}: load the base model that the mask was made for, or calibrate again"
+            f"selected_experts names {listed(missing)}, which the model does not have; it has {layers[0].path!r} and "
+            "the like. Load the base model that the mask was made for, or calibrate again."
         )
     for path, ids in mask.items():
         _check_shape(config, known[path])
         if ids and ids[-1] >= known[path].num_experts:
             raise SieveError(
-                f"selected_experts[{path!r}] holds the id {ids[-1]}, expected ids below {known[path].num_experts}, the "
-                "number of experts of that layer: load the base model that the mask was made for, or calibrate again"
+                f"selected_experts[{path!r}] holds the id {ids[-1]}, and that layer has {known[path].num_experts} "
+                "experts. Load the base model that the mask was made for, or calibrate again."
             )
 
 
@@ -42,11 +43,6 @@ def _check_shape(config: Any, layer: MoELayer) -> None:
         names = ("experts", "hidden size", "intermediate size")
         text = [", ".join(f"{name} {n}" for name, n in zip(names, s, strict=True)) for s in (made_for, shape_of(layer))]
         raise SieveError(
-            f"the adapter was made for {text[0]} in {layer.path}, and this model has {text[1]}: load the base model "
-            "that it was trained on"
+            f"The adapter was made for {text[0]} in {layer.path}, and this model has {text[1]}. Load the base model "
+            "that it was trained on."
         )
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

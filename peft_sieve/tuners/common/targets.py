@@ -49,8 +49,8 @@ def wanted_layers(config: Any, layers: list[MoELayer]) -> list[MoELayer]:
         names = ("layers_to_transform", "exclude_modules", "modules_to_save", "expert_projections")
         given = " and ".join(f"{name}={getattr(config, name)}" for name in names if getattr(config, name) is not None)
         raise SieveError(
-            f"the settings {given} leave none of the {len(named)} MoE layers"
-            f"{'' if mask is None else ' of selected_experts'}, expected at least one: change it"
+            f"The settings {given} leave none of the {len(named)} MoE layers"
+            f"{'' if mask is None else ' of selected_experts'}. Change them."
         )
     return kept
 
@@ -72,8 +72,8 @@ def resolve_targets(config: Any, model: nn.Module, layers: list[MoELayer]) -> No
     resolved = sorted({name for layer in masked for name in _parameter_names(config, layer)})
     if config.target_parameters and set(config.target_parameters) != set(resolved):
         raise SieveError(
-            f"target_parameters names {sorted(config.target_parameters)}, expected None, since experts are chosen by "
-            "selected_experts and expert_projections and the router by train_router: leave it out"
+            f"target_parameters must be None, got {sorted(config.target_parameters)}. Experts are chosen by "
+            "selected_experts and expert_projections, and the router by train_router."
         )
     config.target_parameters = resolved
 

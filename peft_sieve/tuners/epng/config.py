@@ -8,7 +8,8 @@ from typing import Any
 
 from peft import PeftType
 
-from ...errors import SieveError
+from ...checks import is_whole, must_be, number, share, whole
+from ..common.config import BY_HAND
 from ..sieve.config import SieveLoraConfig
 from .ledger import blocks_after
 
@@ -76,31 +77,18 @@ class EpngConfig(SieveLoraConfig):
         self.peft_type = PeftType("SIEVE_EPNG")
         for name, only in (("expert_tuning", "lora"), ("hellori_density", None)):
             if getattr(self, name) != only:
-                raise SieveError(
-                    f"{name} is {getattr(self, name)!r} for EPnG, expected {only!r}, since only ranks move: "
-                    "leave it out, or make a SieveLoraConfig"
-                )
+                advice = "Only ranks move: leave it out, or make a SieveLoraConfig."
+                raise must_be(name, f"{only!r} for EPnG", getattr(self, name), advice)
         for name, (least, optional) in _COUNTS.items():
-            value = getattr(self, name)
-            if not (_is_whole(value) and value >= least) and not (optional and value is None):
-                text = f"a whole number from {least} on" + (" or None" if optional else "")
-                raise SieveError(f"{name} is {value!r}, expected {text}: pass one")
+            setattr(self, name, whole(name, getattr(self, name), least=least, optional=optional))
         if self.r % self.rank_block:
-            raise SieveError(
-                f"r is {self.r} and rank_block is {self.rank_block}, expected r in whole blocks: pass a rank_block "
-                "that divides r"
-            )
+            raise must_be("rank_block", f"a divisor of r, which is {self.r}", self.rank_block)
         if self.max_rank is not None and self.max_rank < self.r:
-            raise SieveError(
-                f"max_rank is {self.max_rank} and r is {self.r}, expected at least as much: pass a higher max_rank"
-            )
-        for name, with_zero, with_one in (
-            ("prune_ratio", False, False),
-            ("grow_ratio", False, True),
-            ("keep_ratio", False, True),
-            ("decay", True, True),
-        ):
-            self._check_share(name, with_zero, with_one)
+            raise must_be("max_rank", f"at least r, which is {self.r}", self.max_rank)
+        number("prune_ratio", self.prune_ratio, lambda ratio: 0 < ratio < 1, "a number in (0, 1)")
+        number("decay", self.decay, lambda decay: 0 <= decay <= 1, "a number in [0, 1]")
+        for name in ("grow_ratio", "keep_ratio"):
+            share(name, getattr(self, name))
         self._check_state()
 
     def is_update(self, step: int) -> bool:
@@ -124,48 +112,28 @@ class EpngConfig(SieveLoraConfig):
         """The steps of the updates so far that moved ranks."""
         return sorted({step for entries in (self.ledger or {}).values() for step, _, _ in entries})
 
-    def _check_share(self, name: str, with_zero: bool, with_one: bool) -> None:
-        value = getattr(self, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value <= 1 or (value == 0 and not with_zero) or (value == 1 and not with_one):
-            interval = f"{'[' if with_zero else '('}0, 1{']' if with_one else ')'}"
-            raise SieveError(f"{name} is {value!r}, expected a number in {interval}: pass one")
-
     def _check_state(self) -> None:
         """What training filled in: of one update, and of this mask."""
-        advice = "the adapter_config.json was changed by hand, take it from its source again"
         mask = self.selected_experts or {}
         blocks = {} if self.expert_blocks is None else self.expert_blocks
         ledger = {} if self.ledger is None else self.ledger
-        if not isinstance(blocks, Mapping) or not isinstance(ledger, Mapping):
-            raise SieveError(
-                f"expert_blocks and ledger are a {type(blocks).__name__} and a {type(ledger).__name__}, expected "
-                f"mappings or None: {advice}"
-            )
+        for name, value in (("expert_blocks", blocks), ("ledger", ledger)):
+            if not isinstance(value, Mapping):
+                raise must_be(name, "a mapping or None", value, BY_HAND)
         for path, numbers in blocks.items():
-            whole = isinstance(numbers, list | tuple) and all(_is_whole(n) and n > 0 for n in numbers)
-            if not whole or len(numbers) != len(mask.get(path, ())):
-                raise SieveError(
-                    f"expert_blocks[{path!r}] is {numbers!r}, expected a positive whole number for each of the "
-                    f"{len(mask.get(path, ()))} experts that selected_experts has there: {advice}"
-                )
+            positive = isinstance(numbers, list | tuple) and all(is_whole(n) and n > 0 for n in numbers)
+            if not positive or len(numbers) != len(mask.get(path, ())):
+                kind = f"a positive whole number for each of the {len(mask.get(path, ()))} experts of selected_experts"
+                raise must_be(f"expert_blocks[{path!r}]", kind, numbers, BY_HAND)
         for path, entries in ledger.items():
             rows = isinstance(entries, list | tuple) and all(
-                isinstance(e, list | tuple) and len(e) == 3 and all(map(_is_whole, e)) for e in entries
+                isinstance(e, list | tuple) and len(e) == 3 and all(map(is_whole, e)) for e in entries
             )
             if not rows or path not in blocks:
-                raise SieveError(
-                    f"ledger[{path!r}] is no list of [step, expert, blocks] for a layer of expert_blocks, expected "
-                    f"one: {advice}"
-                )
+                kind = "a list of [step, expert, blocks] for a layer of expert_blocks"
+                raise must_be(f"ledger[{path!r}]", kind, entries, BY_HAND)
         for path, numbers in blocks.items():
             held = dict(zip(mask[path], numbers, strict=True))
             if blocks_after(held, ledger.get(path, ()), self.first_blocks) != held:
-                raise SieveError(
-                    f"expert_blocks[{path!r}] is {numbers!r}, expected what its ledger comes to from "
-                    f"{self.first_blocks} for each expert: {advice}"
-                )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+                kind = f"what its ledger comes to from {self.first_blocks} for each expert"
+                raise must_be(f"expert_blocks[{path!r}]", kind, numbers, BY_HAND)

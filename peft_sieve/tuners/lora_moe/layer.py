@@ -72,10 +72,10 @@ class LoraMoeLayer(nn.Module, AdapterLayer):
     adapter_layer_names = ("lora_A", "lora_B", "lora_router")
     other_param_names = ("plans", "lora_dropout", "lora_usage")
 
-    def __init__(self, base_layer: nn.Module, balance: BalanceLoss) -> None:
+    def __init__(self, base_layer: nn.Module, path: str, balance: BalanceLoss) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.balance = balance
+        self.path, self.balance = path, balance
         self.plans: dict[str, LoraMoePlan] = {}
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
@@ -168,8 +168,8 @@ class LoraMoeLayer(nn.Module, AdapterLayer):
         if (tuple(experts), bool(pruned[0])) != (plan.experts, plan.pruned):
             raise SieveError(
                 f"The weights belong to {'pruned' if pruned[0] else 'unpruned'} experts {experts}, and adapter "
-                f"'{adapter_name}' has {'pruned' if plan.pruned else 'unpruned'} experts {list(plan.experts)} in a "
-                "layer. Load them under the configuration that they were saved with."
+                f"'{adapter_name}' has {'pruned' if plan.pruned else 'unpruned'} experts {list(plan.experts)} in "
+                f"{self.path}. Load them under the configuration that they were saved with."
             )
 
     def is_trained(self, adapter_name: str) -> bool:

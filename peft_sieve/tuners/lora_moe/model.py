@@ -67,8 +67,8 @@ class LoraMoeModel(BalancedTuner):
         if isinstance(target, LoraMoeLayer):
             target.update_layer(adapter_name, config, experts)
             return
-        layer = self._updated(LoraMoeLayer(target, BalanceLoss.hung_on(self.model)), adapter_name, config, experts)
-        self._replace_module(parent, name, layer, target)
+        layer = LoraMoeLayer(target, current_key, BalanceLoss.hung_on(self.model))
+        self._replace_module(parent, name, self._updated(layer, adapter_name, config, experts), target)
 
     # Loading
 

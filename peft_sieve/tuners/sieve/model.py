@@ -150,8 +150,8 @@ class SieveLoraModel(MethodTuner, LoraModel):
         layer_class, module = self._layer_class(layer), self.model.get_submodule(layer.path)
         if isinstance(module, SieveExpertLayer) and type(module) is not layer_class:
             raise SieveError(
-                f"the experts of {layer.path} hold an adapter of another method (a {type(module).__name__}), expected "
-                "adapters of one method in a model: load it on a base model of its own"
+                f"The experts of {layer.path} hold an adapter of another method (a {type(module).__name__}). Load this "
+                "one on a base model of its own."
             )
 
     @staticmethod
@@ -310,6 +310,6 @@ def _refuse_parallel(layer: MoELayer) -> None:
     """Experts of which a process has only some."""
     if getattr(layer.experts, "_is_expert_parallel", False):
         raise SieveError(
-            f"the experts of {layer.path} are spread over processes (expert parallelism), expected all in each: "
-            "load the model without a distributed_config that enables it"
+            f"The experts of {layer.path} are spread over processes (expert parallelism), which is not supported. Load "
+            "the model without a distributed_config that enables it."
         )
