@@ -29,7 +29,7 @@ HERE = [
 ]
 ELSEWHERE = {
     "docs/command-line.md": "tests/commands/test_page.py",
-    "docs/custom-architectures.md": "tests/test_custom_architectures.py",
+    "docs/custom-architectures.md": "tests/moe/test_custom_architectures.py",
     "docs/hub.md": "tests/test_pages.py",
     "docs/methods/dmep.md": "tests/tuners/lora_moe/test_page.py",
     "docs/methods/epng.md": "tests/tuners/epng/test_page.py",

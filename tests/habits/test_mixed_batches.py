@@ -12,7 +12,7 @@ from torch import nn
 
 from peft_sieve import SieveError, SieveLoraConfig
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.tuners.common.mixed_batch import each_adapter
+from peft_sieve.tuners.common.each_adapter import each_adapter
 from tests.deepseek_like import deepseek_like
 from tests.models import randomize_adapters, tiny_model, token_batch
 from tests.reference import assert_same

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from peft_sieve import export_lora
-from tests.interop.adapters import Adapter, saved_adapter
+from tests.adapters.saved import Adapter, saved_adapter
 
 NAMES = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss")
 

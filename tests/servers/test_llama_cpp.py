@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.interop.adapters import Adapter
+from tests.adapters.saved import Adapter
 from tests.servers.wheel import unpacked
 
 ARCHITECTURES = {"olmoe": "OLMOE", "qwen2_moe": "QWEN2MOE", "qwen3_moe": "QWEN3MOE", "deepseek_v3": "DEEPSEEK2"}

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_sieve import export_lora
-from tests.interop.adapters import Adapter
+from tests.adapters.saved import Adapter
 from tests.servers.wheel import Wheel, unpacked
 
 PER_EXPERT = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3")

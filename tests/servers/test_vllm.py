@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peft_sieve.adapters.plain.export import STACKED_IN_VLLM
-from tests.interop.adapters import Adapter
+from tests.adapters.saved import Adapter
 from tests.servers.wheel import Wheel, unpacked
 
 # vLLM's models: the linear layers (packed ones by their parts), and what the checkpoint calls an expert's matrices.

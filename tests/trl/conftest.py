@@ -1,3 +1,3 @@
 """Every module here computes on one thread."""
 
-from tests.test_training import one_thread  # noqa: F401
+from tests.training.runs import one_thread  # noqa: F401

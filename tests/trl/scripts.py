@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from peft_sieve import SieveLoraConfig
 from tests.models import small_olmoe
-from tests.test_training import copied
+from tests.training.runs import copied
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

@@ -14,7 +14,7 @@ from torch import nn
 from trl import DPOConfig, DPOTrainer
 
 from tests.models import randomize_adapters, small_olmoe, small_tokenizer
-from tests.test_training import assert_same, copied, settings
+from tests.training.runs import assert_same, copied, settings
 from tests.trl.scripts import assert_only_the_adapter_changed, assert_trained_like_lora, config_of, preferences
 
 

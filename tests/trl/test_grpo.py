@@ -15,7 +15,7 @@ from trl.distributed import DistributedBackend
 from trl.generation.vllm_generation import VLLMGeneration
 
 from tests.models import randomize_adapters, small_olmoe, small_tokenizer, tiny_model
-from tests.test_training import assert_same, copied, settings
+from tests.training.runs import assert_same, copied, settings
 from tests.trl.scripts import assert_only_the_adapter_changed, assert_trained_like_lora, config_of, questions
 
 

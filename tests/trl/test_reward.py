@@ -15,7 +15,7 @@ from trl import RewardConfig, RewardTrainer
 
 from peft_sieve import SieveLoraConfig
 from tests.models import CONFIGS, small_tokenizer
-from tests.test_training import assert_same, copied, settings
+from tests.training.runs import assert_same, copied, settings
 from tests.trl.scripts import ATTENTION, assert_only_the_adapter_changed, assert_trained_like_lora, preferences
 
 # Those of the models in tests/models.py that have a sequence classifier; OLMoE has none.

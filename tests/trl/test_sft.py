@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_sieve import profile_routing
 from tests.models import small_olmoe, small_tokenizer
-from tests.test_training import Recording, settings
+from tests.training.runs import Recording, settings
 from tests.trl.scripts import assert_only_the_adapter_changed, assert_trained_like_lora, config_of, questions
 
 CHAT_TEMPLATE = (

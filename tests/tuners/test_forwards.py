@@ -23,7 +23,7 @@ from peft_sieve import LoraMoeConfig, PerftConfig
 from peft_sieve.tuners.common.forwards import share_of_step
 from tests.models import tiny_model
 from tests.module_models import switch_transformers
-from tests.test_training import settings
+from tests.training.runs import settings
 
 TASKS: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,

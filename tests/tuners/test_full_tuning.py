@@ -25,7 +25,7 @@ from tests.deepseek_like import deepseek_like
 from tests.habits.test_quantised import check_against_reference, load, with_stacks
 from tests.models import randomize_adapters, small_olmoe, small_tokenizer, tiny_model, token_batch
 from tests.reference import assert_same, naive_experts, naive_weight
-from tests.test_training import settings
+from tests.training.runs import settings
 from tests.tuners.test_expert_layer import dispatch, gradients, make_layer
 
 FLAGS = ("has_gate", "is_transposed", "is_concatenated")

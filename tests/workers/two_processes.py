@@ -1,4 +1,4 @@
-"""One of the two processes of tests/test_distributed.py: goes through scenarios and writes down how each ended.
+"""One of the two processes of tests/training/test_distributed.py: goes through scenarios, writes how each ended.
 
     python -m tests.workers.two_processes FOLDER    (with RANK, LOCAL_RANK and WORLD_SIZE set, as torchrun does)
 

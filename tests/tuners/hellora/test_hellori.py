@@ -18,7 +18,7 @@ from peft_sieve.tuners.common.experts.hellori import random_share
 from peft_sieve.tuners.common.experts.layer import expert_layers
 from tests.models import randomize_adapters, small_olmoe, small_tokenizer, tiny_model, token_batch
 from tests.reference import NaiveAdapter, assert_same, naive_experts
-from tests.test_training import settings
+from tests.training.runs import settings
 
 EXPERTS = "model.layers.0.mlp.experts"
 MASK = {EXPERTS: [1, 4, 6], "model.layers.1.mlp.experts": [0]}

@@ -22,7 +22,7 @@ from peft_sieve.tuners.perft.layer import perft_layers
 from tests.models import small_olmoe, small_tokenizer, token_batch
 from tests.module_models import switch_transformers
 from tests.reference import assert_same
-from tests.test_training import settings as arguments
+from tests.training.runs import settings as arguments
 from tests.tuners.perft.adapted import adapted, first_layer, randomize
 
 COEF = 0.3

@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 from peft_sieve import PerftConfig, SieveError
 from tests.models import small_olmoe, small_tokenizer, token_batch
-from tests.test_training import (
+from tests.training.runs import (
     CHECKPOINT_STEP,
     LAST_STEP,
     Recording,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from peft_sieve import PerftConfig, SieveError, inspect_adapter
 from peft_sieve.cli import main
-from tests.interop.adapters import Adapter, saved_adapter
+from tests.adapters.saved import Adapter, saved_adapter
 from tests.models import tiny_model, token_batch
 
 

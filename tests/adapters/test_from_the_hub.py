@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from peft_sieve import SieveError, export_lora, inspect_adapter, merge_checkpoint, narrow_lora
+from tests.adapters.saved import Adapter, relative_difference, saved_adapter
 from tests.hub_standin import HubStandIn
-from tests.interop.adapters import Adapter, relative_difference, saved_adapter
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,6 @@ from peft_sieve.routing.drift import routing_drift
 from tests.deepseek_like import deepseek_like
 from tests.models import randomize_adapters, small_olmoe, small_tokenizer
 from tests.module_models import jetmoe, switch_transformers
-from tests.test_training import one_thread  # noqa: F401
 
 STEPS, EVERY = 6, 2
 LAYERS, EXPERTS = 6, 32

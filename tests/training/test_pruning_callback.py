@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,11 @@ from trl import DPOConfig, DPOTrainer
 
 from peft_sieve import ExpertPruningCallback, LoraMoeConfig, SieveError
 from tests.models import small_olmoe, small_tokenizer
-from tests.test_training import Recording, assert_same, copied, plain_trainer, settings, sft_trainer
+from tests.training.runs import Recording, assert_same, copied, plain_trainer, settings, sft_trainer
 from tests.trl.scripts import preferences, questions
 from tests.tuners.lora_moe.models import layers_of
 
 LAST_STEP, PRUNE_STEP = 5, 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sums come out the same in every run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # The workers end by themselves before that, also if they hang.
 BACKSTOP_SECONDS = 170
 

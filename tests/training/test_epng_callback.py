@@ -15,7 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_sieve import EpngCallback, EpngConfig, SieveError, SieveLoraConfig
 from tests.models import small_olmoe, small_tokenizer
-from tests.test_training import one_thread, settings, texts, tokens  # noqa: F401 (fixtures)
+from tests.training.runs import settings
 
 LAST = 6
 MASK = {f"model.layers.{i}.mlp.experts": list(range(i, i + 8)) for i in range(6)}
@@ -43,7 +43,7 @@ def trainer(kind: str, data: Dataset, folder: Path, peft_config: Any = None, **c
 @pytest.mark.parametrize("kind", ["trainer", "sft"])
 def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(
     kind: str,
-    tokens: Dataset,  # noqa: F811
+    tokens: Dataset,
     tmp_path: Path,
 ) -> None:
     whole = trainer(kind, tokens, tmp_path)
@@ -62,7 +62,7 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_the_callback_moves_ranks_under_trl_defaults(texts: Dataset, tmp_path: Path) -> None:  # noqa: F811
+def test_the_callback_moves_ranks_under_trl_defaults(texts: Dataset, tmp_path: Path) -> None:
     """bfloat16 autocast and gradient checkpointing, and gradients accumulated: a step is one of the optimizer."""
     arguments = SFTConfig(**settings(tmp_path, max_steps=2, gradient_accumulation_steps=2), max_length=48)
     run = SFTTrainer(small_olmoe(), arguments, train_dataset=texts, peft_config=config(), callbacks=[EpngCallback()])
@@ -70,7 +70,7 @@ def test_the_callback_moves_ranks_under_trl_defaults(texts: Dataset, tmp_path: P
     assert [entry.step for entry in run.model.ledger()] == [2]
 
 
-def test_what_cannot_work_is_refused_when_training_begins(tokens: Dataset, tmp_path: Path) -> None:  # noqa: F811
+def test_what_cannot_work_is_refused_when_training_begins(tokens: Dataset, tmp_path: Path) -> None:
     sieve = SieveLoraConfig(r=4, selected_experts=MASK, task_type="CAUSAL_LM")
     with pytest.raises(SieveError, match="PeftModelForCausalLM, has no EPnG adapter in training"):
         trainer("trainer", tokens, tmp_path, sieve).train()

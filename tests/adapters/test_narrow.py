@@ -16,8 +16,8 @@ from torch import nn
 from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, narrow_lora, select_experts
 from peft_sieve.cli import main
 from peft_sieve.moe.topology import find_moe_layers
+from tests.adapters.saved import relative_difference
 from tests.deepseek_like import deepseek_like
-from tests.interop.adapters import relative_difference
 from tests.models import randomize_adapters, tiny_model, token_batch
 
 MASK = {"model.layers.0.mlp.experts": [1, 6], "model.layers.1.mlp.experts": [0, 3, 4]}

@@ -25,7 +25,7 @@ from tests.models import randomize_adapters
 from tests.reference import assert_same
 from tests.transformers4_like import transformers4_like
 
-PAGE = Path(__file__).parents[1] / "docs" / "custom-architectures.md"
+PAGE = Path(__file__).parents[2] / "docs" / "custom-architectures.md"
 
 
 @pytest.fixture

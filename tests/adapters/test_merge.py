@@ -20,10 +20,10 @@ import peft_sieve.adapters.checkpoint.merge
 from peft_sieve import SieveError, SieveLoraConfig, merge_checkpoint
 from peft_sieve.cli import main
 from peft_sieve.moe.topology import find_moe_layers
+from tests.adapters.saved import Adapter, relative_difference, saved_adapter
 from tests.architectures.tiny import inputs_for
 from tests.architectures.tiny import tiny_model as tiny_model_of
 from tests.deepseek_like import deepseek_like
-from tests.interop.adapters import Adapter, relative_difference, saved_adapter
 from tests.models import randomize_adapters, tiny_model
 
 # Per-expert matrices, two spellings; stacks, transposed and interleaved; stacks under another name.

@@ -23,10 +23,10 @@ import peft_sieve.adapters.plain.export
 from peft_sieve import PerftConfig, SieveError, SieveLoraConfig, export_lora
 from peft_sieve.cli import main
 from peft_sieve.moe.topology import find_moe_layers
+from tests.adapters.saved import Adapter, relative_difference, saved_adapter
 from tests.architectures.tiny import inputs_for
 from tests.architectures.tiny import tiny_model as tiny_model_of
 from tests.deepseek_like import deepseek_like
-from tests.interop.adapters import Adapter, relative_difference, saved_adapter
 from tests.models import randomize_adapters, tiny_model
 
 REPOSITORY = Path(__file__).parents[2]
