@@ -19,13 +19,13 @@ from methods import METHODS, Bench, trainable_counts
 from settings import Setting, add_setting_argument, chosen
 from training import training_step
 
-from peft_sieve.kernels import reused_memory as scratch
+from peft_sieve.kernels import reused_memory
 
 
 def peak_of(bench: Bench, method: str, **options: Any) -> dict[str, int]:
     """Bytes at the peak of a method's second step, the base model included, and what its expert adapters must have."""
     gc.collect()
-    scratch.release()
+    reused_memory.release()
     model = bench.build(method, **options)
     step, optimizer = training_step(model, bench.batch)
     step()

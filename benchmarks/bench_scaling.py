@@ -21,7 +21,7 @@ from methods import Bench, trainable_counts
 from settings import SETTINGS, Setting, tiny
 from training import training_step
 
-from peft_sieve.kernels import reused_memory as scratch
+from peft_sieve.kernels import reused_memory
 
 # A layer or two are enough, since what is asked is how a layer's cost grows; a small vocabulary keeps the head out.
 BASES = {
@@ -47,7 +47,7 @@ def changed(base: Setting, axis: str, value: int) -> Setting:
 
 def measure(base: Setting, axis: str, value: int, dropout: float, repeats: int) -> dict[str, Any]:
     setting = changed(base, axis, value)
-    scratch.release()  # of the size that the setting before needed
+    reused_memory.release()  # of the size that the setting before needed
     bench = Bench.of(setting, dropout)
     models = {
         "floor": bench.build("floor"),
