@@ -14,7 +14,7 @@ from ..sieve.config import SieveLoraConfig
 from .ledger import blocks_after
 
 # How whole-number options may be: their smallest value, and whether None is one, too.
-_COUNTS = {
+_WHOLE_NUMBERS = {
     "rank_block": (1, False),
     "warmup_steps": (0, False),
     "update_interval": (1, False),
@@ -79,7 +79,7 @@ class EpngConfig(SieveLoraConfig):
             if getattr(self, name) != only:
                 advice = "Only ranks move: leave it out, or make a SieveLoraConfig."
                 raise must_be(name, f"{only!r} for EPnG", getattr(self, name), advice)
-        for name, (least, optional) in _COUNTS.items():
+        for name, (least, optional) in _WHOLE_NUMBERS.items():
             setattr(self, name, whole(name, getattr(self, name), least=least, optional=optional))
         if self.r % self.rank_block:
             raise must_be("rank_block", f"a divisor of r, which is {self.r}", self.rank_block)

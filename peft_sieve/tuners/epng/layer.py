@@ -22,7 +22,7 @@ from ..sieve.config import SieveLoraConfig
 from .allocation import AllocationRule, share_of
 from .config import EpngConfig
 from .growth import generator_for, orthogonal_rows
-from .ledger import Rows, blocks_after, first_experts
+from .ledger import Ledger, blocks_after, first_experts
 from .ragged import RaggedFactors, RaggedPlan, RowMove
 from .states import tensors_by_row
 
@@ -45,7 +45,7 @@ class RankedSlots(ExpertSlots):
     importance: torch.Tensor
     ledger: torch.Tensor
 
-    def __init__(self, num_experts: int, plan: RaggedPlan, ledger: Rows, first_blocks: int) -> None:
+    def __init__(self, num_experts: int, plan: RaggedPlan, ledger: Ledger, first_blocks: int) -> None:
         super().__init__(num_experts, plan.experts)
         self.register_buffer("blocks", torch.zeros(num_experts, dtype=torch.int32, device="cpu"))
         self.register_buffer("importance", torch.zeros(num_experts, dtype=torch.float64, device="cpu"))
@@ -357,5 +357,5 @@ def blocks_tensor(num_experts: int, plan: RaggedPlan) -> torch.Tensor:
     return blocks
 
 
-def _ledger_tensor(rows: Rows) -> torch.Tensor:
+def _ledger_tensor(rows: Ledger) -> torch.Tensor:
     return torch.tensor([list(row) for row in rows], dtype=torch.int32, device="cpu").view(-1, 3)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-Rows = Sequence[Sequence[int]]
+Ledger = Sequence[Sequence[int]]
 
 
-def first_experts(adapted: Iterable[int], ledger: Rows) -> frozenset[int]:
+def first_experts(adapted: Iterable[int], ledger: Ledger) -> frozenset[int]:
     """Those that were adapted at the beginning: what is left, and what was pruned."""
     return frozenset({*adapted, *(expert for _, expert, _ in ledger)})
 
 
-def blocks_after(experts: Iterable[int], ledger: Rows, first_blocks: int) -> dict[int, int]:
+def blocks_after(experts: Iterable[int], ledger: Ledger, first_blocks: int) -> dict[int, int]:
     """Adapted expert -> its blocks at the end of a ledger, by ascending id.
 
     Args:

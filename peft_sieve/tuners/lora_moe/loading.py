@@ -16,7 +16,7 @@ from ..common.loading import adapter_layers, refuse_foreign, saved_in, tensors_i
 from .config import LoraMoeConfig
 from .layer import LoraMoeLayer
 
-_BOOKKEEPING = ("lora_usage.experts", "lora_usage.pruned", "lora_usage.tokens")
+_USAGE = ("lora_usage.experts", "lora_usage.pruned", "lora_usage.tokens")
 _FACTORS = ("lora_A.weight", "lora_B.weight", "lora_router.weight")
 
 
@@ -59,10 +59,10 @@ def _checked(
 ) -> tuple[list[int], bool]:
     """Ids of the experts of one layer's weights, and whether they were pruned."""
     plan, advice = layer.plans[adapter_name], "Load them under the configuration that they were saved with."
-    for name in (*_BOOKKEEPING, *_FACTORS):
+    for name in (*_USAGE, *_FACTORS):
         if name not in saved:
             raise SieveError(f"The checkpoint has no {path}.{name} for adapter '{adapter_name}'. {advice}")
-    experts, pruned, tokens = (saved[name].tolist() for name in _BOOKKEEPING)
+    experts, pruned, tokens = (saved[name].tolist() for name in _USAGE)
     sizes = [tuple(saved[name].shape) for name in _FACTORS]
     width = len(experts) * plan.r
     expected = [(width, layer.in_features), (layer.out_features, width), (len(experts), layer.in_features)]
