@@ -1,6 +1,6 @@
 """`peft-sieve`: the command line.
 
-Exit codes: 0 done, 1 a `SieveError` (one sentence on standard error), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 a `SieveError` (one line on standard error), 2 wrong usage, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import SieveError
+
 NAME = "export"
 HELP = "write an adapter as plain LoRA, or merged into its base model"
 EXAMPLES = """\
@@ -39,15 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, and say what a server needs to know."""
-    from ..errors import SieveError
-
     if args.merge:
         from ..adapters.checkpoint.merge import merge_checkpoint
 
         if args.layout != "auto" or args.without_router:
             raise SieveError(
-                "received --merge with --layout or --without-router, expected --merge alone, since a checkpoint has "
-                "one layout and holds the router: drop one of them"
+                "--merge cannot be combined with --layout or --without-router: a checkpoint has one layout and holds "
+                "the router. Leave them out."
             )
         print(f"merged checkpoint in {merge_checkpoint(args.adapter, args.base_model, args.output)}")
         return 0

@@ -4,7 +4,9 @@ from."""
 from __future__ import annotations
 
 import argparse
-import json
+
+from .options import add_json
+from .output import print_json
 
 NAME = "inspect"
 HELP = "print what a saved adapter holds"
@@ -16,7 +18,7 @@ EXAMPLES = """\
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("adapter", help="path or Hub id of a saved sparse adapter")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     summary = inspect_adapter(args.adapter)
     if args.json:
-        print(json.dumps(summary.to_dict(), indent=2))
+        print_json(summary.to_dict())
     else:
         from rich.console import Console
 

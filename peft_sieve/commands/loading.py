@@ -1,4 +1,4 @@
-"""Models and tokenizers by name, with errors of one sentence."""
+"""Models and tokenizers by name, with errors of one line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers.utils import logging
 from ..adapters.skeleton import model_classes
 from ..checks import first_line
 from ..errors import SieveError
+
+_NOT_LOADABLE = (OSError, ValueError, KeyError, ImportError)
 
 
 def load_model(
@@ -42,10 +44,10 @@ def load_model(
             model_class, *_ = model_classes(config, LoraConfig())
             spread = {"device_map": "auto"} if place == "auto" else {}
             model = model_class.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code, **spread)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except _NOT_LOADABLE as error:
             raise SieveError(
-                f"the model {name!r} cannot be loaded ({first_line(error)}), expected a path or Hub id of a model of "
-                "transformers: check the name"
+                f"The model {name!r} cannot be loaded ({first_line(error)}). Pass the path or Hub id of a model of "
+                "transformers."
             ) from error
     return model if place == "auto" else model.to(place)
 
@@ -58,12 +60,11 @@ def load_tokenizer(name: str, trust_remote_code: bool, *, required: bool) -> Any
     """
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except _NOT_LOADABLE as error:
         if not required:
             return None
         raise SieveError(
-            f"the tokenizer {name!r} cannot be loaded ({first_line(error)}), expected a path or Hub id of one: check "
-            "the name"
+            f"The tokenizer {name!r} cannot be loaded ({first_line(error)}). Pass the path or Hub id of one."
         ) from error
 
 
@@ -72,8 +73,8 @@ def _check_device(place: str) -> None:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise SieveError(
-            f"the device {place!r} cannot be used ({first_line(error)}), expected one of this machine such as cpu or "
-            "cuda:0: pass one, or leave --device out"
+            f"The device {place!r} cannot be used ({first_line(error)}). Pass one of this machine, such as cpu or "
+            "cuda:0, or leave --device out."
         ) from error
 
 

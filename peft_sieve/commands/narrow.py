@@ -9,6 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 
+from ..checks import one_line
+from ..errors import SieveError
+from .options import add_selection, selection_options
+
 NAME = "narrow"
 HELP = "narrow a LoRA on all experts to some of them"
 EXAMPLES = """\
@@ -24,14 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--mask", help="JSON file: experts-module path -> expert ids, or an adapter_config.json")
     which.add_argument("--profile", help="routing profile to select from")
     parser.add_argument("--base-model", help="path or Hub id of the base model (default: what the LoRA names)")
-    # Given on to select_experts, which checks them and has the defaults.
-    parser.add_argument("--top-k-frac", type=float, help="share of each layer's experts to keep")
-    parser.add_argument("--top-k", type=int, help="experts to keep per layer; wins over --top-k-frac")
-    parser.add_argument("--strategy", help="uniform, greedy, coverage, cumulative or random")
-    parser.add_argument("--score", help="count (tokens), mass (gate weight), esft_token or esft_gate")
-    parser.add_argument("--coverage", type=float, help="target of --strategy coverage")
-    parser.add_argument("--top-p", type=float, help="target of --strategy cumulative")
-    parser.add_argument("--seed", type=int, help="of --strategy random")
+    # A mask takes none of them, so it matters which were given.
+    add_selection(parser, defaults=False)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,10 +37,9 @@ def run(args: argparse.Namespace) -> int:
     from ..adapters.plain.narrow import narrow_lora
     from ..routing.profile import RoutingProfile
 
-    options = ("top_k_frac", "top_k", "strategy", "score", "coverage", "seed", "top_p")
-    selection = {name: getattr(args, name) for name in options if getattr(args, name) is not None}
-    experts = RoutingProfile.load(args.profile) if args.profile else _mask(args.mask)
-    narrowed = narrow_lora(args.lora, args.output, experts, base_model=args.base_model, **selection)
+    given = {name: value for name, value in selection_options(args).items() if value is not None}
+    experts = RoutingProfile.load(args.profile) if args.profile else _read_mask(args.mask)
+    narrowed = narrow_lora(args.lora, args.output, experts, base_model=args.base_model, **given)
     print(
         f"sparse adapter in {narrowed.path}: {narrowed.num_kept} of {narrowed.num_experts} experts, "
         f"{narrowed.kept_norm:.1%} of the norm kept"
@@ -50,16 +47,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _mask(path: str) -> dict[str, list[int]]:
-    from ..errors import SieveError
-
+def _read_mask(path: str) -> dict[str, list[int]]:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
     except (OSError, ValueError) as error:
         raise SieveError(
-            f"the mask cannot be read from {path!r} ({error}), expected a JSON file with experts-module path -> expert "
-            "ids: pass one"
+            f"The mask cannot be read from {path!r} ({one_line(error)}). Pass a JSON file with experts-module path -> "
+            "expert ids."
         ) from error
     mask: dict[str, list[int]] = content.get("selected_experts", content) if isinstance(content, dict) else content
     return mask

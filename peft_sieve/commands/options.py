@@ -9,8 +9,8 @@ from typing import Any
 _SELECTION = ("top_k_frac", "top_k", "strategy", "score", "coverage", "seed", "top_p")
 
 
-def add_selection(parser: argparse.ArgumentParser) -> None:
-    """The options of `select_experts`."""
+def add_selection(parser: argparse.ArgumentParser, *, defaults: bool = True) -> None:
+    """The options of `select_experts`; without defaults, those that were not given are None."""
     group = parser.add_argument_group("which experts are selected")
     group.add_argument(
         "--top-k-frac", type=float, default=0.25, metavar="SHARE", help="share of each layer's experts (default: 0.25)"
@@ -38,10 +38,12 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         help="target of the strategy cumulative (default: 0.2 for esft_token, 0.1 for esft_gate)",
     )
     group.add_argument("--seed", type=int, default=0, help="of the strategy random (default: 0)")
+    if not defaults:
+        parser.set_defaults(**dict.fromkeys(_SELECTION))
 
 
 def selection_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given, for `select_experts`."""
+    """The arguments for `select_experts`."""
     return {name: getattr(args, name) for name in _SELECTION}
 
 

@@ -113,11 +113,11 @@ def _formatter(template: str) -> Any:
     try:
         fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
-        raise SieveError(f"--template {template!r} has {error}, expected {{COLUMN}} for columns: correct it") from error
+        raise SieveError(f"--template {template!r} is not valid ({error}). Write {{COLUMN}} for a column.") from error
     if not fields:
         raise SieveError(
-            f"--template {template!r} names no column, expected {{COLUMN}} for those that a sample's text is made of: "
-            "put them in, or every sample is the same"
+            f"--template {template!r} names no column, so every sample would be the same. Write {{COLUMN}} for those "
+            "that a sample's text is made of."
         )
     # A shell passes backslash and n as they are typed.
     return template.replace("\\n", "\n").format_map

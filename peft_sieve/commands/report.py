@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from ..routing.selection import select_experts
     from ..routing.statistics import routing_statistics
 
-    profiles = {name: RoutingProfile.load(path) for name, path in _named(args.profile).items()}
+    profiles = {name: RoutingProfile.load(path) for name, path in _files_by_name(args.profile).items()}
     options = selection_options(args)
     # None: no bar unless a terminal is watching.
     with plain_warnings(NAME), tqdm(desc="Drawing", unit="figure", disable=args.quiet or None) as bar:
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _named(words: list[str]) -> dict[str, str]:
+def _files_by_name(words: list[str]) -> dict[str, str]:
     """Name to show -> file: the name before "=", or the file's without suffix, or its path where that is not enough."""
     pairs = []
     for word in words:

@@ -44,24 +44,21 @@ def run(args: argparse.Namespace) -> int:
     """Become the program; returns only if it cannot be started."""
     words = args.program[1:] if args.program[:1] == ["--"] else args.program
     if not words:
-        args.usage_error("no program was given, expected one after `--`")
+        args.usage_error("no program was given after `--`")
     environment = environment_with_plugin(args.sieve)
     program = find_program(words[0])
     if program is None:
         exists = os.path.exists(words[0])
         problem = "cannot be executed" if exists else "was not found"
-        print(
-            f"peft-sieve run: {words[0]} {problem}, expected a program of this environment or on PATH: pass one such "
-            "as lm_eval, trl or python",
-            file=sys.stderr,
-        )
+        advice = "Pass a program of this environment or on PATH, such as lm_eval, trl or python."
+        print(f"peft-sieve run: {words[0]} {problem}. {advice}", file=sys.stderr)
         return NOT_EXECUTABLE if exists else NOT_FOUND
     sys.stdout.flush()
     sys.stderr.flush()
     try:
         os.execve(program, [program, *words[1:]], environment)
     except OSError as error:
-        print(f"peft-sieve run: {program} cannot be started ({error.strerror}): pass a program", file=sys.stderr)
+        print(f"peft-sieve run: {program} cannot be started ({error.strerror}).", file=sys.stderr)
         return NOT_EXECUTABLE
 
 

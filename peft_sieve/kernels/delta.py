@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
-from .groups import Groups
+from .groups import Groups, ProductOptions
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,16 @@ class PackedPart:
     ranks: slice
     columns: slice
     scaling: float
+
+    @cached_property
+    def written(self) -> ProductOptions:
+        """To write a product times `scaling`."""
+        return ProductOptions(alpha=self.scaling)
+
+    @cached_property
+    def added(self) -> ProductOptions:
+        """To add a product times `scaling`."""
+        return ProductOptions(alpha=self.scaling, accumulate=True)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .delta import Delta, ProductBackward
-from .groups import Groups, ProductOptions
+from .groups import Groups
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class FullDelta(Delta):
         if not groups.is_empty:
             for part in self.parts:
                 matrices = factors[self.delta][:, part.ranks].transpose(1, 2)
-                options = ProductOptions(alpha=part.scaling, accumulate=True)
-                groups.multiply(x, matrices, out[:, part.columns], options)
+                groups.multiply(x, matrices, out[:, part.columns], part.added)
         return x.new_empty(0, 0)
 
     def add_gradients(self, product: ProductBackward, inner: Tensor, groups: Groups, consume: bool) -> None:
@@ -41,7 +40,6 @@ class FullDelta(Delta):
         for part in self.parts:
             rows = product.grad_out[:, part.columns]
             matrices = product.factors[self.delta][:, part.ranks]
-            groups.multiply(rows, matrices, product.grad_x, ProductOptions(alpha=part.scaling, accumulate=True))
+            groups.multiply(rows, matrices, product.grad_x, part.added)
             if gradient is not None:
-                options = ProductOptions(alpha=part.scaling)
-                groups.outer(product.scaled(rows), product.x, gradient[:, part.ranks], options)
+                groups.outer(product.scaled(rows), product.x, gradient[:, part.ranks], part.written)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .dropout import Dropout
 
 
-@dataclass(frozen=True)
-class ProductOptions:
-    """How a product is written to its output.
+class ProductOptions(NamedTuple):
+    """How a product is written to its output. A tuple, since one is made for each product of each chunk.
 
     Attributes:
         alpha: factor on the product.

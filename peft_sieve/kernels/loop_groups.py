@@ -62,12 +62,13 @@ class LoopGroups(Groups):
                 target.addmm_(rows, matrices[group], beta=beta, alpha=alpha)
 
     def outer(self, x: Tensor, y: Tensor, out: Tensor, options: ProductOptions = PLAIN) -> None:
+        alpha, dropout = options.factor, options.dropout
         for group, start, end in self.spans:
             rows = y[start:end]
-            if options.dropout is not None:
-                rows = self._dropped(rows, options.dropout, start, options.consume)
+            if dropout is not None:
+                rows = self._dropped(rows, dropout, start, options.consume)
             # By value: the gradient of a float32 factor may come from operands in half precision.
-            out[group] = (x[start:end].T @ rows).mul_(options.factor)
+            out[group] = (x[start:end].T @ rows).mul_(alpha)
 
     def _dropped(self, rows: Tensor, dropout: Dropout, start: int, consume: bool) -> Tensor:
         """Rows with zeros where they are dropped, not yet scaled."""

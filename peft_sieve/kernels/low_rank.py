@@ -38,8 +38,7 @@ class LowRank(Delta):
         inner = x.new_empty(x.shape[0], a.shape[1])
         groups.multiply(x, a.transpose(1, 2), inner, ProductOptions(dropout=self.dropout, consume=consume))
         for part in self.parts:
-            options = ProductOptions(alpha=part.scaling, accumulate=True)
-            groups.multiply(inner[:, part.ranks], b[:, part.ranks], out[:, part.columns], options)
+            groups.multiply(inner[:, part.ranks], b[:, part.ranks], out[:, part.columns], part.added)
         return inner
 
     def add_gradients(self, product: ProductBackward, inner: Tensor, groups: Groups, consume: bool) -> None:
@@ -49,7 +48,7 @@ class LowRank(Delta):
         grad_inner = torch.empty_like(inner)
         for part in self.parts:
             rows, matrices = product.grad_out[:, part.columns], b[:, part.ranks].transpose(1, 2)
-            groups.multiply(rows, matrices, grad_inner[:, part.ranks], ProductOptions(alpha=part.scaling))
+            groups.multiply(rows, matrices, grad_inner[:, part.ranks], part.written)
         options = ProductOptions(accumulate=True, dropout=self.dropout, drop_output=True)
         groups.multiply(grad_inner, a, product.grad_x, options)
         grad_inner, inner = product.scaled(grad_inner), product.scaled(inner)
@@ -58,5 +57,5 @@ class LowRank(Delta):
             groups.outer(grad_inner, product.x, grad_a, ProductOptions(dropout=self.dropout, consume=consume))
         if grad_b is not None:
             for part in self.parts:
-                rows, gradient = product.grad_out[:, part.columns], grad_b[:, part.ranks]
-                groups.outer(inner[:, part.ranks], rows, gradient, ProductOptions(alpha=part.scaling))
+                rows = product.grad_out[:, part.columns]
+                groups.outer(inner[:, part.ranks], rows, grad_b[:, part.ranks], part.written)

@@ -242,4 +242,4 @@ def test_command(full: Full, tmp_path: Path, capsys: Any) -> None:
     assert weights[0] == weights[1]
     (tmp_path / "mask.json").write_text("{")
     assert main(["narrow", str(full.path), str(tmp_path / "c"), "--mask", str(tmp_path / "mask.json")]) == 1
-    assert "the mask cannot be read from" in capsys.readouterr().err
+    assert "mask cannot be read from" in capsys.readouterr().err

@@ -67,15 +67,15 @@ def test_text_of_a_file_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (["{model}", "--data", "{rows}"], "fit none of the forms"),
         (["{model}", "--data", "{rows}", "--template", "{{quest}}"], "KeyError: 'quest'"),
-        (["{model}", "--data", "{rows}", "--template", "question"], "names no column, expected {COLUMN}"),
-        (["{model}", "--data", "{rows}", "--template", "{{question"], "expected {COLUMN} for columns"),
+        (["{model}", "--data", "{rows}", "--template", "question"], "names no column"),
+        (["{model}", "--data", "{rows}", "--template", "{{question"], "Write {COLUMN} for a column"),
         (["{model}", "--data", "missing.jsonl"], "'missing.jsonl' does not exist"),
-        (["no/such-model", "--data", "{rows}"], "the model 'no/such-model' cannot be loaded"),
-        (["{model}", "--data", "{rows}", "--tokenizer", "no/such"], "the tokenizer 'no/such' cannot be loaded"),
-        (["{model}", "--data", "{rows}", "--device", "abacus"], "the device 'abacus' cannot be used"),
+        (["no/such-model", "--data", "{rows}"], "The model 'no/such-model' cannot be loaded"),
+        (["{model}", "--data", "{rows}", "--tokenizer", "no/such"], "The tokenizer 'no/such' cannot be loaded"),
+        (["{model}", "--data", "{rows}", "--device", "abacus"], "The device 'abacus' cannot be used"),
         (
             ["{model}", "--data", "{rows}", "--max-samples", "0"],
-            "max_samples (calib_samples) must be a positive whole number, got 0",
+            "max_samples (calib_samples) must be a positive whole number",
         ),
     ],
 )
@@ -95,7 +95,7 @@ def test_errors_are_one_sentence_and_write_nothing(
 
 def test_the_folder_is_missed_before_the_model_is_loaded(rows: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", "no/such-model", "--data", rows, "-o", "/no/such/folder/p.safetensors"]) == 1
-    assert "would lie in /no/such/folder" in capsys.readouterr().err
+    assert "no folder /no/such/folder" in capsys.readouterr().err
 
 
 def test_a_process_of_its_own(rows: str, tmp_path: Path) -> None:
