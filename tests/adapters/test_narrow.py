@@ -182,7 +182,7 @@ def refused(match: str, lora: Any, output: Path, mask: Any = MASK, **options: An
 
 def test_masks_that_do_not_fit(full: Full, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    refused("holds the id 8, expected ids below 8", full.path, output, {"model.layers.0.mlp.experts": [8]})
+    refused("holds the id 8, and that layer has 8 experts", full.path, output, {"model.layers.0.mlp.experts": [8]})
     refused("names 'layers.0', which the model does not have", full.path, output, {"layers.0": [1]})
     refused("experts must be a mask or a routing profile, got None", full.path, output, None)
     refused("top_k cannot go with a mask", full.path, output, top_k=2)

@@ -44,10 +44,10 @@ MODELS = {
     "MixtralForSequenceClassification": "fused",
 }
 REFUSED = {
-    "LongcatFlashForCausalLM": {"export": "router.*leave the router's adapter out"},
+    "LongcatFlashForCausalLM": {"export": "router.*[Ll]eave the router's adapter out"},
     "DbrxForCausalLM": {"export": "in mlp.w1, a single matrix"},
     "DiffusionGemmaForBlockDiffusion": dict.fromkeys(
-        ("merge", "checkpoint"), "share their weights.*keep the adapter unmerged"
+        ("merge", "checkpoint"), "share their weights.*Keep the adapter unmerged"
     ),
     "VitPoseForPoseEstimation": {"recognise": "chosen by the caller"},
     "DogeForCausalLM": {"recognise": "single rows of two embeddings"},

@@ -70,7 +70,7 @@ def test_errors_are_one_sentence(olmoe: str, tmp_path: Path, capsys: pytest.Capt
         (["no/such-model"], "configuration of the base model 'no/such-model' cannot be read"),
         ([str(dense)], "LlamaForCausalLM has no Mixture-of-Experts layer"),
         ([olmoe, "--top-k", "65"], "top_k must be whole numbers from 1 to 64"),
-        ([olmoe, "--rank", "0"], "r is 0, expected a positive whole number"),
+        ([olmoe, "--rank", "0"], "r must be a positive whole number, got 0"),
         ([olmoe, "--expert-projections", "q_proj"], "expected one or more of gate_proj, up_proj, down_proj"),
         ([olmoe, "--profile", other], "profile differs from the model"),
         ([olmoe, "--profile", f"{olmoe}/config.json"], "could not read a routing profile"),

@@ -47,7 +47,7 @@ def refused(model: nn.Module, config: Any, match: str) -> None:
         ({"top_k": 0}, "top_k"),
         ({"top_k": 2.5}, "top_k"),
         ({"strategy": "unifrom"}, "unifrom.*uniform"),
-        ({"score": "weight"}, "weight.*count.*mass"),
+        ({"score": "weight"}, "count.*mass.*weight"),
         ({"coverage": 1.5}, "coverage"),
         ({"calib_stability": 0}, r"calib_stability .*above 0 and at most 1.* 0\b"),
         ({"calib_stability": 1.5}, r"calib_stability .*1\.5"),
@@ -136,7 +136,7 @@ def test_masks_and_data(options: dict[str, Any], match: str) -> None:
 
 def test_more_experts_than_there_are() -> None:
     model = tiny_model("olmoe")
-    refused(model, SieveLoraConfig(top_k=9, calib_dataset=data(model)), r"top_k.*\b9\b.*\b8\b|\b8\b.*top_k.*\b9\b")
+    refused(model, SieveLoraConfig(top_k=9, calib_dataset=data(model)), r"top_k.*\b8\b.*\b9\b")
 
 
 def test_a_model_without_moe_layers() -> None:

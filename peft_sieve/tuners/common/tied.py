@@ -23,6 +23,6 @@ def refuse_tied_experts(model: nn.Module) -> None:
             elsewhere = [name for name in names if not name.startswith(f"{path}.")]
             if elsewhere:
                 raise SieveError(
-                    f"The experts of {path} share their weights with other modules ({elsewhere[0]}), into which "
-                    "merging would go, too. Keep the adapter unmerged."
+                    f"The experts of {path} share their weights with other modules ({elsewhere[0]}), which "
+                    "merging would change, too. Keep the adapter unmerged."
                 )
