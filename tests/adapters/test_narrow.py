@@ -186,7 +186,7 @@ def test_masks_that_do_not_fit(full: Full, tmp_path: Path) -> None:
     refused("names 'layers.0', which the model does not have", full.path, output, {"layers.0": [1]})
     refused("experts must be a mask or a routing profile, got None", full.path, output, None)
     refused("top_k cannot go with a mask", full.path, output, top_k=2)
-    refused("selected_experts names no expert", full.path, output, {"model.layers.0.mlp.experts": []})
+    refused("selected_experts does not name a single expert", full.path, output, {"model.layers.0.mlp.experts": []})
 
 
 def test_loras_that_cannot_be_narrowed(full: Full, tmp_path: Path) -> None:
