@@ -368,4 +368,4 @@ def test_command(adapters: dict[str, Adapter], exported: dict[str, Path], tmp_pa
     assert main(["export", str(tmp_path / "nothing"), str(lora)]) == 1
     assert "peft-sieve export: No adapter can be read from" in capsys.readouterr().err
     assert main(["export", str(adapters["olmoe"].path), str(lora), "--merge", "--layout", "stacked"]) == 1
-    assert "expected --merge alone" in capsys.readouterr().err
+    assert "--merge cannot be combined with --layout" in capsys.readouterr().err
