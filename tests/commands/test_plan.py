@@ -71,7 +71,10 @@ def test_errors_are_one_sentence(olmoe: str, tmp_path: Path, capsys: pytest.Capt
         ([str(dense)], "LlamaForCausalLM has no Mixture-of-Experts layer"),
         ([olmoe, "--top-k", "65"], "top_k must be whole numbers from 1 to 64"),
         ([olmoe, "--rank", "0"], "r must be a positive whole number, got 0"),
-        ([olmoe, "--expert-projections", "q_proj"], "expert_projections must be one or more of 'gate_proj', 'up_proj'"),
+        (
+            [olmoe, "--expert-projections", "q_proj"],
+            "expert_projections must be one or more of 'gate_proj', 'up_proj', 'down_proj'",
+        ),
         ([olmoe, "--profile", other], "profile differs from the model"),
         ([olmoe, "--profile", f"{olmoe}/config.json"], "could not read a routing profile"),
     ):

@@ -21,6 +21,8 @@ def test_a_registered_score_can_be_used_everywhere(scores_restored):
     chosen = select_experts(profile, score="mean_weight", top_k=1)
     assert chosen["layers.0"] == (1,)
     assert chosen.coverage(profile, "mean_weight")["layers.0"] == pytest.approx(0.8 / 1.1)
+    with pytest.raises(SieveError, match="'count', 'mass', 'esft_gate', 'esft_token', 'mean_weight', got 'other'"):
+        select_experts(profile, score="other")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ MASK = {"model.layers.0.mlp.experts": [1, 2, 6], "model.layers.1.mlp.experts": [
 
 
 def config(variant: str = "R", **settings: Any) -> PerftConfig:
-    """Small, without dropout; `lora_alpha / r` is no power of two, and several adapters to choose from."""
+    """Small, without dropout, with several adapters to choose from; `lora_alpha / r` is not a power of two."""
     if variant in ("R", "D"):
         settings = {"num_adapters": 5, **settings}
     return PerftConfig(
