@@ -6,13 +6,14 @@ Each error is two short sentences: what is wrong, with the value; then what to d
 from __future__ import annotations
 
 import difflib
-import math
 import reprlib
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
 
 from .errors import SieveError
+
+_LARGEST = (2 - 2**-23) * 2.0**127  # of floats in 32 bits
 
 
 def is_whole(value: Any) -> bool:
@@ -25,16 +26,19 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def whole(name: str, value: Any, *, least: int | None = 1, optional: bool = False, advice: str = "") -> Any:
+def whole(
+    name: str, value: Any, *, least: int | None = 1, most: int | None = None, optional: bool = False, advice: str = ""
+) -> Any:
     """`value` as a plain int, so that JSON takes it; None if `optional` and it is None.
 
     Raises:
-        SieveError: it is not a whole number, or less than `least`.
+        SieveError: it is not a whole number, less than `least`, or more than `most`.
     """
     if optional and value is None:
         return None
-    if not is_whole(value) or (least is not None and value < least):
+    if not is_whole(value) or (least is not None and value < least) or (most is not None and value > most):
         kind = {None: "a whole number", 1: "a positive whole number"}.get(least, f"a whole number of at least {least}")
+        kind += "" if most is None else f" of at most {most}"
         raise must_be(name, kind + (" or None" if optional else ""), value, advice)
     return int(value)
 
@@ -49,9 +53,14 @@ def number(name: str, value: Any, fits: Callable[[float], bool], kind: str, advi
     Raises:
         SieveError: it is not a finite number, or does not fit.
     """
-    if not is_number(value) or not math.isfinite(value) or not fits(value):
+    if not is_number(value) or not _fits_a_float(value) or not fits(value):
         raise must_be(name, kind, value, advice)
     return value if isinstance(value, int | float) else float(value)
+
+
+def _fits_a_float(value: Any) -> bool:
+    """Whether a number is finite in 32 bits, in which models compute; whole numbers of Python have no largest."""
+    return abs(value) <= _LARGEST  # also false for NaN
 
 
 def share(name: str, value: Any, advice: str = "", *, optional: bool = False) -> Any:
@@ -97,8 +106,15 @@ def must_be(name: str, kind: str, value: Any, advice: str = "") -> SieveError:
 
 def shown(value: Any) -> str:
     """A value as an error shows it, cut short."""
-    text = reprlib.repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    try:
+        return shortened(reprlib.repr(value))
+    except ValueError:  # a number of more digits than Python writes out
+        return f"a value of type {type(value).__name__} that Python does not write out"
+
+
+def shortened(text: str, length: int = 80) -> str:
+    """A text, cut to `length` characters."""
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def quoted(names: Iterable[Any]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +14,8 @@ from pathlib import Path
 
 from .errors import SieveError
 
+# Seconds after which a scratch file whose writer has not finished it counts as left behind.
+_ABANDONED = 3600
 # A folder of this name holds a complete save whose files were not all moved to their places yet,
 COMPLETE = ".peft_sieve_saved"
 # and one whose name starts like this a save that is not complete.
@@ -41,11 +45,12 @@ def write_file(path: str | os.PathLike[str], content: bytes, what: str) -> None:
         SieveError: nothing can be written there.
     """
     target = Path(path)
-    scratch = target.parent / f".{uuid.uuid4().hex}.tmp"  # same folder, so the same file system
+    scratch = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"  # same folder, so the same file system
     with writing(what, path):
         if target.exists() and not target.is_file():
             target.write_bytes(content)
             return
+        _remove_abandoned(target)
         try:
             scratch.write_bytes(content)
             _flush(scratch)
@@ -55,24 +60,37 @@ def write_file(path: str | os.PathLike[str], content: bytes, what: str) -> None:
                 scratch.unlink()
 
 
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed processes left of their writing `target`; others may be writing it right now."""
+    for scratch in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        with suppress(OSError):  # another process removes it, too
+            if time.time() - scratch.stat().st_mtime > _ABANDONED:
+                scratch.unlink()
+
+
 @contextmanager
 def replaced_when_done(directory: str | os.PathLike[str]) -> Iterator[str]:
     """A staging folder whose files take their places in `directory` when the block ends without an exception.
 
     Renaming the finished staging folder is the moment of commitment: before it the old files count, after it the new
     ones, and `finish_interrupted_save` moves what a crash left behind.
+
+    Raises:
+        SieveError: nothing can be written there. What the block raises is passed on as it is.
     """
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
     finish_interrupted_save(target)
-    for abandoned in target.glob(f"{STAGING}*"):
-        shutil.rmtree(abandoned, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target))
+    with writing("files", target):
+        target.mkdir(parents=True, exist_ok=True)
+        for abandoned in target.glob(f"{STAGING}*"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target))
     try:
         yield str(staging)
-        for path in _files(staging):
-            _flush(path)
-        staging.rename(target / COMPLETE)
+        with writing("files", target):
+            for path in _files(staging):
+                _flush(path)
+            staging.rename(target / COMPLETE)
         finish_interrupted_save(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -82,15 +100,25 @@ def finish_interrupted_save(directory: str | os.PathLike[str]) -> None:
     """Move the files of a save that was complete when its process died; nothing to do otherwise.
 
     Several processes may find one at the same time: what another has moved is in its place already.
+
+    Raises:
+        SieveError: the files cannot be moved, so that those of two saves lie there.
     """
     complete = Path(directory, COMPLETE)
     if not complete.is_dir():
         return
-    for path in _files(complete):
-        place = Path(directory, path.relative_to(complete))
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            os.replace(path, place)
+    try:
+        for path in _files(complete):
+            place = Path(directory, path.relative_to(complete))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                os.replace(path, place)
+    except OSError as error:
+        raise SieveError(
+            f"{complete} holds a complete save, interrupted before its files were in place, and they cannot be moved "
+            f"into {os.fspath(directory)} ({error.strerror or error}). Move them there, or copy the folder to where it "
+            "can be written to."
+        ) from error
     # Only folders that are empty: by now there may be another save.
     for folder in (*sorted(filter(Path.is_dir, complete.rglob("*")), reverse=True), complete):
         with suppress(OSError):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..checks import shown
+from ..checks import first_line, is_whole, shown
 from ..errors import SieveError
 from ..files import finish_interrupted_save
-from .methods import method_of, methods
+from .methods import Method, method_of, methods
 
+# The factors that read a layer's input, by their keys.
+_FACTOR_A = re.compile(r"_A(\.weight)?$")
 _AGAIN = "Save or download the adapter again."
 
 
@@ -40,14 +43,14 @@ def check_config_file(path: str) -> None:
     """
     folder = Path(path).parent
     finish_interrupted_saves(folder)
-    text = Path(path).read_text(errors="replace")
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also not UTF-8, a number of too many digits, nested too deeply
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
         if any(f'"{method.name}' in text or _named_in(text, method.only_fields) for method in methods()) or _ours(
             folder
         ):
-            raise SieveError(f"{path} is not JSON ({error}). {_AGAIN}") from error
+            raise SieveError(f"{path} cannot be read as JSON ({first_line(error)}). {_AGAIN}") from error
         return
     if not isinstance(content, dict):
         if _ours(folder):
@@ -57,8 +60,42 @@ def check_config_file(path: str) -> None:
     if method is None:
         _refuse_other_type(path, content)
         return
-    if weights_file(folder) is not None and method.check_files is not None:
-        method.check_files(content, folder)
+    weights = weights_file(folder)
+    if weights is not None:
+        _check_header(method, content, path, weights)
+        if method.check_files is not None:
+            method.check_files(content, folder)
+
+
+def _check_header(method: Method, content: Mapping[str, Any], path: str, weights: Path) -> None:
+    """Refuse sizes above those of the weights before a layer is made, and tensors of another type."""
+    patterns = content.get("rank_pattern")
+    ranks = [content.get("r"), *(patterns.values() if isinstance(patterns, Mapping) else ())]
+    least_rank = min(filter(is_whole, ranks), default=0)
+    with safe_open(weights, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
+            header = file.get_slice(key)
+            shape, dtype = tuple(header.get_shape()), header.get_dtype()
+            if f".{method.model.prefix}" in key or ".lora_" in key:
+                _check_type(key, dtype)
+            wanted = {"r": (least_rank, max(shape[:-1], default=0))} if _FACTOR_A.search(key) else {}  # (..., rank, in)
+            for setting, ending in method.sizes.items():
+                value = content.get(setting)
+                if key.endswith(ending) and is_whole(value):
+                    wanted[setting] = value, shape[0] if shape else 0
+            for setting, (value, most) in wanted.items():
+                if value > most:
+                    raise SieveError(
+                        f"{path} has {setting}={shown(value)}, and the weights beside it have {key} of shape {shape}. "
+                        "Take both files from one save."
+                    )
+
+
+def _check_type(key: str, dtype: str) -> None:
+    """Refuse a tensor of an adapter whose type nothing of its kind is saved in."""
+    trained = key.endswith((".weight", "_A", "_B"))  # the others say what those belong to
+    if not dtype.startswith(("F", "BF") if trained else ("I", "U", "F64", "F32", "F16", "BF")):
+        raise wrong_type(key, dtype, "a floating-point type" if trained else "a type for whole numbers")
 
 
 def _refuse_other_type(path: str, content: dict[str, Any]) -> None:
@@ -102,13 +139,18 @@ def weights_file(folder: Path) -> Path | None:
     try:
         with safe_open(weights, "pt"):
             return weights
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise broken_weights(weights, error) from error
 
 
 def broken_weights(path: str | os.PathLike[str], error: Exception) -> SieveError:
     """The error for a weights file that cannot be read."""
     return SieveError(f"{path} cannot be read as safetensors ({error}). {_AGAIN}")
+
+
+def wrong_type(key: str, dtype: str, wanted: str = "a floating-point type") -> SieveError:
+    """The error for a tensor that holds numbers of another kind."""
+    return SieveError(f"The checkpoint has {key} as {dtype}, not in {wanted}. {_AGAIN}")
 
 
 @contextmanager

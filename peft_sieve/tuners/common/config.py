@@ -15,7 +15,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ...checks import must_be, share, shown, whole
+from ...checks import must_be, one_line, share, shortened, shown, whole
 from ...errors import SieveError
 from ...files import replaced_when_done
 from ...routing.strategies import SelectionOptions
@@ -29,6 +29,15 @@ BY_HAND = "The adapter_config.json was changed by hand: take it from its source 
 
 class MethodConfig(PeftConfig):
     """A configuration that is saved whole or not at all, and twice to the same file."""
+
+    def __post_init__(self) -> None:
+        """PEFT's own checks, whose refusals become errors of this package."""
+        try:
+            super().__post_init__()
+        except SieveError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise SieveError(f"{shortened(one_line(error), 400)}.") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The serialisable fields; sets as sorted lists, so that saving twice gives the same file."""

@@ -15,8 +15,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...errors import SieveError
+from ...hf.adapter_files import wrong_type
 
 _PREFIX = "base_model.model."
+_AGAIN = "Save or download it again."
 _ADVICE = "Load them under the configuration and the base model that they were saved with."
 
 
@@ -75,6 +77,27 @@ def check_state_dict(model: nn.Module, adapter_name: str, given: Mapping[str, to
         for key, value in own.items():
             _check_tensor(key, value, given, layer, adapter_name)
     refuse_foreign(given, expected, adapter_name, prefix)
+
+
+def check_bookkeeping(model: nn.Module, adapter_name: str, given: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors in the place of whole numbers that cannot be read as those, before anything reads them.
+
+    Args:
+        model, adapter_name, given: as for `check_state_dict`.
+
+    Raises:
+        SieveError: one has another number of dimensions, or a type that does not count.
+    """
+    for path, layer in adapter_layers(model, adapter_name):
+        for name, own in tensors_in(layer, adapter_name):
+            saved = given.get(f"{path}.{name}")
+            if saved is None or own.is_floating_point():
+                continue
+            if saved.dim() != own.dim() or saved.is_complex() or (saved.is_floating_point() and saved.itemsize < 2):
+                raise SieveError(
+                    f"The checkpoint has {path}.{name} of shape {tuple(saved.shape)} as {saved.dtype}, and adapter "
+                    f"'{adapter_name}' has it of shape {tuple(own.shape)} as {own.dtype}. {_AGAIN}"
+                )
 
 
 def saved_in(given: Mapping[str, torch.Tensor], path: str, own: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -139,8 +162,3 @@ def _check_tensor(
         )
     if not saved.is_floating_point():
         raise wrong_type(key, str(saved.dtype))
-
-
-def wrong_type(key: str, dtype: str) -> SieveError:
-    """The error for a tensor that does not hold floating-point numbers."""
-    return SieveError(f"The checkpoint has {key} as {dtype}, not in a floating-point type. Save or download it again.")

@@ -9,6 +9,9 @@ from typing import Any
 from ...checks import is_whole, must_be, number, shown, whole
 from ...errors import SieveError
 
+# More than the widest layers have features, and little enough to count with.
+_MOST_RANK = 2**20
+
 
 def check_names(config: Any) -> None:
     """Check the settings that name modules and layers, as far as a configuration has them.
@@ -22,12 +25,27 @@ def check_names(config: Any) -> None:
             _check_regex(name, value)
         elif not _all_of(str, value):
             raise must_be(name, "a list of names, a pattern or None", value)
-    value = getattr(config, "modules_to_save", None)
-    if not _all_of(str, value):
-        raise must_be("modules_to_save", "a list of names or None", value)
+    for name in ("modules_to_save", "target_parameters"):
+        value = getattr(config, name, None)
+        if not _all_of(str, value):
+            raise must_be(name, "a list of names or None", value)
     value = getattr(config, "layers_to_transform", None)
     if not is_whole(value) and not _all_of(int, value):
         raise must_be("layers_to_transform", "a layer's index, a list of them or None", value)
+    value = getattr(config, "trainable_token_indices", None)
+    for ids in value.values() if isinstance(value, Mapping) else [] if value is None else [value]:
+        if not ids or not _all_of(int, ids) or min(ids) < 0:
+            kind = "a list of token ids, a mapping from embeddings to such lists, or None"
+            raise must_be("trainable_token_indices", kind, value)
+
+
+def rank(name: str, value: Any) -> Any:
+    """`value` as a plain int that can be a rank.
+
+    Raises:
+        SieveError: it is not a positive whole number, or above every width of a layer.
+    """
+    return whole(name, value, most=_MOST_RANK)
 
 
 def check_patterns(config: Any) -> None:
@@ -43,9 +61,9 @@ def check_patterns(config: Any) -> None:
         for key, value in patterns.items():
             _check_regex(name, key)
             if name == "rank_pattern":
-                whole(f"{name}[{key!r}]", value)
+                rank(f"{name}[{shown(key)}]", value)
             else:
-                number(f"{name}[{key!r}]", value, lambda alpha: True, "a finite number")
+                number(f"{name}[{shown(key)}]", value, lambda alpha: True, "a finite number")
 
 
 def _all_of(kind: type, value: Any) -> bool:

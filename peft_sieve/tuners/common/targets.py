@@ -9,6 +9,7 @@ from typing import Any
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
 
+from ...checks import shown
 from ...errors import SieveError
 from ...moe.attention import attention_linears
 from ...moe.families.family import PROJECTIONS, ExpertsShape
@@ -47,7 +48,9 @@ def wanted_layers(config: Any, layers: list[MoELayer]) -> list[MoELayer]:
     ]
     if not kept:
         names = ("layers_to_transform", "exclude_modules", "modules_to_save", "expert_projections")
-        given = " and ".join(f"{name}={getattr(config, name)}" for name in names if getattr(config, name) is not None)
+        given = " and ".join(
+            f"{name}={shown(getattr(config, name))}" for name in names if getattr(config, name) is not None
+        )
         raise SieveError(
             f"The settings {given} leave none of the {len(named)} MoE layers"
             f"{'' if mask is None else ' of selected_experts'}. Change them."
@@ -72,7 +75,7 @@ def resolve_targets(config: Any, model: nn.Module, layers: list[MoELayer]) -> No
     resolved = sorted({name for layer in masked for name in _parameter_names(config, layer)})
     if config.target_parameters and set(config.target_parameters) != set(resolved):
         raise SieveError(
-            f"target_parameters must be None, got {sorted(config.target_parameters)}. Experts are chosen by "
+            f"target_parameters must be None, got {shown(sorted(config.target_parameters))}. Experts are chosen by "
             "selected_experts and expert_projections, and the router by train_router."
         )
     config.target_parameters = resolved

@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 
 from ...errors import SieveError
 from ...hf.injection import injecting, values_follow
-from .loading import check_loaded, check_state_dict, in_base_model
+from .loading import check_bookkeeping, check_loaded, check_state_dict, in_base_model
 from .names import check_adapter_names, check_not_there
 
 
@@ -64,6 +64,7 @@ class MethodTuner(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         given = {in_base_model(key): value for key, value in state_dict.items()}
+        check_bookkeeping(model, adapter_name, given)
         with cls._fitted(model, config, adapter_name, given):
             check_state_dict(model, adapter_name, given, cls.prefix)
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, dict(state_dict))

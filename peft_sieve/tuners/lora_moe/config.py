@@ -11,7 +11,7 @@ from peft import PeftType
 from ...checks import flags, must_be, number, whole
 from ...errors import SieveError
 from ..common.config import BY_HAND, MethodConfig, as_sets
-from ..common.peft_settings import check_names
+from ..common.peft_settings import check_names, rank
 
 MIN_KEPT = 2
 
@@ -73,7 +73,7 @@ class LoraMoeConfig(MethodConfig):
         check_names(self)
         as_sets(self)
         self.num_experts = whole("num_experts", self.num_experts, least=MIN_KEPT)
-        self.top_k, self.r = whole("top_k", self.top_k), whole("r", self.r)
+        self.top_k, self.r = whole("top_k", self.top_k), rank("r", self.r)
         if self.top_k > self.num_experts:
             raise must_be("top_k", f"at most num_experts, which is {self.num_experts}", self.top_k)
         flags(self, ("init_lora_weights",))

@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from torch import nn
 from transformers import PreTrainedModel
 
+from ...checks import shown
 from ...errors import SieveError
 from ...moe.families.registry import family_of
 from ...moe.linear import is_linear
@@ -46,8 +47,8 @@ def resolve_linear_targets(config: LoraMoeConfig, model: nn.Module) -> None:
             )
     if not matched:
         raise SieveError(
-            f"target_modules={config.target_modules!r} and exclude_modules={config.exclude_modules!r} leave no layer "
-            f"of {type(model).__name__}, expected at least one linear layer: change them"
+            f"target_modules={shown(config.target_modules)} and exclude_modules={shown(config.exclude_modules)} leave "
+            f"no linear layer of {type(model).__name__}. Change them."
         )
     foreign = sorted(set(config.kept_experts or {}) - set(matched))
     if foreign:

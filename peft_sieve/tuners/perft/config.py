@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from ...checks import choice, flags, must_be, number, whole
 from ...errors import SieveError
 from ..common.config import SelectionConfig, as_sets, with_former_names
-from ..common.peft_settings import check_names
+from ..common.peft_settings import check_names, rank
 
 VARIANTS = ("R", "E", "D", "S")
 FORMS = ("lora", "bottleneck")
@@ -97,8 +97,9 @@ class PerftConfig(SelectionConfig):
         if not isinstance(self.activation, str) or self.activation not in ACT2FN:
             kind = "a name that transformers knows, such as 'silu', 'gelu' or 'relu'"
             raise must_be("activation", kind, self.activation)
-        for name in ("r", "num_adapters", "num_adapters_per_tok"):
-            setattr(self, name, whole(name, getattr(self, name), optional=name != "r"))
+        self.r = rank("r", self.r)
+        for name in ("num_adapters", "num_adapters_per_tok"):
+            setattr(self, name, whole(name, getattr(self, name), optional=True))
         number("lora_alpha", self.lora_alpha, lambda value: value != 0, "a finite, non-zero number")
         number("lora_dropout", self.lora_dropout, lambda value: 0 <= value < 1, "a number in [0, 1)")
         number("balance_loss_coef", self.balance_loss_coef, lambda value: value >= 0, "a finite number of at least 0")

@@ -8,6 +8,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from ...checks import shown
 from ...errors import SieveError
 from ...routing.distributed import check_agreement
 from ..common.balance import BalanceLoss
@@ -133,11 +134,12 @@ def _wanted(config: PerftConfig, blocks: list[MoEBlock]) -> list[MoEBlock]:
         kept = [block for block in kept if check_target_module_exists(config, block.path)]
     if not kept:
         names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
-        given = " and ".join(f"{n}={getattr(config, n)}" for n in names if getattr(config, n) is not None)
-        shown = f"such as {blocks[0].path}" if blocks else "but the model has none outside of attention"
+        given = " and ".join(f"{n}={shown(getattr(config, n))}" for n in names if getattr(config, n) is not None)
+        if not blocks:
+            raise SieveError("The model has no MoE blocks that PERFT can adapt.")
         raise SieveError(
-            f"the settings {given or 'given'} leave none of the model's {len(blocks)} MoE blocks, expected at least "
-            f"one, {shown}: change them"
+            f"The settings {given} leave none of the model's {len(blocks)} MoE blocks. Change them so that at least "
+            f"one is left, such as {blocks[0].path}."
         )
     return kept
 

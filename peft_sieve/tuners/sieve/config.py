@@ -12,7 +12,7 @@ from ...checks import choice, flags, must_be, number, quoted, share, shown, whol
 from ...errors import SieveError
 from ...moe.families.family import PROJECTIONS
 from ..common.config import SelectionConfig
-from ..common.peft_settings import check_names, check_patterns
+from ..common.peft_settings import check_names, check_patterns, rank
 
 # LoRA options that are not supported for adapters inside a stack of experts, and the values that they may have.
 _REFUSED = {
@@ -103,7 +103,7 @@ class SieveLoraConfig(SelectionConfig, LoraConfig):
             if value not in (neutral, None, False):  # an empty mapping switches on, too
                 raise SieveError(f"{name}={shown(value)} is not supported for expert adapters. Leave it at {neutral}.")
         choice("init_lora_weights", self.init_lora_weights, (True, False, "gaussian"))
-        self.r = whole("r", self.r)
+        self.r = rank("r", self.r)
         check_names(self)
         check_patterns(self)
         flags(self, ("train_attention", "train_router", "train_shared_experts"))
