@@ -79,7 +79,7 @@ def _check_header(method: Method, content: Mapping[str, Any], path: str, weights
             if f".{method.model.prefix}" in key or ".lora_" in key:
                 _check_type(key, dtype)
             wanted = {"r": (least_rank, max(shape[:-1], default=0))} if _FACTOR_A.search(key) else {}  # (..., rank, in)
-            for setting, ending in method.sizes.items():
+            for setting, ending in method.sizes:
                 value = content.get(setting)
                 if key.endswith(ending) and is_whole(value):
                     wanted[setting] = value, shape[0] if shape else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Method:
         only_keys: parts of keys that no method of another package has. A configuration file that was cut short is told
             by the weights beside it.
         only_fields: fields that only its configurations have, by which a file with another `peft_type` is told.
-        sizes: setting -> how the keys of tensors end that have as many rows. A damaged setting could ask for more
+        sizes: (setting, how the keys of tensors end that have as many rows). A damaged setting could ask for more
             memory than there is, so it is compared with the weights before a layer is made; `r` always is.
         check_files: (configuration as read, its folder) -> None: refuses weights that do not belong beside it.
         check_hotswap: (model, adapter name, configuration, weights) -> None: refuses weights that cannot take the place
@@ -45,7 +45,7 @@ class Method:
     key_parts: tuple[str, ...] = ()
     only_keys: tuple[str, ...] = ()
     only_fields: tuple[str, ...] = ()
-    sizes: Mapping[str, str] = field(default_factory=dict)
+    sizes: tuple[tuple[str, str], ...] = ()
     check_files: Callable[[Mapping[str, Any], Path], None] | None = None
     check_hotswap: Callable[[nn.Module, str, Any, Mapping[str, Any]], None] | None = None
 

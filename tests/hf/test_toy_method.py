@@ -82,7 +82,7 @@ def test_a_file_that_was_cut_short_is_told(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text()[:-20])
-    with pytest.raises(SieveError, match="not JSON"):
+    with pytest.raises(SieveError, match="cannot be read as JSON"):
         PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path)
 
 

@@ -18,6 +18,6 @@ register(
         key_parts=("experts", "tokens", "pruned"),
         only_keys=(".lora_usage.",),
         only_fields=("prune_threshold",),
-        sizes={"num_experts": ".lora_usage.tokens"},
+        sizes=(("num_experts", ".lora_usage.tokens"),),
     )
 )

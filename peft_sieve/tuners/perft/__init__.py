@@ -19,6 +19,6 @@ register(
         key_parts=(CHILD, "slots"),
         only_keys=(".perft_",),
         only_fields=("num_adapters_per_tok",),
-        sizes={"num_adapters": ".perft_A.weight"},
+        sizes=(("num_adapters", ".perft_A.weight"),),
     )
 )
