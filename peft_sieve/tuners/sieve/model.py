@@ -31,7 +31,7 @@ from ..common.mixed_batch import mixed_batch
 from ..common.patterns import UNMATCHED_IN_PEFT, by_pattern, expert_names, warn_of_unmatched_patterns
 from ..common.process_agreement import ProcessAgreement
 from ..common.targets import resolve_targets, router_parameters, wanted_layers
-from ..common.tied import refuse_tied_experts
+from ..common.tied import mark_shared_weights, refuse_shared_modules
 from ..common.tuner import MethodTuner, refuse_if
 from .combination import COMBINATION_TYPES
 from .config import SieveLoraConfig
@@ -92,6 +92,7 @@ class SieveLoraModel(MethodTuner, LoraModel):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", UNMATCHED_IN_PEFT)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        mark_shared_weights(model)
         warn_of_unmatched_patterns(self.peft_config[adapter_name], _names_in_patterns(model, adapter_name))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -232,7 +233,8 @@ class SieveLoraModel(MethodTuner, LoraModel):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        refuse_tied_experts(self.model)
+        refuse_shared_modules(self.model)
+        mark_shared_weights(self.model)  # which may have been tied since
         for _, layer in expert_layers(self.model):
             layer.check_mergeable()
         for path, module in self.model.named_modules():
