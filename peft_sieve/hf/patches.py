@@ -25,7 +25,8 @@ from ..moe.placement import computes_on, is_offloaded, left_offloaded
 from .adapter_files import check_config_file, explained, finish_interrupted_saves, unmap
 from .card import add_to_card
 from .injection import loading
-from .methods import adapters_of_package, method_of
+from .methods import adapters_of_package, has_adapters, method_of
+from .optimizers import wrap_optimizers
 
 
 def wrap_peft() -> None:
@@ -40,6 +41,7 @@ def wrap_peft() -> None:
     _wrap(PeftAdapterMixin, "load_adapter", _load_adapter_in_transformers)
     _wrap(hotswap, "hotswap_adapter_from_state_dict", _hotswap_adapter_from_state_dict)
     _wrap(hotswap, "prepare_model_for_compiled_hotswap", _prepare_model_for_compiled_hotswap)
+    wrap_optimizers()
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -149,10 +151,6 @@ def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args
     return loaded
 
 
-def _has_adapters(model: Any) -> bool:
-    return any(method_of(config) is not None for config in getattr(model, "peft_config", {}).values())
-
-
 def _is_ours(model_id: Any, config: Any, download: Mapping[str, Any]) -> bool:
     if config is not None:
         return method_of((config if isinstance(config, Mapping) else vars(config)).get("peft_type")) is not None
@@ -190,7 +188,7 @@ def _hotswap_adapter_from_state_dict(
 
 def _prepare_model_for_compiled_hotswap(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """Missing: a hook for layers that cannot be prepared."""
-    if _has_adapters(model):
+    if has_adapters(model):
         raise SieveError(
             "prepare_model_for_compiled_hotswap is not supported for adapters of this package, which run outside "
             "compiled graphs. Leave the call out: adapters of one rank are swapped without it."
