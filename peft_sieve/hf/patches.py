@@ -10,8 +10,9 @@ import functools
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import peft.utils.hotswap
@@ -74,18 +75,31 @@ def _save_pretrained(
         )
     if not given.get("is_main_process", True) or os.path.isfile(save_directory):
         return original(self, save_directory, *args, **kwargs)
-    with replaced_when_done(save_directory) as staging:
+    with replaced_when_done(save_directory) as staging, _card_is_saved():
         card = os.path.join(save_directory, "README.md")
         if os.path.isfile(card):  # PEFT updates the one that it finds
             shutil.copyfile(card, os.path.join(staging, "README.md"))
         return original(self, staging, *args, **kwargs)
 
 
+_saving: ContextVar[bool] = ContextVar("_saving", default=False)
+
+
+@contextmanager
+def _card_is_saved() -> Iterator[None]:
+    """In the block, a card is made for a saved adapter; everywhere else for the Hub, as by `Trainer.push_to_hub`."""
+    token = _saving.set(True)
+    try:
+        yield
+    finally:
+        _saving.reset(token)
+
+
 def _create_or_update_model_card(original: Callable[..., Any], self: PeftModel, output_dir: str) -> Any:
     """Missing: a hook for what a method has to say in the card."""
     result = original(self, output_dir)
     if adapters_of_package(self):
-        add_to_card(self, os.path.join(output_dir, "README.md"))
+        add_to_card(self, os.path.join(output_dir, "README.md"), for_hub=not _saving.get())
     return result
 
 
