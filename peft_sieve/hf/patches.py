@@ -25,6 +25,7 @@ from ..files import replaced_when_done
 from ..moe.placement import computes_on, is_offloaded, left_offloaded
 from .adapter_files import check_config_file, explained, finish_interrupted_saves, unmap
 from .card import add_to_card
+from .deletion import delete_adapter
 from .injection import loading
 from .methods import adapters_of_package, has_adapters, method_of
 from .optimizers import wrap_optimizers
@@ -40,6 +41,8 @@ def wrap_peft() -> None:
     _wrap(PeftModel, "from_pretrained", _from_pretrained)
     _wrap(PeftModel, "load_adapter", _load_adapter)
     _wrap(PeftAdapterMixin, "load_adapter", _load_adapter_in_transformers)
+    _wrap(PeftModel, "delete_adapter", _delete_adapter)
+    _wrap(PeftAdapterMixin, "delete_adapter", _delete_adapter_in_transformers)
     _wrap(hotswap, "hotswap_adapter_from_state_dict", _hotswap_adapter_from_state_dict)
     _wrap(hotswap, "prepare_model_for_compiled_hotswap", _prepare_model_for_compiled_hotswap)
     wrap_optimizers()
@@ -185,6 +188,30 @@ def _placed_as_it_is(model: Any, is_ours: Callable[[], bool], told: bool = False
     if not is_offloaded(model) or not is_ours():
         return nullcontext()
     return left_offloaded(model, computes_on(model) if told else None)
+
+
+# --- deleting -------------------------------------------------------------------------------------------------------
+
+
+def _delete_adapter(original: Callable[..., Any], self: PeftModel, adapter_name: str) -> Any:
+    """Missing: the name that a `PeftModel` keeps for itself follows only where one adapter is left active."""
+    ours = has_adapters(self)
+    result = original(self, adapter_name)
+    if ours and self.active_adapter == adapter_name:
+        self.active_adapter = next(iter(self.active_adapters), [])  # type: ignore[assignment]
+    return result
+
+
+def _delete_adapter_in_transformers(original: Callable[..., Any], self: Any, adapter_names: list[str] | str) -> Any:
+    """Missing: a hook of the tuner, which transformers does not keep."""
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    if has_adapters(self) and set(names) <= set(self.peft_config):
+        for name in names:
+            method = method_of(self.peft_config[name])
+            assert method is not None
+            left = {known: config for known, config in self.peft_config.items() if known == name or known not in names}
+            delete_adapter(self, name, self.active_adapters(), left, method.model.tuner_layer_cls)
+    return original(self, adapter_names)
 
 
 # --- hot-swapping ---------------------------------------------------------------------------------------------------
