@@ -28,14 +28,17 @@ model = AutoPeftModelForCausalLM.from_pretrained("REPO_OR_PATH_OF_THIS_ADAPTER")
 """
 
 
-def add_to_card(model: Any, path: str) -> None:
-    """Write a section for each adapter of this package into the card of a `PeftModel`, in place of earlier ones."""
+def add_to_card(model: Any, path: str, *, for_hub: bool) -> None:
+    """Write a section for each adapter of this package into the card of a `PeftModel`, in place of earlier ones.
+
+    Args:
+        for_hub: the Hub is to take it, which refuses a card whose base model is a local folder.
+    """
     adapters = adapters_of_package(model)
     card = ModelCard.load(path)
     tags = {tag for _, _, method in adapters for tag in method.tags}
     card.data["tags"] = sorted({*(card.data.get("tags") or []), *tags, "peft_sieve"})
-    if not _is_repository(str(card.data.get("base_model", "org/name"))):
-        # The Hub refuses a card whose base model is a local folder.
+    if for_hub and not _is_repository(str(card.data.get("base_model", "org/name"))):
         card.data.pop("base_model")
         card.data["tags"] = [tag for tag in card.data["tags"] if not tag.startswith("base_model:")]
     described = [

@@ -103,6 +103,11 @@ def adapters_of_package(model: Any) -> list[tuple[str, Any, Method]]:
     return [(name, config, method) for name, config, method in found if method is not None]
 
 
+def has_adapters(model: Any) -> bool:
+    """Whether adapters of this package are in a model, of whatever class."""
+    return any(method_of(config) is not None for config in getattr(model, "peft_config", {}).values())
+
+
 def layer_words(tuners: Iterable[type[BaseTuner]]) -> set[str]:
     """What the layers of tuners call that which holds adapters by their names."""
     layers: list[Any] = [tuner.tuner_layer_cls for tuner in tuners]

@@ -10,8 +10,9 @@ import functools
 import inspect
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any
 
 import peft.utils.hotswap
@@ -24,8 +25,10 @@ from ..files import replaced_when_done
 from ..moe.placement import computes_on, is_offloaded, left_offloaded
 from .adapter_files import check_config_file, explained, finish_interrupted_saves, unmap
 from .card import add_to_card
+from .deletion import delete_adapter
 from .injection import loading
-from .methods import adapters_of_package, method_of
+from .methods import adapters_of_package, has_adapters, method_of
+from .optimizers import wrap_optimizers
 
 
 def wrap_peft() -> None:
@@ -38,8 +41,11 @@ def wrap_peft() -> None:
     _wrap(PeftModel, "from_pretrained", _from_pretrained)
     _wrap(PeftModel, "load_adapter", _load_adapter)
     _wrap(PeftAdapterMixin, "load_adapter", _load_adapter_in_transformers)
+    _wrap(PeftModel, "delete_adapter", _delete_adapter)
+    _wrap(PeftAdapterMixin, "delete_adapter", _delete_adapter_in_transformers)
     _wrap(hotswap, "hotswap_adapter_from_state_dict", _hotswap_adapter_from_state_dict)
     _wrap(hotswap, "prepare_model_for_compiled_hotswap", _prepare_model_for_compiled_hotswap)
+    wrap_optimizers()
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
@@ -72,18 +78,31 @@ def _save_pretrained(
         )
     if not given.get("is_main_process", True) or os.path.isfile(save_directory):
         return original(self, save_directory, *args, **kwargs)
-    with replaced_when_done(save_directory) as staging:
+    with replaced_when_done(save_directory) as staging, _card_is_saved():
         card = os.path.join(save_directory, "README.md")
         if os.path.isfile(card):  # PEFT updates the one that it finds
             shutil.copyfile(card, os.path.join(staging, "README.md"))
         return original(self, staging, *args, **kwargs)
 
 
+_saving: ContextVar[bool] = ContextVar("_saving", default=False)
+
+
+@contextmanager
+def _card_is_saved() -> Iterator[None]:
+    """In the block, a card is made for a saved adapter; everywhere else for the Hub, as by `Trainer.push_to_hub`."""
+    token = _saving.set(True)
+    try:
+        yield
+    finally:
+        _saving.reset(token)
+
+
 def _create_or_update_model_card(original: Callable[..., Any], self: PeftModel, output_dir: str) -> Any:
     """Missing: a hook for what a method has to say in the card."""
     result = original(self, output_dir)
     if adapters_of_package(self):
-        add_to_card(self, os.path.join(output_dir, "README.md"))
+        add_to_card(self, os.path.join(output_dir, "README.md"), for_hub=not _saving.get())
     return result
 
 
@@ -149,10 +168,6 @@ def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args
     return loaded
 
 
-def _has_adapters(model: Any) -> bool:
-    return any(method_of(config) is not None for config in getattr(model, "peft_config", {}).values())
-
-
 def _is_ours(model_id: Any, config: Any, download: Mapping[str, Any]) -> bool:
     if config is not None:
         return method_of((config if isinstance(config, Mapping) else vars(config)).get("peft_type")) is not None
@@ -175,6 +190,30 @@ def _placed_as_it_is(model: Any, is_ours: Callable[[], bool], told: bool = False
     return left_offloaded(model, computes_on(model) if told else None)
 
 
+# --- deleting -------------------------------------------------------------------------------------------------------
+
+
+def _delete_adapter(original: Callable[..., Any], self: PeftModel, adapter_name: str) -> Any:
+    """Missing: the name that a `PeftModel` keeps for itself follows only where one adapter is left active."""
+    ours = has_adapters(self)
+    result = original(self, adapter_name)
+    if ours and self.active_adapter == adapter_name:
+        self.active_adapter = next(iter(self.active_adapters), [])  # type: ignore[assignment]
+    return result
+
+
+def _delete_adapter_in_transformers(original: Callable[..., Any], self: Any, adapter_names: list[str] | str) -> Any:
+    """Missing: a hook of the tuner, which transformers does not keep."""
+    names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+    if has_adapters(self) and set(names) <= set(self.peft_config):
+        for name in names:
+            method = method_of(self.peft_config[name])
+            assert method is not None
+            left = {known: config for known, config in self.peft_config.items() if known == name or known not in names}
+            delete_adapter(self, name, self.active_adapters(), left, method.model.tuner_layer_cls)
+    return original(self, adapter_names)
+
+
 # --- hot-swapping ---------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +229,7 @@ def _hotswap_adapter_from_state_dict(
 
 def _prepare_model_for_compiled_hotswap(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
     """Missing: a hook for layers that cannot be prepared."""
-    if _has_adapters(model):
+    if has_adapters(model):
         raise SieveError(
             "prepare_model_for_compiled_hotswap is not supported for adapters of this package, which run outside "
             "compiled graphs. Leave the call out: adapters of one rank are swapped without it."

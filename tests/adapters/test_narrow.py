@@ -105,6 +105,14 @@ def test_it_computes_what_the_lora_does_on_the_experts_kept(case: str, tmp_path:
     assert (narrowed.num_kept, narrowed.num_experts) == (5, 16)
 
 
+def test_routers_of_layers_without_a_kept_expert_stay(tmp_path: Path) -> None:
+    full = full_lora(tmp_path, target_parameters=[*EXPERTS, "gate.weight"])
+    mask = {path: ids for path, ids in MASK.items() if ".0." in path}
+    narrow_lora(full.path, tmp_path / "sparse", mask)
+    model = PeftModel.from_pretrained(copy.deepcopy(full.base), tmp_path / "sparse")
+    assert relative_difference(full.logits(model), full.without_cold(mask)) < 1e-5
+
+
 def test_a_pair_of_factors_per_expert_and_projection(tmp_path: Path) -> None:
     """As PEFT loads them, each projection has half of the stack's ranks for itself: no rank more is kept."""
     base = tiny_model("olmoe")

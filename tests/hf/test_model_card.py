@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_sieve import SieveLoraConfig
 from peft_sieve.hf.card import END, START
+from tests.hf.saver import METHODS
 from tests.models import randomize_adapters, tiny_model, token_batch
 
 PLACE = "REPO_OR_PATH_OF_THIS_ADAPTER"
@@ -141,12 +143,23 @@ def named(base: PreTrainedModel, name: str) -> PreTrainedModel:
     return clone
 
 
-def test_a_base_model_on_disk_is_told_but_kept_from_the_metadata(saved: Saved) -> None:
-    """The Hub refuses a card whose base model is no repository."""
-    card = ModelCard(saved.text)
-    assert f"`{saved.base.name_or_path}`" in card.text
-    assert card.data.get("base_model") is None
-    assert [tag for tag in card.data["tags"] if "base_model" in tag] == []
+def test_a_base_model_on_disk_is_told_where_peft_tells_it(saved: Saved, tmp_path: Path) -> None:
+    """In a saved card. The Hub refuses a card whose base model is no repository, so one that is pushed does not."""
+    path, card = saved.base.name_or_path, ModelCard(saved.text)
+    assert f"`{path}`" in card.text
+    assert card.data["base_model"] == path and f"base_model:adapter:{path}" in card.data["tags"]
+    shutil.copy(saved.path / "README.md", tmp_path)
+    pushed = ModelCard(new_card(saved.model, tmp_path))
+    assert f"`{path}`" in pushed.text and pushed.data.get("base_model") is None
+    assert [tag for tag in pushed.data["tags"] if "base_model" in tag] == []
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_saves_the_name_of_its_base(method: str, tmp_path: Path) -> None:
+    """As PEFT does, whatever it is: here a model that was never loaded has none."""
+    model = get_peft_model(tiny_model("olmoe"), METHODS[method][0]())
+    model.save_pretrained(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data["base_model"] == model.config.to_dict()["_name_or_path"]
 
 
 def test_the_metadata_makes_it_findable(saved: Saved) -> None:

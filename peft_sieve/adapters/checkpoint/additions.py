@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from peft.tuners.lora.layer import Conv2d, Embedding, LoraLayer, ParamWrapper, _ConvNd
-from transformers import PreTrainedModel
 
 from ...errors import SieveError
 from ...moe.topology import MoELayer
@@ -44,7 +43,7 @@ def additions_of(opened: OpenedAdapter) -> Iterator[Addition]:
         SieveError: a weight is that of a convolution, or belongs to two places of the model.
     """
     for path, layer in opened.other_layers():
-        _refuse_what_is_no_matrix_of_its_own(opened.base, path, layer)
+        _refuse_what_is_no_matrix_of_its_own(path, layer)
         parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
         shape = tuple(layer.get_base_layer().get_parameter(parameter).shape)
         delta = partial(_lora_delta, layer, opened.name)
@@ -94,15 +93,14 @@ def _lora_delta(layer: LoraLayer, name: str) -> torch.Tensor:
     return delta.T if isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False) else delta
 
 
-def _refuse_what_is_no_matrix_of_its_own(base: PreTrainedModel, path: str, layer: LoraLayer) -> None:
+def _refuse_what_is_no_matrix_of_its_own(path: str, layer: LoraLayer) -> None:
     if isinstance(layer, Conv2d | _ConvNd):
         raise SieveError(
             f"The adapter is on the convolution {path}, and only linear layers and experts are merged into a "
             "checkpoint. Load the model, call merge_and_unload() and save it."
         )
-    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and (layer is base.get_input_embeddings() or layer is base.get_output_embeddings()):
+    if getattr(layer, "weight_is_shared", False):
         raise SieveError(
-            f"The adapter is on {path}, whose weight is also that of the other end of the model, and a checkpoint has "
-            "one weight for both. Train without an adapter there."
+            f"The adapter is on {path}, whose weight is also that of another module, and a checkpoint has one weight "
+            "for both. Load the model, call merge_and_unload() and save it."
         )

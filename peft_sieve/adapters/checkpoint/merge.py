@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import SieveError
 from ...files import replaced_when_done
-from ...tuners.common.tied import refuse_tied_experts
+from ...tuners.common.tied import refuse_shared_modules
 from ...tuners.sieve.config import SieveLoraConfig
 from ..new_card import write_card
 from ..reading import open_adapter, refuse_settings
@@ -53,7 +53,7 @@ def merge_checkpoint(
     if output.exists() and (not output.is_dir() or output.resolve() == source.resolve()):
         raise SieveError(f"output_dir {str(output)!r} is a file, or the base model itself. Pass another folder.")
     refuse_quantised(source)
-    refuse_tied_experts(opened.base)
+    refuse_shared_modules(opened.base)
     files = {path: tensors_in_file(path) for path in weight_files(source)}
     stored = {key: tensor for tensors in files.values() for key, tensor in tensors.items()}
     edits = edits_of(opened, {key: tensor.shape for key, tensor in stored.items()})

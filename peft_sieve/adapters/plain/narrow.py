@@ -91,7 +91,7 @@ def narrow_lora(
             "kept_norm": round(share, 4),
         }
     base = make()
-    narrowed = PeftModel(base, sparse_config(config, mask, pairs, others, layers, base, calibration))
+    narrowed = PeftModel(base, sparse_config(config, mask, pairs, others, base, calibration))
     assign(narrowed, sparse_tensors(narrowed, pairs, others, name))
     narrowed.save_pretrained(os.fspath(output_dir), save_embedding_layers=False)
     return NarrowedLora(

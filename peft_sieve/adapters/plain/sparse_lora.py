@@ -11,7 +11,6 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from torch import nn
 
-from ...moe.topology import MoELayer
 from ...tuners.common.experts.factors import SLOTS_KEY, slots_of
 from ...tuners.common.experts.layer import FACTOR_GROUPS, expert_layers
 from ...tuners.sieve.config import SieveLoraConfig
@@ -24,7 +23,6 @@ def sparse_config(
     mask: Mapping[str, list[int]],
     pairs: ExpertPairs,
     others: Mapping[str, LoraLayer],
-    layers: Mapping[str, MoELayer],
     base: nn.Module,
     calibration: dict[str, Any] | None,
 ) -> SieveLoraConfig:
@@ -32,16 +30,15 @@ def sparse_config(
 
     Args:
         given: of the LoRA.
-        mask, pairs, others, layers: what is kept of its experts; the factors; its other layers; the MoE layers.
+        mask, pairs, others: what is kept of its experts; the factors; its other layers.
         base: the base model without adapters.
     """
     name = next(iter(others.values())).active_adapters[0] if others else ""
     # What each thing adapted has: (rank, scaling).
     settings = {f"{path}.{p}": (f.a.shape[0], f.scaling) for path in mask for (p, _), f in pairs[path].items()}
-    routers = {router.path for layer in layers.values() for router in layer.routers if router.parameter is not None}
     settings |= {path: (module.r[name], module.scaling[name]) for path, module in others.items()}
     (rank, scaling), *_ = settings.values()
-    linears = set(others) - routers
+    targets = set(others)
     names = {path for path, _ in base.named_modules() if path}
     return SieveLoraConfig(
         r=rank,
@@ -53,8 +50,9 @@ def sparse_config(
         expert_projections=sorted({projection for of in pairs.values() for projection, _ in of}),
         train_attention=False,
         train_shared_experts=False,
-        train_router=bool(routers & set(others)),
-        target_modules=sorted(_find_minimal_target_modules(linears, names - linears)) if linears else [],
+        train_router=False,
+        # Routers, too: those that the LoRA has, whether experts of their layers are kept or not.
+        target_modules=sorted(_find_minimal_target_modules(targets, names - targets)) if targets else [],
         calibration=calibration,
         task_type=given.task_type,
         base_model_name_or_path=given.base_model_name_or_path,
@@ -87,11 +85,8 @@ def sparse_tensors(
     for path, module in lora_layers(model.get_base_model(), "default"):
         ending = "" if "default" in module.lora_embedding_A else ".weight"
         kind = "lora" if ending else "lora_embedding"
-        # All routers get an adapter or none: that of a router that the LoRA left alone adds zero.
-        given = others.get(path)
-        own = lora_factors(module, "default") if given is None else lora_factors(given, name)
-        for side, value in zip("AB", own, strict=True):
-            tensors[f"{path}.{kind}_{side}{ending}"] = torch.zeros(value.shape) if given is None else value
+        for side, value in zip("AB", lora_factors(others[path], name), strict=True):
+            tensors[f"{path}.{kind}_{side}{ending}"] = value
     return {f"{KEY_PREFIX}{key}": value.cpu().contiguous() for key, value in tensors.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,7 +13,14 @@ from ...moe.placement import execution_device, first_tensor
 
 
 class AdapterLayer(BaseTunerLayer):
-    """A layer that holds the parts of its adapters in `nn.ModuleDict`s, by their names."""
+    """A layer that holds the parts of its adapters in `nn.ModuleDict`s, by their names.
+
+    Attributes:
+        second_factor_names: which of `adapter_layer_names` are factors on the side of the output, LoRA's B, for
+            optimizers that train those otherwise.
+    """
+
+    second_factor_names: ClassVar[tuple[str, ...]] = ()
 
     def beside(self) -> nn.Module:
         """The module whose device and type new adapters take."""

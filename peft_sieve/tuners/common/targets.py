@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from typing import Any
 
@@ -59,34 +60,60 @@ def wanted_layers(config: Any, layers: list[MoELayer]) -> list[MoELayer]:
 
 
 def resolve_targets(config: Any, model: nn.Module, layers: list[MoELayer]) -> None:
-    """Fill in `target_modules` (linear layers) and `target_parameters` (expert stacks and routers).
+    """Fill in `target_modules` (linear layers, and routers that were named) and `target_parameters` (expert stacks and
+    the weights of routers).
 
     Args:
         layers: all MoE layers of the model.
 
     Raises:
-        SieveError: the config names other parameters than its mask and its switches do.
+        SieveError: the config names other parameters than its mask and its switches do, weights of routers left out.
     """
-    masked = [layer for layer in layers if (config.selected_experts or {}).get(layer.path)]
+    experts = {name for layer in layers if _in_mask(config, layer) for name in _expert_parameters(config, layer)}
+    named = None if experts & set(config.target_parameters or ()) else _named_routers(config, layers)
     if config.target_modules is None:
-        config.target_modules = exactly(set(_always_active(config, model, layers)), config, model)
+        paths = {*_always_active(config, model, layers), *(named or ())}
+        config.target_modules = exactly(paths, config, model)
     else:
         _keep_out_of_experts(config, model, layers)
-    resolved = sorted({name for layer in masked for name in _parameter_names(config, layer)})
-    if config.target_parameters and set(config.target_parameters) != set(resolved):
+        if named:
+            _maybe_include_all_linear_layers(config, model)
+            config.target_modules = exactly(named | _matched(config, model), config, model)
+    weights = {_without_block(f"{router.path}.{router.parameter}") for router in router_parameters(config, layers)}
+    resolved = sorted(experts | weights)
+    if config.target_parameters and named is None and set(config.target_parameters) != set(resolved):
         raise SieveError(
-            f"target_parameters must be None, got {shown(sorted(config.target_parameters))}. Experts are chosen by "
-            "selected_experts and expert_projections, and the router by train_router."
+            "target_parameters must be None or name weights of routers, got "
+            f"{shown(sorted(config.target_parameters))}. Experts are chosen by selected_experts and expert_projections."
         )
     config.target_parameters = resolved
 
 
 def router_parameters(config: Any, layers: list[MoELayer]) -> list[Router]:
-    """The routers to adapt whose weight is a bare parameter."""
-    if not config.train_router:
-        return []
-    routers = [router for layer in layers for router in layer.routers if router.parameter is not None]
-    return [router for router in routers if is_wanted(config, router.path)]
+    """The routers to adapt whose weight is a bare parameter: those that `target_modules` names, and with `train_router`
+    those of the layers in the mask."""
+    return [
+        router
+        for layer in layers
+        for router in layer.routers
+        if router.parameter is not None
+        and is_wanted(config, router.path)
+        and ((config.train_router and _in_mask(config, layer)) or check_target_module_exists(config, router.path))
+    ]
+
+
+def _in_mask(config: Any, layer: MoELayer) -> bool:
+    return bool((config.selected_experts or {}).get(layer.path))
+
+
+def _named_routers(config: Any, layers: list[MoELayer]) -> set[str] | None:
+    """Paths of the routers whose weights `target_parameters` names; None if it names anything else."""
+    routers = [router for layer in layers for router in layer.routers]
+    found = {name: set[str]() for name in config.target_parameters or ()}
+    for name, router in itertools.product(found, routers):
+        if f".{router.path}.{router.parameter or 'weight'}".endswith(f".{name}"):
+            found[name].add(router.path)
+    return set().union(*found.values()) if all(found.values()) else None
 
 
 def _always_active(config: Any, model: nn.Module, layers: list[MoELayer]) -> list[str]:
@@ -124,17 +151,21 @@ def _keep_out_of_experts(config: Any, model: nn.Module, layers: list[MoELayer]) 
     if not any(is_linear(m) for path, m in modules.items() if path.startswith(inside)):
         return
     _maybe_include_all_linear_layers(config, model)
-    matched = {path for path in modules if path and check_target_module_exists(config, path)}
-    config.target_modules = {path for path in matched if not path.startswith(inside)}
+    config.target_modules = {path for path in _matched(config, model) if not path.startswith(inside)}
 
 
-def _parameter_names(config: Any, layer: MoELayer) -> list[str]:
+def _matched(config: Any, model: nn.Module) -> set[str]:
+    return {path for path in base_modules(model) if path and check_target_module_exists(config, path)}
+
+
+def _expert_parameters(config: Any, layer: MoELayer) -> list[str]:
     """Names in PEFT's sense, that is endings of full names; the index of the block is left out."""
-    parts = layer.experts_path.split(".")
-    last_index = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
     wanted = adapted_projections(config, layer.path, layer.shape)
-    prefix = ".".join(parts[last_index + 1 :])
-    names = [f"{prefix}.{name}" for name in layer.family.parameter_names(layer.experts, wanted)]
-    for router in router_parameters(config, [layer]):
-        names.append(".".join(router.path.split(".")[last_index + 1 :]) + f".{router.parameter}")
-    return names
+    prefix = _without_block(layer.experts_path)
+    return [f"{prefix}.{name}" for name in layer.family.parameter_names(layer.experts, wanted)]
+
+
+def _without_block(path: str) -> str:
+    parts = path.split(".")
+    last_index = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+    return ".".join(parts[last_index + 1 :])

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.initialization import no_init_weights
 
 from ...errors import SieveError
+from ...hf.deletion import delete_adapter
 from ...hf.injection import injecting, values_follow
 from .loading import check_bookkeeping, check_loaded, check_state_dict, in_base_model
 from .names import check_adapter_names, check_not_there
@@ -56,6 +58,41 @@ class MethodTuner(BaseTuner):
             # As PEFT: an additional adapter does not become trainable by being added.
             layer.requires_grad_(False)
         return layer
+
+    # What is active, and taking out
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's; an empty list is taken also where modules are trained whole.
+
+        It comes to that when an adapter is added after the last one was deleted.
+        """
+        if not isinstance(adapter_name, str) and not adapter_name:
+            for module in self.model.modules():
+                if isinstance(module, AuxiliaryTrainingWrapper | self.tuner_layer_cls):
+                    module.set_adapter([])
+            self.active_adapter = []
+        else:
+            super().set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; which ones are active then, says `hf.deletion.delete_adapter`.
+
+        Raises:
+            ValueError: there is no such adapter, or it is merged; nothing was changed.
+        """
+        configs: dict[str, Any] = self.peft_config
+        if adapter_name not in configs:
+            super().delete_adapter(adapter_name)  # which says so
+        active = delete_adapter(self.model, adapter_name, self.active_adapters, configs, self.tuner_layer_cls)
+        del configs[adapter_name]
+        self.active_adapter = active
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters; modules that an adapter trained whole are the base's again."""
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.set_adapter([])  # PEFT leaves the active one in the model
+        return super().unload()
 
     # Loading
 

@@ -70,6 +70,7 @@ class LoraMoeLayer(nn.Module, AdapterLayer):
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_router")
+    second_factor_names = ("lora_B",)
     other_param_names = ("plans", "lora_dropout", "lora_usage")
 
     def __init__(self, base_layer: nn.Module, path: str, balance: BalanceLoss) -> None:

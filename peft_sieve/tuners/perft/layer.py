@@ -69,6 +69,7 @@ class PerftLayer(nn.Module, AdapterLayer):
     """
 
     adapter_layer_names = ("perft_A", "perft_B", "perft_down", "perft_up", "perft_router")
+    second_factor_names = tuple(second for _, second in FACTORS.values())
     other_param_names = ("r", "perft_dropout", "perft_experts", "plans")
     perft_dropout: nn.ModuleDict
     perft_router: nn.ModuleDict

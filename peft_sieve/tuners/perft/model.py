@@ -120,7 +120,10 @@ class PerftModel(BalancedTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT calls this to put back what a layer wraps. The block is there all the time.
-        detach(parent)
+        if isinstance(child, PerftLayer):
+            detach(parent)
+        else:  # a module that may have been trained whole
+            super()._replace_module(parent, child_name, new_module, child)
 
 
 def _wanted(config: PerftConfig, blocks: list[MoEBlock]) -> list[MoEBlock]:

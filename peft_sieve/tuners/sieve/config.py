@@ -46,7 +46,7 @@ class SieveLoraConfig(SelectionConfig, LoraConfig):
         expert_projections: which of "gate_proj", "up_proj", "down_proj" get an adapter; None is all.
         train_attention: adapt the attention, which every token passes. `target_modules`, if given, replaces this and
             the next two for linear layers (a router whose weight is a bare parameter, as in most models of
-            transformers 5, still follows `train_router`).
+            transformers 5, still follows `train_router`, unless `target_modules` names it).
         train_router: adapt the router.
         train_shared_experts: adapt the shared experts.
         expert_tuning: "lora", or "full": the selected experts' own weights are trained, as a difference to the base's

@@ -31,7 +31,7 @@ from ..common.mixed_batch import mixed_batch
 from ..common.patterns import UNMATCHED_IN_PEFT, by_pattern, expert_names, warn_of_unmatched_patterns
 from ..common.process_agreement import ProcessAgreement
 from ..common.targets import resolve_targets, router_parameters, wanted_layers
-from ..common.tied import refuse_tied_experts
+from ..common.tied import mark_shared_weights, refuse_shared_modules
 from ..common.tuner import MethodTuner, refuse_if
 from .combination import COMBINATION_TYPES
 from .config import SieveLoraConfig
@@ -47,6 +47,7 @@ class SieveLoraModel(MethodTuner, LoraModel):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         # Adapters that have been injected on the meta device, and are to get memory there.
         self._without_values: set[str] = set()
+        self._bare_routers: set[str] = set()
         super().__init__(model, *args, **kwargs)
 
     # Before injection: everything that can go wrong, goes wrong here
@@ -73,6 +74,8 @@ class SieveLoraModel(MethodTuner, LoraModel):
             check_agreement("selected_experts", {path: list(ids) for path, ids in mask.items()})
         peft_config.expert_shapes = {layer.path: shape_of(layer) for layer in layers if layer.path in mask}
         resolve_targets(peft_config, self.model, layers)
+        routers = [router for layer in layers for router in layer.routers]
+        self._bare_routers = {router.path for router in routers if router.parameter is not None}
         return peft_config
 
     def _checked_layers(self, config: SieveLoraConfig) -> tuple[list[MoELayer], list[MoELayer]]:
@@ -92,6 +95,9 @@ class SieveLoraModel(MethodTuner, LoraModel):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", UNMATCHED_IN_PEFT)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # PEFT notes what target_modules names; of a router it is the weight that is adapted.
+        self.targeted_module_names = [name for name in self.targeted_module_names if name not in self._bare_routers]
+        mark_shared_weights(model)
         warn_of_unmatched_patterns(self.peft_config[adapter_name], _names_in_patterns(model, adapter_name))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -109,11 +115,11 @@ class SieveLoraModel(MethodTuner, LoraModel):
         if values_follow() and not low_cpu_mem_usage:
             self._without_values.add(adapter_name)
         mask = peft_config.selected_experts or {}
-        layers = [layer for layer in find_moe_layers(model) if layer.path in mask]
+        layers = find_moe_layers(model)
         injected = []
         with context():
             for layer in layers:
-                if mask[layer.path]:
+                if mask.get(layer.path):
                     self._inject_experts(peft_config, model, adapter_name, layer)
                     injected.append(layer.path)
             for router in router_parameters(peft_config, layers):
@@ -162,6 +168,8 @@ class SieveLoraModel(MethodTuner, LoraModel):
     def _create_and_replace(
         self, lora_config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any
     ) -> None:
+        if kwargs["current_key"] in self._bare_routers:
+            return  # which `_inject_parameters` adapts by its weight
         # PEFT puts an adapter where the base weights are, which for offloaded ones is nowhere.
         with onloaded(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target):
             super()._create_and_replace(lora_config, adapter_name, target, *args, **kwargs)
@@ -232,7 +240,8 @@ class SieveLoraModel(MethodTuner, LoraModel):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        refuse_tied_experts(self.model)
+        refuse_shared_modules(self.model)
+        mark_shared_weights(self.model)  # which may have been tied since
         for _, layer in expert_layers(self.model):
             layer.check_mergeable()
         for path, module in self.model.named_modules():

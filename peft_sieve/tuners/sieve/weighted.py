@@ -12,7 +12,6 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.families.family import PROJECTIONS
-from ..common.exact_unmerge import ExactParamWrapper
 from ..common.experts.layer import SieveExpertLayer
 from .combination import COMBINATION_TYPES, Share, combine, combined_rank
 from .config import SieveLoraConfig
@@ -56,9 +55,9 @@ def weighted_config(
         hellori_density=None,
         selected_experts={path: sorted(ids) for path, ids in mask.items()},
         expert_projections=[p for p in PROJECTIONS if any(p in (c.expert_projections or PROJECTIONS) for c in chosen)],
-        train_router=any(isinstance(module, ExactParamWrapper) for _, module in plain),
-        # By their full names, to which no other rule is left to apply.
-        target_modules=[path for path, module in plain if not isinstance(module, ExactParamWrapper)],
+        train_router=False,
+        # By their full names, to which no other rule is left to apply; routers, too.
+        target_modules=[path for path, _ in plain],
         target_parameters=None,
         exclude_modules=None,
         layers_to_transform=None,

@@ -41,6 +41,7 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
     # Whether `forward` is what the model calls, and takes `adapter_names`, one for each token.
     supports_mixed_batches = False
     adapter_layer_names = FACTOR_NAMES
+    second_factor_names = ("lora_gate_up_B", "lora_down_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "lora_experts", "plans")
 
     def __init__(self, base_layer: nn.Module, layer: MoELayer) -> None:

@@ -101,8 +101,8 @@ class ExpertMerging:
         weight = self.expert_weight(*key)
         if not torch.isfinite(self._merged(weight, adapter_name, key)).all():
             raise SieveError(
-                f"Merging adapter '{adapter_name}' gives values that are not finite in {key[0]} of expert {key[1]} of "
-                f"{self.path}. The adapter is broken: train or load it again."
+                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken. Merging "
+                f"'{adapter_name}' gives values that are not finite in {key[0]} of expert {key[1]} of {self.path}."
             )
 
     @torch.no_grad()
