@@ -71,7 +71,8 @@ def export_lora(
     """Write a sparse adapter as plain LoRA that PEFT, vLLM, SGLang and llama.cpp's converter load without this package.
 
     It computes the same as the adapter: experts without factors get zeros, the scaling is folded into B
-    (`lora_alpha = r`), factors of lower rank are padded with zeros. Base weights are not read.
+    (`lora_alpha = r`), factors of lower rank are padded with zeros. Embeddings of a resized vocabulary, and those saved
+    with the adapter, go along as in PEFT's own files. Base weights are not read.
 
     Args:
         adapter: a `PeftModel`, or the path or Hub id of a saved adapter.
@@ -137,8 +138,10 @@ def _checked_output(output_dir: str | os.PathLike[str]) -> Path:
 
 
 def _refuse_what_is_no_lora(config: SieveLoraConfig) -> None:
-    names = ("modules_to_save", "trainable_token_indices", "expert_tuning", "bias")
-    refuse_settings(config, names, f"and servers load low-rank factors only. {_CHECKPOINT}.")
+    problem = "and servers load low-rank factors only."
+    whole = ("modules_to_save", "trainable_token_indices", "bias")
+    refuse_settings(config, whole, f"{problem} Load the model, call merge_and_unload() and save it.")
+    refuse_settings(config, ("expert_tuning",), f"{problem} {_CHECKPOINT}.")
 
 
 def _refuse_layouts_without_lora(layers: list[MoELayer]) -> None:

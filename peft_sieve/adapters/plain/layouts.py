@@ -24,7 +24,7 @@ from ...tuners.common.patterns import UNMATCHED_IN_PEFT
 from ..checkpoint.names import matrix_names, module_names
 from ..reading import KEY_PREFIX, OpenedAdapter, lora_factors, lora_layers
 from ..stack_layout import parameters_of
-from .factors import Tensors, linear_factors, plain_factors
+from .factors import Tensors, embedding_tensors, linear_factors, plain_factors
 from .naming import name_matrices, name_modules, name_stacks
 
 
@@ -64,7 +64,7 @@ def stacked(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, Lor
             f"Plain PEFT cannot tell {wrong[0]} of {type(skeleton).__name__} from other modules by names ({len(wrong)} "
             "in all). Write a whole checkpoint instead (peft-sieve export --merge)."
         )
-    return PlainLora(config, tensors)
+    return PlainLora(config, tensors | embedding_tensors(opened.embeddings, others))
 
 
 def per_expert(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, LoraLayer], rank: int) -> PlainLora:
@@ -91,7 +91,7 @@ def per_expert(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, 
     in_stacks = [layer for layer in layers if not layer.linears]
     if in_stacks:
         name_matrices(config, skeleton, in_stacks, others)
-    plain = PlainLora(config, tensors)
+    plain = PlainLora(config, tensors | embedding_tensors(opened.embeddings, others))
     _check_loadable(plain, opened)
     return plain
 
@@ -133,6 +133,7 @@ def _check_loadable(plain: PlainLora, opened: OpenedAdapter) -> None:
     """Refuse files in which PEFT would not find a tensor a place of its shape: tried on the meta device."""
     model = _injected(plain.config, opened.new_skeleton())
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected |= {key: value for key, value in model.state_dict().items() if key in plain.tensors}  # embeddings
     given = {key: torch.empty(shape, device="meta") for key, (shape, _) in plain.tensors.items()}
     found = convert_peft_adapter_state_dict_for_transformers(model, plain.config, given)
     shapes = [{(key, tuple(value.shape)) for key, value in tensors.items()} for tensors in (expected, found)]
