@@ -20,6 +20,7 @@ from ..reading import KEY_PREFIX, assign, lora_factors, lora_layers, saved_confi
 from ..skeleton import Maker, maker_like, skeleton_maker
 from ..stack_layout import matrix_in, parameter_of
 from ..vocabulary import Embeddings, live_embeddings, with_vocabulary_of
+from .larger_model import larger_model, without_larger
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def open_full_lora(lora: Any, base_model: Any, check: Callable[[LoraConfig], Non
     config = _as_lora(saved_config(path), path)
     check(config)
     make, base_name = skeleton_maker(base_model, config, [])
-    tensors = saved_weights(path)
+    # An export for a text model has the names of the model around it, too.
+    tensors = without_larger(saved_weights(path), larger_model(make(), base_name, make))
     make = with_vocabulary_of(make, tensors, KEY_PREFIX)
     config.inference_mode = True
     try:

@@ -42,7 +42,7 @@ def stacked(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, Lor
     skeleton = opened.new_skeleton()
     name_modules(config, skeleton, others)
     name_stacks(config, layers)
-    plain = _injected(config, skeleton)
+    plain = injected(config, skeleton)
     experts = plain_factors(opened, layers, rank)
     stacks = {f"{layer.experts_path}.{name}": (layer.path, name) for layer in layers for name in parameters_of(layer)}
     tensors: Tensors = {}
@@ -92,7 +92,7 @@ def per_expert(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, 
     if in_stacks:
         name_matrices(config, skeleton, in_stacks, others)
     plain = PlainLora(config, tensors | embedding_tensors(opened.embeddings, others))
-    _check_loadable(plain, opened)
+    check_loadable(plain, opened.new_skeleton(), " Pass 'stacked' or 'auto'.")
     return plain
 
 
@@ -115,7 +115,7 @@ def _plain_config(opened: OpenedAdapter, rank: int) -> LoraConfig:
     )
 
 
-def _injected(config: LoraConfig, skeleton: PreTrainedModel) -> PeftModel:
+def injected(config: LoraConfig, skeleton: PreTrainedModel) -> PeftModel:
     """Plain LoRA on the meta device, as any PEFT would set it up from the configuration."""
     with warnings.catch_warnings():
         # PEFT looks for patterns among modules only, and says that those of parameters were ignored: they are not.
@@ -129,9 +129,9 @@ def _injected(config: LoraConfig, skeleton: PreTrainedModel) -> PeftModel:
             ) from error
 
 
-def _check_loadable(plain: PlainLora, opened: OpenedAdapter) -> None:
+def check_loadable(plain: PlainLora, skeleton: PreTrainedModel, advice: str) -> None:
     """Refuse files in which PEFT would not find a tensor a place of its shape: tried on the meta device."""
-    model = _injected(plain.config, opened.new_skeleton())
+    model = injected(plain.config, skeleton)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     expected |= {key: value for key, value in model.state_dict().items() if key in plain.tensors}  # embeddings
     given = {key: torch.empty(shape, device="meta") for key, (shape, _) in plain.tensors.items()}
@@ -140,6 +140,6 @@ def _check_loadable(plain: PlainLora, opened: OpenedAdapter) -> None:
     wrong = sorted(shapes[0] ^ shapes[1])
     if wrong:
         raise SieveError(
-            f"PEFT would not find a place for layout='per_expert' in {type(model.get_base_model()).__name__} "
-            f"({wrong[0][0]}, {len(wrong)} in all). Pass 'stacked' or 'auto'."
+            f"PEFT would not find a place for all factors in {type(model.get_base_model()).__name__} "
+            f"({wrong[0][0]}, {len(wrong)} in all).{advice}"
         )
