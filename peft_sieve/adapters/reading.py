@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -166,6 +169,15 @@ def saved_config(adapter: str) -> PeftConfig:
             f"No adapter can be read from {adapter!r} ({first_line(error)}). Pass a folder or repository with "
             "adapter_config.json."
         ) from error
+
+
+def saved_settings(adapter: str) -> dict[str, Any]:
+    """All that is in the configuration of a saved adapter, also what PEFT does not know."""
+    path = os.path.join(adapter, CONFIG_NAME)
+    if not os.path.isfile(path):
+        path = hf_hub_download(adapter, CONFIG_NAME)
+    settings: dict[str, Any] = json.loads(Path(path).read_text())
+    return settings
 
 
 def saved_weights(adapter: str) -> dict[str, torch.Tensor]:

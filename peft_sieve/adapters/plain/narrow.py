@@ -78,7 +78,7 @@ def narrow_lora(
     config = full.model.peft_config[name]
     assert isinstance(config, LoraConfig)
     layers = {layer.path: layer for layer in find_moe_layers(full.new_skeleton())}
-    pairs, others = read_factors(full.model, name, layers)
+    pairs, others = read_factors(full, layers)
     probe = SieveLoraConfig(selected_experts=mask)
     check_mask(probe, list(layers.values()))
     mask = {path: ids for path, ids in (probe.selected_experts or {}).items() if ids}
@@ -139,11 +139,12 @@ def _refuse_what_is_whole(config: LoraConfig) -> None:
 def _require_factors(mask: dict[str, list[int]], pairs: ExpertPairs) -> None:
     projections = {projection for of in pairs.values() for projection, _ in of}
     for path, ids in mask.items():
-        missing = [(p, e) for p in sorted(projections) for e in ids if (p, e) not in pairs.get(path, {})]
-        if missing or not projections:
+        without = [e for e in ids if not projections or any((p, e) not in pairs.get(path, {}) for p in projections)]
+        if without:
             raise SieveError(
-                f"The LoRA does not have factors for all selected experts of {path}. Pass a LoRA on the experts "
-                "(target_parameters, or a pair per expert), or a mask without that layer."
+                f"The LoRA does not have factors for all selected experts of {path} (none for {without[0]}, "
+                f"{len(without)} such in all). Pass a LoRA on the experts (target_parameters, or a pair per expert), "
+                "or a mask of those that it is on."
             )
 
 
