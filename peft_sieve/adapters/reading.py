@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, load_peft_weights
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,6 +25,7 @@ from ..moe.topology import MoELayer, find_moe_layers
 from ..tuners.common.experts.layer import SieveExpertLayer, expert_layers
 from ..tuners.sieve.config import SieveLoraConfig
 from .skeleton import Maker, maker_like, skeleton_maker
+from .vocabulary import Embeddings, live_embeddings, saved_embeddings, with_vocabulary_of
 
 # What PEFT puts before the base model's names in the keys of an adapter's tensors.
 KEY_PREFIX = "base_model.model."
@@ -36,12 +40,14 @@ class OpenedAdapter:
         name: what it is called there.
         base_name: name or path of the base model, "" if not known.
         new_skeleton: makes the base model without adapters, on the meta device.
+        embeddings: weights of the base model that the adapter has values of its own for, by paths of modules.
     """
 
     model: PeftModel
     name: str
     base_name: str
     new_skeleton: Maker
+    embeddings: Embeddings = field(default_factory=dict)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -110,9 +116,11 @@ def open_adapter(
     if isinstance(adapter, PeftModel):
         name = _name_in(adapter, adapter_name)
         make, base_name = maker_like(adapter.get_base_model())
-        opened = OpenedAdapter(adapter, name, base_model if isinstance(base_model, str) else base_name, make)
+        if isinstance(base_model, str | os.PathLike):
+            base_name = os.fspath(base_model)
+        opened = OpenedAdapter(adapter, name, base_name, make)
         check(opened.config)
-        return opened
+        return replace(opened, embeddings=live_embeddings(opened.base, base_name))
     if not isinstance(adapter, str | os.PathLike):
         raise must_be("adapter", "a PeftModel, or the path or Hub id of a saved adapter", adapter)
     if adapter_name is not None:
@@ -121,10 +129,11 @@ def open_adapter(
     check(config)
     mask = config.selected_experts or {}
     make, base_name = skeleton_maker(base_model, config, [path for path, ids in mask.items() if ids])
+    tensors = saved_weights(os.fspath(adapter))
+    make = with_vocabulary_of(make, tensors, KEY_PREFIX)
     config.inference_mode = True
     model = PeftModel(make(), config)
-    assign(model, saved_weights(os.fspath(adapter)))
-    return OpenedAdapter(model, "default", base_name, make)
+    return OpenedAdapter(model, "default", base_name, make, assign(model, tensors))
 
 
 def sieve_config(adapter: str) -> SieveLoraConfig:
@@ -162,6 +171,15 @@ def saved_config(adapter: str) -> PeftConfig:
         ) from error
 
 
+def saved_settings(adapter: str) -> dict[str, Any]:
+    """All that is in the configuration of a saved adapter, also what PEFT does not know."""
+    path = os.path.join(adapter, CONFIG_NAME)
+    if not os.path.isfile(path):
+        path = hf_hub_download(adapter, CONFIG_NAME)
+    settings: dict[str, Any] = json.loads(Path(path).read_text())
+    return settings
+
+
 def saved_weights(adapter: str) -> dict[str, torch.Tensor]:
     """The tensors of a saved adapter, on the CPU.
 
@@ -176,26 +194,42 @@ def saved_weights(adapter: str) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def assign(model: PeftModel, tensors: dict[str, torch.Tensor]) -> None:
+def assign(model: PeftModel, tensors: dict[str, torch.Tensor]) -> Embeddings:
     """Give the adapter "default" of a model on the meta device values, under the keys of a saved adapter.
 
+    Returns:
+        The embeddings that came with it.
+
     Raises:
-        SieveError: they are not this adapter's.
+        SieveError: they are not this adapter's, or it has tensors that are neither its own nor embeddings.
     """
     config = model.peft_config["default"]
     tuner: Any = type(model.base_model)
     state = tuner._remap_adapter_state_dict_for_load(
         model=model, config=config, adapter_name="default", state_dict=tensors
     )
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    lacking = next((key for key in own if ".lora_" in key and key not in state), None)
+    unknown = next((key for key in state if key not in own), None)
+    if lacking or unknown:
+        raise _mixed(f"lack {lacking}" if lacking else f"have {unknown}")
+    for key, value in state.items():
+        if tuple(value.shape) != own[key]:
+            raise _mixed(f"have {key} of shape {tuple(value.shape)}, where the model has {own[key]}")
     # Assigned, not copied: the factors replace those without values, and the base stays on the meta device.
-    result = model.load_state_dict(state, strict=False, assign=True)
-    missing = [key for key in result.missing_keys if ".lora_" in key]
-    if missing or result.unexpected_keys:
-        wrong = f"lack {missing[0]}" if missing else f"have {result.unexpected_keys[0]}"
-        raise SieveError(
-            f"The weights {wrong}, unlike what the configuration describes. Take both files from one save, and pass "
-            "the base model that the adapter was trained on."
-        )
+    model.load_state_dict(state, strict=False, assign=True)
+    # The names of an adapter's own tensors have the adapter's name in them.
+    foreign = {key.removeprefix(KEY_PREFIX): value for key, value in state.items() if key in tensors}
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    return saved_embeddings(base, foreign)
+
+
+def _mixed(wrong: str) -> SieveError:
+    return SieveError(
+        f"The weights {wrong}, unlike what the configuration describes. Take both files from one save, and pass the "
+        "base model that the adapter was trained on."
+    )
 
 
 def refuse_settings(config: PeftConfig, names: Iterable[str], problem: str) -> None:

@@ -61,7 +61,7 @@ def skeleton_maker(base_model: Any, config: PeftConfig, paths: list[str]) -> tup
     tried = []
     for model_class in model_classes(hf_config, config):
         try:
-            make = _maker(model_class, hf_config, name)
+            make = maker_of(model_class, hf_config, name)
             modules = {path for path, _ in make().named_modules()}
         except ValueError:
             # An auto class that does not know this configuration.
@@ -87,7 +87,7 @@ def maker_like(model: nn.Module) -> tuple[Maker, str]:
             "checkpoints name its weights."
         )
     name = str(getattr(model, "name_or_path", "") or "")
-    return _maker(type(model), model.config, name), name
+    return maker_of(type(model), model.config, name), name
 
 
 def model_classes(hf_config: PreTrainedConfig, config: PeftConfig) -> list[Any]:
@@ -104,7 +104,8 @@ def model_classes(hf_config: PreTrainedConfig, config: PeftConfig) -> list[Any]:
     return [model_class for model_class, config_class in known.items() if isinstance(hf_config, config_class)]
 
 
-def _maker(model_class: Any, config: PreTrainedConfig, name: str) -> Maker:
+def maker_of(model_class: Any, config: PreTrainedConfig, name: str) -> Maker:
+    """How to make a model of a class on the meta device."""
     # A configuration of quantised weights would ask for its quantiser, and there are no weights here.
     config = copy.deepcopy(config)
     if getattr(config, "quantization_config", None) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, narrow_lora, select_experts
+from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, export_lora, narrow_lora, select_experts
 from peft_sieve.cli import main
 from peft_sieve.moe.topology import find_moe_layers
-from tests.adapters.saved import relative_difference
+from tests.adapters.saved import relative_difference, saved_adapter
 from tests.deepseek_like import deepseek_like
 from tests.models import randomize_adapters, tiny_model, token_batch
 
 MASK = {"model.layers.0.mlp.experts": [1, 6], "model.layers.1.mlp.experts": [0, 3, 4]}
+WEIGHTS = "adapter_model.safetensors"
+B = "base_model.model.model.layers.0.mlp.experts.lora_B.weight"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -150,6 +154,71 @@ def test_experts_in_a_module_list(tmp_path: Path) -> None:
     batch = token_batch(base)
     with torch.no_grad():
         assert relative_difference(loaded.eval()(**batch).logits, model(**batch).logits) < 1e-5
+
+
+# --- files that PEFT misreads ---------------------------------------------------------------------------------------
+
+
+def rewritten(source: Path, folder: Path, change: Any, **config: Any) -> Path:
+    """A saved LoRA with other tensors and other settings."""
+    shutil.copytree(source, folder)
+    save_file(change(load_file(source / WEIGHTS)), folder / WEIGHTS)
+    content = json.loads((source / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**content, **config}))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["olmoe", "mixtral"])
+def test_factors_of_some_experts_only(name: str, tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, name)
+    mask: dict[str, list[int]] = adapter.model.peft_config["default"].selected_experts
+    export_lora(adapter.path, tmp_path / "all", layout="per_expert")
+
+    def adapted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # Whatever adds zero: the export has that for all experts.
+        b = {key: t for key, t in tensors.items() if "lora_B" in key}
+        cold = {key.removesuffix(".lora_B.weight") for key, t in b.items() if ".experts." in key and not t.any()}
+        return {key: t for key, t in tensors.items() if key.rsplit(".", 2)[0] not in cold}
+
+    some = rewritten(tmp_path / "all", tmp_path / "some", adapted)
+    assert len(load_file(some / WEIGHTS)) < 0.5 * len(load_file(tmp_path / "all" / WEIGHTS))
+    path = tmp_path / "mask.json"
+    path.write_text(json.dumps(mask))
+    assert main(["narrow", str(some), str(tmp_path / "narrowed"), "--mask", str(path)]) == 0
+    model = PeftModel.from_pretrained(adapter.fresh(), tmp_path / "narrowed")
+    assert relative_difference(adapter.logits(model), adapter.logits()) < 1e-5
+    first, second = mask
+    message = f"not have factors for all selected experts of {second} \\(none for 7, 1 such in all\\)"
+    refused(message, some, tmp_path / "out", {first: mask[first], second: [*mask[second], 7]})
+
+
+def in_unsloths_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """B of stacks as (out, experts, ranks)."""
+    return {
+        key: t.unflatten(1, (-1, 8)).transpose(1, 2).flatten(1) if "experts" in key and "lora_B" in key else t
+        for key, t in tensors.items()
+    }
+
+
+def test_b_in_the_order_that_unsloth_had(full: Full, tmp_path: Path) -> None:
+    theirs = {"auto_mapping": {"base_model_class": "OlmoeForCausalLM", "unsloth_fixed": True}}
+    grouped = rewritten(full.path, tmp_path / "a", in_unsloths_order, lora_B_layout="grouped_by_expert", **theirs)
+    assert not torch.equal(*(load_file(path / WEIGHTS)[B] for path in (grouped, full.path)))
+    of_peft = rewritten(full.path, tmp_path / "b", dict, lora_B_layout="rank_major", **theirs)
+    for path in (grouped, of_peft):
+        narrow_lora(path, tmp_path / "out" / path.name, MASK)
+        model = PeftModel.from_pretrained(copy.deepcopy(full.base), tmp_path / "out" / path.name)
+        assert relative_difference(full.logits(model), full.without_cold(MASK)) < 1e-5
+    unknown = rewritten(full.path, tmp_path / "c", in_unsloths_order, **theirs)
+    refused('lora_B_layout=None.*Write "lora_B_layout": "grouped_by_expert"', unknown, tmp_path / "d")
+    mixed = rewritten(full.path, tmp_path / "e", dict, lora_B_layout="mixed")
+    refused("lora_B_layout='mixed', which does not say", mixed, tmp_path / "d")
+    # Without stacks of experts in the file there is no such order.
+    export_lora(PeftModel.from_pretrained(copy.deepcopy(full.base), tmp_path / "out" / "a"), tmp_path / "pairs")
+    pairs = rewritten(tmp_path / "pairs", tmp_path / "f", dict, **theirs)
+    narrow_lora(pairs, tmp_path / "out" / "f", MASK)
+    model = PeftModel.from_pretrained(copy.deepcopy(full.base), tmp_path / "out" / "f")
+    assert relative_difference(full.logits(model), full.without_cold(MASK)) < 1e-5
 
 
 def profile() -> RoutingProfile:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,6 +18,8 @@ from ...errors import SieveError
 
 # By the names in a safetensors header: what a weight may be stored as to have something added.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+_CHUNK = 2**24
 
 # Changes a tensor in place.
 Edit = Callable[[torch.Tensor], None]
@@ -27,22 +32,65 @@ class TensorInFile:
     dtype: str  # as the header names it
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
+    num_bytes: int
+
+    def with_rows(self, rows: int) -> TensorInFile:
+        """The same with another size of the first axis, at no place yet."""
+        return TensorInFile(self.dtype, (rows, *self.shape[1:]), 0, self.num_bytes // self.shape[0] * rows)
 
 
 def tensors_in_file(path: Path) -> dict[str, TensorInFile]:
     """The tensors of a file by their keys, from its header alone."""
     with safe_open(path, "pt"):
         pass  # so that a broken file is an error of its own; offsets are not to be had from it
+    header, start = _header(path)
+    header.pop("__metadata__", None)
+    tensors = {}
+    for key, entry in header.items():
+        first, end = entry["data_offsets"]
+        tensors[key] = TensorInFile(entry["dtype"], tuple(entry["shape"]), start + first, end - first)
+    return tensors
+
+
+def copy_file(
+    path: Path, copied: Path, tensors: Mapping[str, TensorInFile], resized: Mapping[str, TensorInFile]
+) -> None:
+    """Copy a file of which some tensors get another size, and zeros for values.
+
+    Args:
+        tensors: what is in the file (`tensors_in_file`).
+        resized: key -> what it becomes.
+    """
+    if not resized:
+        shutil.copyfile(path, copied)
+        return
+    header, _ = _header(path)
+    order = sorted(tensors, key=lambda key: tensors[key].offset)
+    place = 0
+    for key in order:
+        new = resized.get(key, tensors[key])
+        header[key] = {"dtype": new.dtype, "shape": new.shape, "data_offsets": (place, place + new.num_bytes)}
+        place += new.num_bytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    with open(path, "rb") as source, open(copied, "wb") as target:
+        target.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            if key in resized:
+                target.truncate(target.seek(resized[key].num_bytes, os.SEEK_CUR))
+                continue
+            source.seek(tensors[key].offset)
+            left = tensors[key].num_bytes
+            while left:
+                left -= target.write(source.read(min(left, _CHUNK)))
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a file, and where its tensors begin."""
     # 8 bytes for the header's length, the header in JSON, and then the tensors at offsets counted from its end.
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    start = 8 + length
-    return {
-        key: TensorInFile(entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
-        for key, entry in header.items()
-    }
+        return json.loads(file.read(length)), 8 + length
 
 
 def refuse_other_types(tensors: Mapping[str, TensorInFile]) -> None:

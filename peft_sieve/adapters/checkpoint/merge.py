@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ...errors import SieveError
 from ...files import replaced_when_done
@@ -13,9 +15,12 @@ from ...tuners.common.tied import refuse_shared_modules
 from ...tuners.sieve.config import SieveLoraConfig
 from ..new_card import write_card
 from ..reading import open_adapter, refuse_settings
-from .base_files import checkpoint_folder, copy_the_rest, refuse_quantised, weight_files
+from .base_files import BaseFiles, base_files, refuse_quantised
+from .copying import copy_index, copy_the_rest, copy_tokenizer, is_weights_or_adapter
 from .edits import edits_of
-from .in_place import edit_file, refuse_other_types, tensors_in_file
+from .embeddings import replaced_embeddings
+from .in_place import Edit, copy_file, edit_file, refuse_other_types, tensors_in_file
+from .keys import CheckpointKeys
 
 
 def merge_checkpoint(
@@ -46,27 +51,54 @@ def merge_checkpoint(
     """
     opened = open_adapter(adapter, base_model, adapter_name, _refuse_what_cannot_be_merged)
     if isinstance(base_model, str | os.PathLike):
-        source = checkpoint_folder(base_model, None)
+        base = base_files(base_model, None)
     else:
-        source = checkpoint_folder(opened.base_name, opened.config.revision)
-    output = Path(output_dir)
-    if output.exists() and (not output.is_dir() or output.resolve() == source.resolve()):
-        raise SieveError(f"output_dir {str(output)!r} is a file, or the base model itself. Pass another folder.")
-    refuse_quantised(source)
+        base = base_files(opened.base_name, opened.config.revision)
+    output = _checked_output(output_dir, base)
+    refuse_quantised(base)
     refuse_shared_modules(opened.base)
-    files = {path: tensors_in_file(path) for path in weight_files(source)}
+    files = {path: tensors_in_file(base.folder / path) for path in base.weights}
     stored = {key: tensor for tensors in files.values() for key, tensor in tensors.items()}
-    edits = edits_of(opened, {key: tensor.shape for key, tensor in stored.items()})
+    prefix = f"{opened.base.base_model_prefix}."
+    replaced = replaced_embeddings(opened, CheckpointKeys({key: t.shape for key, t in stored.items()}, prefix))
+    resized = {key: stored[key].with_rows(len(w)) for key, w in replaced.items() if len(w) != stored[key].shape[0]}
+    edits: dict[str, list[Edit]] = {key: [partial(_set, weight)] for key, weight in replaced.items()}
+    shapes = {key: tensor.shape for key, tensor in {**stored, **resized}.items()}
+    for key, additions in edits_of(opened, CheckpointKeys(shapes, prefix)).items():
+        edits.setdefault(key, []).extend(additions)
     refuse_other_types({key: stored[key] for key in edits})
     with replaced_when_done(output) as staging:
+        folder = Path(staging)
+        copy_the_rest(base, folder, next(((stored[k].shape[0], t.shape[0]) for k, t in resized.items()), None))
+        copy_tokenizer(adapter, folder)
         for path, tensors in files.items():
-            copied = Path(shutil.copyfile(path, Path(staging, path.name)))
-            edit_file(copied, tensors, {key: edits[key] for key in tensors if key in edits})
-        copy_the_rest(source, Path(staging))
+            copied = folder / path
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(base.folder / path, copied, tensors, {k: t for k, t in resized.items() if k in tensors})
+            edit_file(copied, tensors_in_file(copied), {key: edits[key] for key in tensors if key in edits})
+        copy_index(base, folder, sum(tensor.num_bytes - stored[key].num_bytes for key, tensor in resized.items()))
         text = "The base model's checkpoint, with a sparse expert adapter added to its weights by `peft_sieve`."
         tags = ["mixture-of-experts", "merge"]
         write_card(opened, staging, "{} with an adapter merged in", text, library="transformers", tags=tags)
     return str(output)
+
+
+def _checked_output(output_dir: str | os.PathLike[str], base: BaseFiles) -> Path:
+    output = Path(output_dir)
+    if output.exists() and (not output.is_dir() or output.resolve() == base.folder.resolve()):
+        raise SieveError(f"output_dir {str(output)!r} is a file, or the base model itself. Pass another folder.")
+    replaced = {*base.weights, base.index}
+    for path in sorted(output.glob("*")):
+        if is_weights_or_adapter(path.name) and Path(path.name) not in replaced:
+            raise SieveError(
+                f"output_dir {str(output)!r} holds {path.name}, which would be taken for a part of the checkpoint. "
+                "Pass an empty folder."
+            )
+    return output
+
+
+def _set(value: torch.Tensor, weight: torch.Tensor) -> None:
+    weight.copy_(value)
 
 
 def _refuse_what_cannot_be_merged(config: SieveLoraConfig) -> None:

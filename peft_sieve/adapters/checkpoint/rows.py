@@ -5,13 +5,15 @@ transformers writes back weights that look like the model's, but have two column
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from ...checks import one_line
 from ...errors import SieveError
@@ -147,6 +149,18 @@ def _short(places: torch.Tensor) -> int | slice | torch.Tensor:
     if step > 0 and torch.equal(places, values[0] + step * torch.arange(places.numel())):
         return slice(values[0], int(places[-1]) + 1, step)
     return places
+
+
+def spellings(skeleton: PreTrainedModel) -> list[PreTrainedModel]:
+    """A model as one that writes names without, and if there are such checkpoints, as one that writes them with the
+    prefix of a model around it: a text model may be loaded from the checkpoint of one that sees, too."""
+    conversions = get_model_conversion_mapping(skeleton, add_legacy=False)
+    if not any(isinstance(conversion, PrefixChange) for conversion in conversions):
+        return [skeleton]
+    inside = copy.copy(skeleton)
+    # As after loading such a checkpoint; without it, transformers writes no prefix.
+    inside._weight_conversions = conversions  # type: ignore[assignment]
+    return [skeleton, inside]
 
 
 def reverted(skeleton: PreTrainedModel, probes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from ...tuners.sieve.config import SieveLoraConfig
 from ..new_card import write_card
 from ..reading import OpenedAdapter, open_adapter, refuse_settings
 from ..stack_layout import is_stack, parameters_of
-from .layouts import LAYOUTS
+from .larger_model import for_both, larger_model
+from .layouts import LAYOUTS, PlainLora
 
 # Model types whose adapters vLLM reads stacked (its `is_3d_moe_weight`).
 STACKED_IN_VLLM = (
@@ -71,7 +73,10 @@ def export_lora(
     """Write a sparse adapter as plain LoRA that PEFT, vLLM, SGLang and llama.cpp's converter load without this package.
 
     It computes the same as the adapter: experts without factors get zeros, the scaling is folded into B
-    (`lora_alpha = r`), factors of lower rank are padded with zeros. Base weights are not read.
+    (`lora_alpha = r`), factors of lower rank are padded with zeros. Embeddings of a resized vocabulary, and those saved
+    with the adapter, go along as in PEFT's own files. Where the base model is the text part of a larger model, loaded
+    from its checkpoint (`AutoModelForCausalLM` of one that sees), each tensor is there under the names of both, so that
+    the file loads on both; a warning says so if only the text model can load it. Base weights are not read.
 
     Args:
         adapter: a `PeftModel`, or the path or Hub id of a saved adapter.
@@ -102,14 +107,8 @@ def export_lora(
     routers = {router.path for layer in layers for router in layer.routers}
     others = {path: layer for path, layer in opened.other_layers() if include_router or path not in routers}
     _refuse_routers_read_by_weight(layers, others)
-    rank = _common_rank(opened, others)
-    for chosen in layouts:
-        try:
-            plain = LAYOUTS[chosen](opened, layers, others, rank)
-            break
-        except SieveError:
-            if chosen == layouts[-1]:
-                raise
+    plain, chosen = _laid_out(layouts, opened, layers, others)
+    rank = plain.config.r
     with replaced_when_done(output) as staging:
         tensors = {key: make().contiguous() for key, (_, make) in plain.tensors.items()}
         save_file(tensors, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
@@ -137,8 +136,10 @@ def _checked_output(output_dir: str | os.PathLike[str]) -> Path:
 
 
 def _refuse_what_is_no_lora(config: SieveLoraConfig) -> None:
-    names = ("modules_to_save", "trainable_token_indices", "expert_tuning", "bias")
-    refuse_settings(config, names, f"and servers load low-rank factors only. {_CHECKPOINT}.")
+    problem = "and servers load low-rank factors only."
+    whole = ("modules_to_save", "trainable_token_indices", "bias")
+    refuse_settings(config, whole, f"{problem} Load the model, call merge_and_unload() and save it.")
+    refuse_settings(config, ("expert_tuning",), f"{problem} {_CHECKPOINT}.")
 
 
 def _refuse_layouts_without_lora(layers: list[MoELayer]) -> None:
@@ -181,6 +182,30 @@ def _layouts_to_try(layout: str, opened: OpenedAdapter, layers: list[MoELayer]) 
     types = {config.model_type, config.get_text_config().model_type}
     # What PEFT cannot load a pair of factors per expert for, it can load stacked.
     return ["stacked"] if types.intersection(STACKED_IN_VLLM) else ["per_expert", "stacked"]
+
+
+def _laid_out(
+    layouts: list[str], opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, LoraLayer]
+) -> tuple[PlainLora, str]:
+    """The first layout that can be loaded, preferably by all that load the base model's checkpoint."""
+    rank, larger = _common_rank(opened, others), larger_model(opened.base, opened.base_name, opened.new_skeleton)
+    found, errors = [], []
+    for layout in layouts:
+        try:
+            found.append((LAYOUTS[layout](opened, layers, others, rank), layout))
+            return (for_both(found[-1][0], larger) if larger else found[-1][0]), layout
+        except SieveError as error:
+            errors.append(error)
+    if not found:
+        raise errors[-1]
+    assert larger is not None
+    text = type(opened.base).__name__
+    warnings.warn(
+        f"The LoRA loads on {text} only, not on {larger.name}, for which the base model's checkpoint is. "
+        f"{errors[-1]} Pass another layout, or train on {larger.name}.",
+        stacklevel=3,
+    )
+    return found[0]
 
 
 def _common_rank(opened: OpenedAdapter, others: dict[str, LoraLayer]) -> int:

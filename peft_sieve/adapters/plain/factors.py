@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from ...moe.topology import MoELayer
 from ...tuners.common.experts.layer import SieveExpertLayer
-from ..reading import OpenedAdapter, lora_factors
+from ..reading import KEY_PREFIX, OpenedAdapter, lora_factors
 from ..stack_layout import is_transposed, matrix_in, projections_in
+from ..vocabulary import Embeddings
 
 # Key -> shape of the tensor, and how to make it.
 Tensors = dict[str, tuple[tuple[int, ...], Callable[[], torch.Tensor]]]
@@ -110,6 +111,22 @@ def linear_factors(key: str, layer: LoraLayer, name: str, rank: int) -> Tensors:
             (b.shape[0], rank, *b.shape[2:]),
             lambda: _with_rank(_scaled(b.cpu(), scaling), 1, rank),
         ),
+    }
+
+
+def embedding_tensors(embeddings: Embeddings, adapted: Container[str]) -> Tensors:
+    """The embeddings that an adapter brings along, under the keys that PEFT loads them from.
+
+    Args:
+        adapted: paths of the modules that have factors, too.
+    """
+    # Tied ones share memory, which safetensors refuses.
+    return {
+        f"{KEY_PREFIX}{path}{'.base_layer' if path in adapted else ''}.weight": (
+            tuple(weight.shape),
+            lambda weight=weight: weight.cpu().clone(),  # type: ignore[misc]
+        )
+        for path, weight in embeddings.items()
     }
 
 

@@ -11,13 +11,17 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+from transformers import PreTrainedModel
 
 from ...checks import first_line, must_be
 from ...errors import SieveError
-from ...moe.topology import MoELayer
-from ..reading import assign, lora_factors, lora_layers, saved_config, saved_weights
+from ...moe.topology import MoELayer, find_moe_layers
+from ..reading import KEY_PREFIX, assign, lora_factors, lora_layers, saved_config, saved_settings, saved_weights
 from ..skeleton import Maker, maker_like, skeleton_maker
 from ..stack_layout import matrix_in, parameter_of
+from ..vocabulary import Embeddings, live_embeddings, with_vocabulary_of
+from .larger_model import larger_model, without_larger
+from .other_files import Matrix, in_pefts_order, with_absent_experts
 
 
 @dataclass(frozen=True)
@@ -44,28 +48,50 @@ class Pair:
 ExpertPairs = dict[str, dict[tuple[str, int], Pair]]
 
 
-def open_full_lora(lora: Any, base_model: Any, check: Callable[[LoraConfig], None]) -> tuple[PeftModel, Maker, str]:
-    """An ordinary LoRA with its values, on a base model that needs none.
+@dataclass(frozen=True)
+class FullLora:
+    """An ordinary LoRA to read.
+
+    Attributes:
+        model: it on a base model, its active adapter; only the adapter's own tensors are sure to have values.
+        new_skeleton: makes the base model on the meta device.
+        base_name: name or path of the base model, "" if not known.
+        embeddings: weights of the base model that the LoRA has values of its own for, by paths of modules.
+        absent: matrices of experts that have no factors in the file, and zeros here.
+    """
+
+    model: PeftModel
+    new_skeleton: Maker
+    base_name: str
+    embeddings: Embeddings
+    absent: frozenset[Matrix] = frozenset()
+
+
+def open_full_lora(lora: Any, base_model: Any, check: Callable[[LoraConfig], None]) -> FullLora:
+    """Open an ordinary LoRA of a model, or a saved one; no base weights are read.
 
     Args:
         lora: a `PeftModel` with one LoRA, or the path or Hub id of a saved one.
         base_model, check: as for `open_adapter`.
-
-    Returns:
-        The model (its adapter may have any name), how to make its base model on the meta device, and the name of that.
 
     Raises:
         SieveError: no LoRA can be read there.
     """
     if isinstance(lora, PeftModel):
         check(_as_lora(lora.peft_config[lora.active_adapter], "The model"))
-        return lora, *maker_like(lora.get_base_model())
+        base = lora.get_base_model()
+        make, base_name = maker_like(base)
+        assert isinstance(base, PreTrainedModel)
+        return FullLora(lora, make, base_name, live_embeddings(base, base_name))
     if not isinstance(lora, str | os.PathLike):
         raise must_be("lora", "a PeftModel, or the path or Hub id of a saved LoRA", lora)
     path = os.fspath(lora)
     config = _as_lora(saved_config(path), path)
     check(config)
     make, base_name = skeleton_maker(base_model, config, [])
+    # An export for a text model has the names of the model around it, too.
+    tensors = without_larger(saved_weights(path), larger_model(make(), base_name, make))
+    make = with_vocabulary_of(make, tensors, KEY_PREFIX)
     config.inference_mode = True
     try:
         model = PeftModel(make(), config)
@@ -74,17 +100,20 @@ def open_full_lora(lora: Any, base_model: Any, check: Callable[[LoraConfig], Non
             f"The LoRA {path!r} does not fit {base_name!r} ({first_line(error)}). Pass the base model that it was "
             "trained on as base_model."
         ) from error
+    tensors = in_pefts_order(tensors, model, saved_settings(path))
+    tensors, absent = with_absent_experts(tensors, model, make, find_moe_layers(make()))
     # Files with a pair of factors per expert and projection become those of PEFT's parameters, as in its own loading.
-    assign(model, convert_peft_adapter_state_dict_for_transformers(model, config, saved_weights(path)))
-    return model, make, base_name
+    embeddings = assign(model, convert_peft_adapter_state_dict_for_transformers(model, config, tensors))
+    return FullLora(model, make, base_name, embeddings, frozenset(absent))
 
 
-def read_factors(model: PeftModel, name: str, layers: dict[str, MoELayer]) -> tuple[ExpertPairs, dict[str, LoraLayer]]:
-    """The factors of all experts, and PEFT's layers on everything else, by path in the base model.
+def read_factors(full: FullLora, layers: dict[str, MoELayer]) -> tuple[ExpertPairs, dict[str, LoraLayer]]:
+    """The factors of all experts that have some, and PEFT's layers on everything else, by path in the base model.
 
     Args:
         layers: the MoE layers of the model, by path.
     """
+    model, name = full.model, str(full.model.active_adapter)
     pairs: ExpertPairs = {}
     others: dict[str, LoraLayer] = {}
     in_modules = {linear: (path, key) for path, layer in layers.items() for key, linear in layer.linears.items()}
@@ -98,6 +127,8 @@ def read_factors(model: PeftModel, name: str, layers: dict[str, MoELayer]) -> tu
         else:
             others[path] = module
     _drop_foreign_ranks(pairs)
+    for path, projection, expert in full.absent:
+        pairs[path].pop((projection, expert), None)
     return pairs, others
 
 

@@ -24,7 +24,7 @@ from ...tuners.common.patterns import UNMATCHED_IN_PEFT
 from ..checkpoint.names import matrix_names, module_names
 from ..reading import KEY_PREFIX, OpenedAdapter, lora_factors, lora_layers
 from ..stack_layout import parameters_of
-from .factors import Tensors, linear_factors, plain_factors
+from .factors import Tensors, embedding_tensors, linear_factors, plain_factors
 from .naming import name_matrices, name_modules, name_stacks
 
 
@@ -42,7 +42,7 @@ def stacked(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, Lor
     skeleton = opened.new_skeleton()
     name_modules(config, skeleton, others)
     name_stacks(config, layers)
-    plain = _injected(config, skeleton)
+    plain = injected(config, skeleton)
     experts = plain_factors(opened, layers, rank)
     stacks = {f"{layer.experts_path}.{name}": (layer.path, name) for layer in layers for name in parameters_of(layer)}
     tensors: Tensors = {}
@@ -64,7 +64,7 @@ def stacked(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, Lor
             f"Plain PEFT cannot tell {wrong[0]} of {type(skeleton).__name__} from other modules by names ({len(wrong)} "
             "in all). Write a whole checkpoint instead (peft-sieve export --merge)."
         )
-    return PlainLora(config, tensors)
+    return PlainLora(config, tensors | embedding_tensors(opened.embeddings, others))
 
 
 def per_expert(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, LoraLayer], rank: int) -> PlainLora:
@@ -91,8 +91,8 @@ def per_expert(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, 
     in_stacks = [layer for layer in layers if not layer.linears]
     if in_stacks:
         name_matrices(config, skeleton, in_stacks, others)
-    plain = PlainLora(config, tensors)
-    _check_loadable(plain, opened)
+    plain = PlainLora(config, tensors | embedding_tensors(opened.embeddings, others))
+    check_loadable(plain, opened.new_skeleton(), " Pass 'stacked' or 'auto'.")
     return plain
 
 
@@ -115,7 +115,7 @@ def _plain_config(opened: OpenedAdapter, rank: int) -> LoraConfig:
     )
 
 
-def _injected(config: LoraConfig, skeleton: PreTrainedModel) -> PeftModel:
+def injected(config: LoraConfig, skeleton: PreTrainedModel) -> PeftModel:
     """Plain LoRA on the meta device, as any PEFT would set it up from the configuration."""
     with warnings.catch_warnings():
         # PEFT looks for patterns among modules only, and says that those of parameters were ignored: they are not.
@@ -129,16 +129,17 @@ def _injected(config: LoraConfig, skeleton: PreTrainedModel) -> PeftModel:
             ) from error
 
 
-def _check_loadable(plain: PlainLora, opened: OpenedAdapter) -> None:
+def check_loadable(plain: PlainLora, skeleton: PreTrainedModel, advice: str) -> None:
     """Refuse files in which PEFT would not find a tensor a place of its shape: tried on the meta device."""
-    model = _injected(plain.config, opened.new_skeleton())
+    model = injected(plain.config, skeleton)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected |= {key: value for key, value in model.state_dict().items() if key in plain.tensors}  # embeddings
     given = {key: torch.empty(shape, device="meta") for key, (shape, _) in plain.tensors.items()}
     found = convert_peft_adapter_state_dict_for_transformers(model, plain.config, given)
     shapes = [{(key, tuple(value.shape)) for key, value in tensors.items()} for tensors in (expected, found)]
     wrong = sorted(shapes[0] ^ shapes[1])
     if wrong:
         raise SieveError(
-            f"PEFT would not find a place for layout='per_expert' in {type(model.get_base_model()).__name__} "
-            f"({wrong[0][0]}, {len(wrong)} in all). Pass 'stacked' or 'auto'."
+            f"PEFT would not find a place for all factors in {type(model.get_base_model()).__name__} "
+            f"({wrong[0][0]}, {len(wrong)} in all).{advice}"
         )

@@ -41,7 +41,7 @@ def name_modules(
         _set_targets(config, linears - taken, modules)
         wrapped |= {f"{path}.weight" for path in taken}
     if wrapped:
-        config.target_parameters = _fewest_words(wrapped, parameters)
+        config.target_parameters = fewest_words(wrapped, parameters)
 
 
 def name_stacks(config: LoraConfig, layers: list[MoELayer]) -> None:
@@ -79,7 +79,7 @@ def name_matrices(
         if is_linear(module) and path.rpartition(".")[2] in words and path not in others
     }
     if left_alone:
-        config.exclude_modules = sorted({*(config.exclude_modules or ()), *_fewest_words(left_alone, set(modules))})
+        config.exclude_modules = sorted({*(config.exclude_modules or ()), *fewest_words(left_alone, set(modules))})
 
 
 def without_index(path: str) -> str:
@@ -92,11 +92,11 @@ def without_index(path: str) -> str:
 def _set_targets(config: LoraConfig, wanted: set[str], modules: set[str]) -> None:
     """Name modules, and exclude those of a model inside this one whose whole paths end the same."""
     inside = {path for path in modules - wanted if any(path[dot.end() :] in wanted for dot in re.finditer(r"\.", path))}
-    config.target_modules = _fewest_words(wanted, modules - inside)
-    config.exclude_modules = _fewest_words(inside, modules) or None
+    config.target_modules = fewest_words(wanted, modules - inside)
+    config.exclude_modules = fewest_words(inside, modules) or None
 
 
-def _fewest_words(wanted: set[str], all_names: set[str]) -> list[str]:
+def fewest_words(wanted: set[str], all_names: set[str]) -> list[str]:
     """Endings that fit the wanted names and no others."""
     return sorted(_find_minimal_target_modules(wanted, all_names - wanted)) if wanted else []
 

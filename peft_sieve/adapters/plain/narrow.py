@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
 from ...checks import must_be
 from ...errors import SieveError
@@ -21,6 +21,7 @@ from ...tuners.common.mask import check_mask
 from ...tuners.common.provenance import provenance
 from ...tuners.sieve.config import SieveLoraConfig
 from ..reading import assign, refuse_settings
+from .factors import embedding_tensors
 from .full_lora import ExpertPairs, open_full_lora, read_factors
 from .sparse_lora import sparse_config, sparse_tensors
 
@@ -72,12 +73,12 @@ def narrow_lora(
             written.
     """
     mask, calibration = _mask_of(experts, selection)
-    model, make, base_name = open_full_lora(lora, base_model, _refuse_what_is_whole)
-    name = str(model.active_adapter)
-    config = model.peft_config[name]
+    full = open_full_lora(lora, base_model, _refuse_what_is_whole)
+    name = str(full.model.active_adapter)
+    config = full.model.peft_config[name]
     assert isinstance(config, LoraConfig)
-    layers = {layer.path: layer for layer in find_moe_layers(make())}
-    pairs, others = read_factors(model, name, layers)
+    layers = {layer.path: layer for layer in find_moe_layers(full.new_skeleton())}
+    pairs, others = read_factors(full, layers)
     probe = SieveLoraConfig(selected_experts=mask)
     check_mask(probe, list(layers.values()))
     mask = {path: ids for path, ids in (probe.selected_experts or {}).items() if ids}
@@ -87,13 +88,24 @@ def narrow_lora(
     share = math.sqrt(sum(kept.values()) / sum(whole.values())) if sum(whole.values()) else 1.0
     if calibration is not None:
         calibration |= {
-            "narrowed_from": f"a LoRA for {base_name}" if isinstance(lora, PeftModel) else str(lora),
+            "narrowed_from": f"a LoRA for {full.base_name}" if isinstance(lora, PeftModel) else str(lora),
             "kept_norm": round(share, 4),
         }
-    base = make()
+    base = full.new_skeleton()
     narrowed = PeftModel(base, sparse_config(config, mask, pairs, others, base, calibration))
-    assign(narrowed, sparse_tensors(narrowed, pairs, others, name))
-    narrowed.save_pretrained(os.fspath(output_dir), save_embedding_layers=False)
+    tensors = sparse_tensors(narrowed, pairs, others, name)
+    tensors |= {key: make() for key, (_, make) in embedding_tensors(full.embeddings, others).items()}
+    assign(narrowed, tensors)
+    # Those that have values: of the embeddings, too, only what the LoRA brought.
+    state = {key: value for key, value in narrowed.state_dict().items() if not value.is_meta}
+    options: dict[str, Any] = {"state_dict": state, "save_embedding_layers": bool(full.embeddings)}
+    lost = sorted(tensors.keys() - get_peft_model_state_dict(narrowed, **options))
+    if lost:
+        raise SieveError(
+            f"PEFT does not save {lost[0]} of an adapter that is on the other end of the model. Train with both "
+            "embed_tokens and lm_head in target_modules, or neither."
+        )
+    narrowed.save_pretrained(os.fspath(output_dir), **options)
     return NarrowedLora(
         path=os.fspath(output_dir),
         kept_norm=share,
@@ -127,11 +139,12 @@ def _refuse_what_is_whole(config: LoraConfig) -> None:
 def _require_factors(mask: dict[str, list[int]], pairs: ExpertPairs) -> None:
     projections = {projection for of in pairs.values() for projection, _ in of}
     for path, ids in mask.items():
-        missing = [(p, e) for p in sorted(projections) for e in ids if (p, e) not in pairs.get(path, {})]
-        if missing or not projections:
+        without = [e for e in ids if not projections or any((p, e) not in pairs.get(path, {}) for p in projections)]
+        if without:
             raise SieveError(
-                f"The LoRA does not have factors for all selected experts of {path}. Pass a LoRA on the experts "
-                "(target_parameters, or a pair per expert), or a mask without that layer."
+                f"The LoRA does not have factors for all selected experts of {path} (none for {without[0]}, "
+                f"{len(without)} such in all). Pass a LoRA on the experts (target_parameters, or a pair per expert), "
+                "or a mask of those that it is on."
             )
 
 

@@ -1,0 +1,113 @@
+"""What goes along with a checkpoint's weights: configuration, tokenizer, chat templates, code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from transformers.utils import CONFIG_NAME
+
+from .base_files import OTHER_FORMATS, BaseFiles
+
+# Of a trainer, and the card, which would tell of the base model.
+_LEFT = ("README.md", "trainer_state.json", "zero_to_fp32.py", "runs/*")
+# A folder with one of these is another checkpoint, or an adapter.
+_OTHERS = (CONFIG_NAME, ADAPTER_CONFIG_NAME, "trainer_state.json")
+_TOKENIZER = "tokenizer_config.json"
+# Without which a tokenizer may do, so that those of another must not stay.
+_OPTIONAL = ("special_tokens_map.json", "added_tokens.json", "chat_template.*", "additional_chat_templates/*")
+_OF_TOKENIZER = (
+    *("tokenizer.json", _TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken"),
+    *("spiece.model", "sentencepiece.bpe.model", *_OPTIONAL),
+)
+
+
+def is_weights_or_adapter(name: str) -> bool:
+    """Whether a file of that name beside a checkpoint's may be read in its place, or says what is."""
+    return name == ADAPTER_CONFIG_NAME or name.endswith((".safetensors", ".index.json", *OTHER_FORMATS))
+
+
+def copy_the_rest(files: BaseFiles, folder: Path, rows: tuple[int, int] | None) -> None:
+    """Copy all that a checkpoint has besides weights.
+
+    Args:
+        rows: number of embeddings before and after, if that changes.
+    """
+    for path in _inside(files.folder):
+        if not _matches(path, _LEFT) and not is_weights_or_adapter(path.name):
+            _copy(files.folder, path, folder)
+    if rows is not None:
+        config = _with_vocabulary(files.config, *rows)
+        if config == files.config:  # it does not say how many there are
+            config = {**config, "vocab_size": rows[1]}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def copy_index(files: BaseFiles, folder: Path, bytes_more: int) -> None:
+    """Copy the index of the weights, if there is one.
+
+    Args:
+        bytes_more: by how much the weights have grown.
+    """
+    if files.index is None:
+        return
+    _copy(files.folder, files.index, folder)
+    content = json.loads((files.folder / files.index).read_text())
+    size = (content.get("metadata") or {}).get("total_size")
+    if bytes_more and size is not None:
+        content["metadata"]["total_size"] = size + bytes_more
+        content["metadata"].pop("total_parameters", None)
+        (folder / files.index).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def copy_tokenizer(adapter: Any, folder: Path) -> None:
+    """Copy the tokenizer that lies beside a saved adapter over the base model's: the adapter was trained with it."""
+    if not isinstance(adapter, str | os.PathLike):
+        return
+    source = Path(adapter)
+    if not source.is_dir():
+        with suppress(HfHubHTTPError, HFValidationError, OSError):
+            source = Path(snapshot_download(os.fspath(adapter), allow_patterns=list(_OF_TOKENIZER)))
+    if not (source / _TOKENIZER).is_file():
+        return
+    for path in list(_inside(folder)):
+        if _matches(path, _OPTIONAL):
+            (folder / path).unlink()
+    for path in _inside(source):
+        if _matches(path, _OF_TOKENIZER):
+            _copy(source, path, folder)
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """Paths of files inside a folder, without hidden ones and those of other checkpoints in it."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and not any(Path(place, name, other).exists() for other in _OTHERS)
+        )
+        yield from (Path(place, name).relative_to(folder) for name in sorted(names) if not name.startswith("."))
+
+
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(path.as_posix(), pattern) for pattern in patterns)
+
+
+def _copy(source: Path, path: Path, folder: Path) -> None:
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / path, folder / path)
+
+
+def _with_vocabulary(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
+    """A configuration with another size of vocabulary, wherever in it that is."""
+    changed = {key: _with_vocabulary(v, before, after) if isinstance(v, dict) else v for key, v in config.items()}
+    return {**changed, "vocab_size": after} if config.get("vocab_size") == before else changed
