@@ -114,7 +114,7 @@ class ChatRenderer:
             self.left_out.append(f"the tool {missing[0]!r} of {conversation.where}")
 
     def _names(self, role: str) -> bool:
-        """Whether the template asks for a role, as in `message['role'] == 'system'`, and leaves its turns out knowingly."""
+        """Whether the template asks for a role, as in `message['role'] == 'tool'`, and leaves it out knowingly."""
         return re.search(rf"role[^%{{}}]*['\"]{re.escape(role)}['\"]", str(self.owner.chat_template)) is not None
 
 
