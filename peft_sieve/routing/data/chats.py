@@ -53,6 +53,16 @@ class ChatRenderer:
         self._look_for_losses(conversation)
         return ids[0] if ids and isinstance(ids[0], list) else ids  # a processor answers with a batch of one
 
+    def text(self, conversation: Conversation) -> str:
+        """The text of a conversation, with a placeholder for every image.
+
+        Raises:
+            SieveError: as `token_ids`.
+        """
+        rendered = self._rendered(conversation, tokenize=False)
+        self._look_for_losses(conversation)
+        return rendered
+
     def warn(self) -> None:
         """Say once what templates left out of the conversations so far, where they meant to."""
         if self.left_out:
@@ -125,7 +135,8 @@ def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 def _with_signs(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[_Piece]]:
     """The messages with a sign in every part, and which sign stands where."""
-    made, pieces = [], []
+    made: list[dict[str, Any]] = []
+    pieces: list[_Piece] = []
     for turn, message in enumerate(messages):
         signed = dict(message)
         keys = [key for key in _SPOKEN if key in message] or [key for key in message if key not in _ASIDE]

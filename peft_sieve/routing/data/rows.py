@@ -11,8 +11,11 @@ from typing import Any
 from ...checks import must_be, one_line, quoted, shown
 from ...errors import SieveError
 from .conversations import MESSAGES, Conversation, conversation, is_message, read_tools, tool_names
+from .images import MEDIA_COLUMNS, Captioned, images_of, wants_images, with_images
 
 ROW_FORMS = "`text`, `messages`, `prompt` + `completion`, `chosen` + `rejected`, `input_ids` or `conversations`"
+# What the chat template takes beside the messages.
+_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # Every column that a row's form may read.
 ROW_COLUMNS = (
     "input_ids",
@@ -29,9 +32,11 @@ ROW_COLUMNS = (
     "input",
     "question",
     "query",
-    "tools",
-    "chat_template_kwargs",
+    *_TEMPLATE_COLUMNS,
+    *MEDIA_COLUMNS,
 )
+# What a processor made of images or sound, and a row of token ids would lose.
+_PROCESSED = ("pixel_values", "input_features", "input_values")
 # What others call a prompt: beside answers that are plain text, it would be lost.
 _PROMPTS = ("system", "instruction", "input", "question", "query")
 
@@ -55,7 +60,7 @@ class TokenIds:
         )
 
 
-Sample = str | Conversation | TokenIds
+Sample = str | Captioned | Conversation | TokenIds
 RowFormatter = Callable[[Any], str | list[str] | list[dict[str, Any]]]
 
 
@@ -79,10 +84,20 @@ def read_row(row: Any, where: str, formatting_func: RowFormatter | None = None) 
         return [row]
     if not isinstance(row, Mapping):
         raise must_be(where, f"a str or a dict with {ROW_FORMS}", row)
+    images = images_of(row, where)
+    samples = _read_columns(row, where)
+    if any(isinstance(sample, TokenIds) for sample in samples):
+        _check_nothing_processed(row, where)
+    # A conversation has them already.
+    return [Captioned(each, images, where) if images and each and isinstance(each, str) else each for each in samples]
+
+
+def _read_columns(row: Mapping[str, Any], where: str) -> list[Sample]:
+    """The samples of a row, by the first form that it fits."""
     if row.get("input_ids") is not None:
         return [_read_token_ids(row, where)]
     if row.get("messages") is not None:
-        return [conversation(row["messages"], "messages", row, where)]
+        return [_chat(row["messages"], "messages", row, where)]
     if row.get("prompt") is not None and row.get("completion") is not None:
         return [_read_answer(row, "completion", where)]
     answers = [name for name in ("chosen", "rejected") if row.get(name) is not None]
@@ -90,7 +105,7 @@ def read_row(row: Any, where: str, formatting_func: RowFormatter | None = None) 
         # Preference training shows the model both.
         return [_read_answer(row, name, where) for name in answers]
     if row.get("conversations") is not None:
-        return [conversation(row["conversations"], "conversations", row, where)]
+        return [_chat(row["conversations"], "conversations", row, where)]
     if row.get("text") is not None:
         if not isinstance(row["text"], str):
             raise must_be(f"`text` of {where}", "a str", row["text"], "Convert it or pass calib_formatting_func.")
@@ -98,6 +113,11 @@ def read_row(row: Any, where: str, formatting_func: RowFormatter | None = None) 
     if fits_a_form(row):
         return [""]  # the column is there and holds None: an empty row, not an unknown form
     raise _unknown_columns(row)
+
+
+def is_read(column: Any) -> bool:
+    """Whether a row with this column is read otherwise, or refused, because of it."""
+    return column in ROW_COLUMNS or (isinstance(column, str) and column.startswith(_PROCESSED))
 
 
 def fits_a_form(columns: Iterable[Any]) -> bool:
@@ -123,9 +143,15 @@ def _format_row(row: Any, where: str, formatting_func: RowFormatter) -> list[Sam
         if len(texts) == len(made):
             return [*texts] or [""]
         if all(is_message(item) for item in made):
-            return [conversation(made, "messages", row if isinstance(row, Mapping) else {}, where)]
+            given = row if isinstance(row, Mapping) else {}
+            chat = conversation(made, "messages", {name: given.get(name) for name in _TEMPLATE_COLUMNS}, where)
+            return [with_images(chat, images_of(given, where) if wants_images(chat) else [])]
     kind = f"a str, a list of str or {MESSAGES}"
     raise SieveError(f"calib_formatting_func must return {kind}, got {shown(made)} for {where}.")
+
+
+def _chat(value: Any, column: str, row: Mapping[str, Any], where: str) -> Conversation:
+    return with_images(conversation(value, column, row, where), images_of(row, where))
 
 
 def _read_answer(row: Mapping[str, Any], column: str, where: str) -> Sample:
@@ -142,7 +168,7 @@ def _read_answer(row: Mapping[str, Any], column: str, where: str) -> Sample:
         _check_nothing_beside(row, text, names, where, _PROMPTS if prompt is None else _PROMPTS[:1])
         return text
     if isinstance(answer, (list, tuple)) and isinstance(prompt, list | tuple | None):
-        return conversation([*(prompt or ()), *answer], names, row, where)
+        return _chat([*(prompt or ()), *answer], names, row, where)
     if prompt is None:
         raise must_be(f"`{column}` of {where}", "a str or a list of messages", answer)
     given = f"{type(prompt).__name__} and {type(answer).__name__}"
@@ -181,6 +207,16 @@ def _read_token_ids(row: Mapping[str, Any], where: str) -> TokenIds:
     # Padding at either end goes, so that cutting to max_length keeps tokens and batches carry no foreign padding.
     start, stop = mask.index(1), len(mask) - mask[::-1].index(1)
     return TokenIds(ids[start:stop], mask[start:stop])
+
+
+def _check_nothing_processed(row: Mapping[str, Any], where: str) -> None:
+    for column in row:
+        lost = column in MEDIA_COLUMNS or (isinstance(column, str) and column.startswith(_PROCESSED))
+        if lost and row[column] is not None:
+            raise SieveError(
+                f"{where} has `input_ids` and {column!r}, which a row of token ids would lose. Pass model-ready "
+                "batches (dicts with 2-D `input_ids`), such as a DataLoader gives."
+            )
 
 
 def _expect_ints(value: Any, column: str, where: str) -> list[int]:

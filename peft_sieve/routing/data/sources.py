@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain, islice
@@ -15,11 +16,11 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ...checks import one_line, quoted
+from ...checks import one_line, out_of_memory, quoted
 from ...errors import SieveError
 from .local_files import data_suffix, read_file
 from .ready_batches import ModelBatches, is_model_batch
-from .rows import ROW_COLUMNS, fits_a_form
+from .rows import fits_a_form, is_read
 
 ACCEPTED = (
     "a Hub id or a local file (str), a datasets.Dataset, a list of str or dicts, or an iterable of model-ready batches"
@@ -97,15 +98,18 @@ def _read_object(data: Any, name: str | None, choice: Choice) -> Rows | ModelBat
         return _read_dataset(data, name, choice)
     if hf is not None and isinstance(data, hf.IterableDataset):
         shuffled = data.with_format(None).shuffle(seed=choice.seed % 2**32, buffer_size=choice.buffer)
-        rows = list(shuffled.take(choice.max_samples))
-        return Rows(name or _dataset_name(data), range(len(rows)), rows)
+        name = name or _dataset_name(data)
+        with _reading(name):
+            rows = list(shuffled.take(choice.max_samples))
+        return Rows(name, range(len(rows)), rows)
     if is_model_batch(data):
         return ModelBatches(type_name, [data])
     if _is_indexable(data):
-        if len(data) and is_model_batch(data[0]):
-            return ModelBatches(type_name, data)
-        positions = choice(len(data))
-        return Rows(name or type_name, positions, [data[i] for i in positions])
+        with _reading(type_name):
+            if len(data) and is_model_batch(data[0]):
+                return ModelBatches(type_name, data)
+            positions = choice(len(data))
+            return Rows(name or type_name, positions, [data[i] for i in positions])
     if isinstance(data, Iterable) and not isinstance(data, Mapping | bytes | bytearray | memoryview):
         return _read_iterable(data, choice)
     raise SieveError(f"The calibration data are of type {type_name}. Pass {ACCEPTED}.")
@@ -119,8 +123,9 @@ def _is_indexable(data: Any) -> bool:
 
 def _read_iterable(data: Iterable[Any], choice: Choice) -> Rows | ModelBatches:
     type_name = type(data).__name__
-    items = iter(data)
-    first = next(items, _NOTHING)
+    with _reading(type_name):
+        items = iter(data)
+        first = next(items, _NOTHING)
     if first is _NOTHING:
         raise SieveError(f"The calibration data, a {type_name}, yield nothing. Pass data that have not been consumed.")
     if is_model_batch(first):
@@ -131,7 +136,8 @@ def _read_iterable(data: Iterable[Any], choice: Choice) -> Rows | ModelBatches:
             f"The calibration data, a {type_name}, yield items of type {type(first).__name__}, not model-ready batches "
             "(dicts with 2-D `input_ids`). Pass rows as a list or a datasets.Dataset."
         )
-    seen = [first, *islice(items, choice.buffer - 1)]
+    with _reading(type_name):
+        seen = [first, *islice(items, choice.buffer - 1)]
     positions = choice(len(seen))
     return Rows(type_name, positions, [seen[i] for i in positions])
 
@@ -142,9 +148,23 @@ def _read_dataset(data: Any, name: str | None, choice: Choice) -> Rows:
     if chosen.format["type"] != "custom":  # a transform makes the rows; any other format only dresses them
         chosen = chosen.with_format(None, columns=chosen.format["columns"])
         columns = chosen.format["columns"]
-        if fits_a_form(columns) and not choice.all_columns:  # so that no image or sound is decoded without need
-            chosen = chosen.select_columns([column for column in columns if column in ROW_COLUMNS])
-    return Rows(name or _dataset_name(data), positions, list(chosen))
+        if fits_a_form(columns) and not choice.all_columns:  # so that nothing is decoded without need
+            chosen = chosen.select_columns([column for column in columns if is_read(column)])
+    name = name or _dataset_name(data)
+    with _reading(name):
+        return Rows(name, positions, list(chosen))
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """What the data themselves raise, as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SieveError) or out_of_memory(error):
+            raise
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise SieveError(f"The calibration data {name!r} could not be read: {problem}.") from error
 
 
 def _dataset_name(data: Any) -> str:
