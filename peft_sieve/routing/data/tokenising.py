@@ -31,8 +31,8 @@ def tokenise(samples: Sequence[Sample], tokenizer: Any, max_length: int) -> list
         Token ids in the order of `samples`; an empty sample has none.
 
     Raises:
-        SieveError: there is text but no tokenizer, messages but no chat template, either of them failed, or the chat
-            template does not show a turn.
+        SieveError: there is text but no tokenizer or an empty one, messages but no chat template, either of them
+            failed, or the chat template does not show a turn.
     """
     text_tokenizer = find_text_tokenizer(tokenizer)
     tokens = [sample if isinstance(sample, TokenIds) else TokenIds([]) for sample in samples]
@@ -44,6 +44,7 @@ def tokenise(samples: Sequence[Sample], tokenizer: Any, max_length: int) -> list
                 "The calibration data are text, but there is no tokenizer. Pass tokenizer= to profile_routing, or "
                 "calib_tokenizer= to SieveLoraConfig."
             )
+        _check_vocabulary(text_tokenizer)
         with _settings_restored(text_tokenizer):
             texts = [str(samples[i]) for i in text_at]
             for i, ids in zip(text_at, _tokenise_texts(texts, text_tokenizer, max_length), strict=True):
@@ -68,6 +69,24 @@ def find_text_tokenizer(tokenizer: Any) -> Any:
     return inner
 
 
+def _check_vocabulary(tokenizer: Any) -> None:
+    """Refuse what transformers makes of a folder without the files of a tokenizer.
+
+    Raises:
+        SieveError: apart from special tokens, there is none with a letter or a digit.
+    """
+    if not hasattr(tokenizer, "get_vocab"):
+        return
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {*getattr(tokenizer, "all_special_tokens", ()), *(str(token) for token in added if token.special)}
+    if not any(any(map(str.isalnum, token)) for token in tokenizer.get_vocab() if token not in special):
+        place = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise SieveError(
+            f"The tokenizer of {place!r} is empty: it has special tokens only. Save the files of the model's tokenizer "
+            "there, or pass it as tokenizer, which is calib_tokenizer in a configuration."
+        )
+
+
 def _tokenise_texts(texts: list[str], tokenizer: Any, max_length: int) -> Iterator[list[int]]:
     """Token ids of each text: at least those that the cut to `max_length` keeps."""
     wanted = max_length + _SPARE_TOKENS
@@ -80,7 +99,8 @@ def _tokenise_texts(texts: list[str], tokenizer: Any, max_length: int) -> Iterat
 
 def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
     try:
-        return tokenizer(texts, padding=False, truncation=False, return_attention_mask=False)["input_ids"]
+        encoded = tokenizer(texts, padding=False, truncation=False, return_attention_mask=False)["input_ids"]
+        return [list(ids) for _, ids in zip(texts, encoded, strict=True)]
     except Exception as error:
         problem = f"{type(error).__name__}: {one_line(error)}"
         name = type(tokenizer).__name__
