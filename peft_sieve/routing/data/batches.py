@@ -16,7 +16,7 @@ from ...errors import SieveError
 from .images import has_images, image_batches
 from .ready_batches import ModelBatches, used_ids
 from .rows import RowFormatter, TokenIds, read_row
-from .sources import Choice, read_source
+from .sources import Choice, read_source, reading
 from .tokenising import find_text_tokenizer, tokenise
 
 
@@ -107,6 +107,8 @@ def calibration_batches(
     max_length = whole("max_length (calib_max_length)", max_length)
     batch_size = whole("batch_size (calib_batch_size)", batch_size)
     seed = whole("seed (calib_seed)", seed, least=None)
+    if not isinstance(split, str) and not type(split).__module__.startswith("datasets."):
+        raise must_be("split (calib_split)", "the name of a split", split)
     rank, world_size = _checked_shard(shard)
     if formatting_func is not None and not callable(formatting_func):
         raise must_be("calib_formatting_func", "a function that takes one row and returns its text", formatting_func)
@@ -121,7 +123,8 @@ def calibration_batches(
                     f"The calibration data, a {source.name}, are batches ready for the model, which "
                     "calib_formatting_func cannot change. Leave it out, or pass rows."
                 )
-            ready = source.take(max_samples)
+            with reading(source.name):
+                ready = source.take(max_samples)
             return _with_provenance(source.name, ready[rank::world_size], [ids for b in ready for ids in used_ids(b)])
         samples = [
             sample

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ...checks import must_be, one_line, quoted, shown
 from ...errors import SieveError
 from .conversations import MESSAGES, Conversation, conversation, is_message, read_tools, tool_names
@@ -224,8 +226,10 @@ def _expect_ints(value: Any, column: str, where: str) -> list[int]:
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
-        return [operator.index(item) for item in value]
-    except TypeError:
+        numbers = [operator.index(item) for item in value]
+        np.asarray(numbers, dtype=np.int64)
+        return numbers
+    except (TypeError, OverflowError):
         advice = "Pass a 2-D tensor for a model-ready batch."
         raise must_be(f"`{column}` of {where}", "a flat list of integers", value, advice) from None
 

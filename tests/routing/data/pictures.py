@@ -107,6 +107,7 @@ def aria_model(folder: str) -> AriaForConditionalGeneration:
     config = tiny_config(AriaConfig)
     config.text_config.vocab_size, config.image_token_index = len(tokenizer), tokenizer.image_token_id
     config.vision_config.image_size, config.vision_config.patch_size = 490, 14
+    config.vision_config.num_hidden_layers = config.text_config.num_hidden_layers = 1
     torch.manual_seed(0)
     model = AriaForConditionalGeneration(config).eval()
     model.name_or_path = folder
