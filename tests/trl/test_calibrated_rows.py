@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
@@ -48,6 +50,37 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> SFTTrainer:
     return SFTTrainer(
         small_olmoe(), SFTConfig(**settings(folder, bf16=False)), train_dataset=data, processing_class=tokenizer
     )
+
+
+TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+TEMPLATES = [path for path in TEMPLATES if not path.stem.endswith("_training")]
+CHATS = {
+    "plain": CHAT,
+    "with a system prompt": [{"role": "system", "content": "Be brief."}, *CHAT, {"role": "user", "content": " And? "}],
+    "with reasoning": [*CHAT[:1], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nFour."}, *CHAT],
+    "with nothing but reasoning": [*CHAT[:1], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\n"}, *CHAT],
+    "with reasoning apart": [*CHAT[:1], {**CHAT[1], "reasoning_content": "Hm."}, *CHAT],
+}
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_what_templates_of_models_drop_is_not_refused(name: str) -> None:
+    """They trim, drop earlier reasoning, and move the system prompt; what TRL trains on is calibrated on."""
+    tokenizer, compared = small_tokenizer(), 0
+    for path in TEMPLATES:
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        try:
+            text = tokenizer.apply_chat_template(CHATS[name], tokenize=False)
+        except Exception:
+            continue  # no system prompts
+        if "Four." not in text:
+            continue  # those of processors read parts only
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            made = calibration_batches([{"messages": CHATS[name]}], tokenizer=tokenizer)
+        assert rows_of(made) == [tokenizer(text, add_special_tokens=False)["input_ids"]], path.name
+        compared += 1
+    assert compared > 20 or not TEMPLATES
 
 
 @pytest.mark.parametrize("row", FORMS)

@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import ProcessorMixin
@@ -12,6 +12,7 @@ from ...checks import one_line
 from ...errors import SieveError
 from .conversations import Conversation, tool_names
 
+_SYSTEM = ("system", "developer")
 _SPOKEN = ("content", "tool_calls", "function_call")
 # Keys that a template may show or not without a turn being lost; earlier turns lose their reasoning.
 _ASIDE = ("role", "name", "id", "tool_call_id", "reasoning_content", "reasoning", "thinking")
@@ -23,7 +24,6 @@ class _Piece:
 
     sign: str
     turn: int
-    role: str
     key: str
 
 
@@ -89,16 +89,16 @@ class ChatRenderer:
             raise SieveError(f"The chat template failed on {conversation.where}. {problem}.") from error
 
     def _look_for_losses(self, conversation: Conversation) -> None:
-        """Refuse turns that the template does not know, and note what it leaves out of others.
+        """Refuse turns of which nothing is shown, and note what is left out of others.
+
+        A system prompt may be left out on purpose: some templates show it only in certain places.
 
         Every part of a turn gets a sign, which the rendered text must have: whatever else a template does to a part
         (trim it, drop its reasoning, write it as JSON), the part was shown.
         """
         messages, pieces = _with_signs(conversation.messages)
         try:
-            text = self._rendered(
-                Conversation(messages, conversation.where, conversation.template_kwargs), tokenize=False
-            )
+            text = self._rendered(replace(conversation, messages=messages), tokenize=False)
         except SieveError:
             return  # without the signs it worked
         if not isinstance(text, str):
@@ -107,25 +107,23 @@ class ChatRenderer:
         for piece in pieces:
             if piece.sign in text:
                 continue
-            turn = f"turn {piece.turn} of {conversation.where}"
-            if piece.turn not in shown and not self._names(piece.role):
+            role, turn = conversation.roles[piece.turn], f"turn {piece.turn} of {conversation.where}"
+            if piece.turn not in shown and not (role in _SYSTEM and self._asks_for(role)):
                 raise SieveError(
-                    f"The chat template does not know the role {piece.role!r} and shows nothing of {turn}. Rename the "
-                    "role, or leave such turns out with a calib_formatting_func that returns messages."
+                    f"The chat template shows nothing of {turn}, which has the role {role!r} and {piece.key!r}. Use a "
+                    "role and a form that the template knows, or leave such turns out with a calib_formatting_func "
+                    "that returns messages."
                 )
-            if piece.key not in _SPOKEN:
-                raise SieveError(
-                    f"The chat template shows nothing of {turn}, which has {piece.key!r} in the place of `content`. "
-                    "Rename the key."
-                )
-            self.left_out.append(f"`{piece.key}` of {turn} ({piece.role})")
+            self.left_out.append(f"`{piece.key}` of {turn} ({role})")
         missing = [name for name in tool_names(conversation.template_kwargs.get("tools")) if name not in text]
         if missing:
             self.left_out.append(f"the tool {missing[0]!r} of {conversation.where}")
 
-    def _names(self, role: str) -> bool:
-        """Whether the template asks for a role, as in `message['role'] == 'tool'`, and leaves it out knowingly."""
-        return re.search(rf"role[^%{{}}]*['\"]{re.escape(role)}['\"]", str(self.owner.chat_template)) is not None
+    def _asks_for(self, role: str) -> bool:
+        """Whether the template has `message['role'] == 'system'` or the like, and leaves turns out knowingly."""
+        given = self.owner.chat_template
+        templates = given.values() if isinstance(given, Mapping) else [given]
+        return any(re.search(rf"role[^%{{}}]*['\"]{role}['\"]", str(template)) for template in templates)
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +143,7 @@ def _with_signs(messages: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]
             value = _signed(message[key], sign)
             if value is not None:
                 signed[key] = value
-                pieces.append(_Piece(sign, turn, message["role"], key))
+                pieces.append(_Piece(sign, turn, key))
         made.append(signed)
     return made, pieces
 

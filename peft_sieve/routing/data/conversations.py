@@ -17,9 +17,17 @@ _CALL = "function_call"
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages for the chat template, with the keyword arguments that their row gives it."""
+    """Messages for the chat template, with the keyword arguments that their row gives it.
+
+    Attributes:
+        messages: as chat templates take them.
+        roles: of each, as the row names it.
+        where: names the row in errors.
+        template_kwargs: tools, and others that the template may know.
+    """
 
     messages: list[dict[str, Any]]
+    roles: list[str]
     where: str
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
@@ -44,14 +52,16 @@ def conversation(value: Any, column: str, row: Mapping[str, Any], where: str) ->
     if not isinstance(value, (list, tuple)) or not all(is_message(message) for message in value):
         raise must_be(f"`{column}` of {where}", MESSAGES, value)
     messages = [_turn(message, f"turn {i} of {where}") for i, message in enumerate(value)]
+    roles = [message["role"] if message.get("from") is None else message["from"] for message in value]
     system = row.get("system")
     # As in LLaMA-Factory and axolotl, a system turn wins over the column.
     if isinstance(system, str) and system.strip() and messages and messages[0]["role"] not in ("system", "developer"):
         messages.insert(0, {"role": "system", "content": system})
+        roles.insert(0, "system")
     kwargs = row.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, Mapping):
         raise must_be(f"`chat_template_kwargs` of {where}", "a mapping", kwargs)
-    return Conversation(messages, where, {"tools": read_tools(row, where), **kwargs})
+    return Conversation(messages, roles, where, {"tools": read_tools(row, where), **kwargs})
 
 
 def read_tools(row: Mapping[str, Any], where: str) -> Any:
@@ -91,7 +101,8 @@ def _turn(message: Mapping[str, Any], where: str) -> dict[str, Any]:
         del plain["from"]
         if plain["role"] == _CALL and "tool_calls" not in plain:
             call = plain.pop("value", plain.pop("content", None))
-            return {**plain, "role": "assistant", "tool_calls": _tool_calls(call, where)}
+            # Some templates want a content, too.
+            return {**plain, "role": "assistant", "content": "", "tool_calls": _tool_calls(call, where)}
     if "value" in plain:
         plain["content"] = plain.pop("value")
     if not isinstance(plain.get("role"), str):

@@ -4,7 +4,7 @@ As by TRL's vision collator, so that the router is profiled on the tokens of tex
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from transformers import AutoProcessor
@@ -74,7 +74,7 @@ def with_images(conversation: Conversation, images: list[Any]) -> Conversation:
         if any(map(_is_placeholder, _parts(message))):
             filled = [{**p, "image": next(left)} if _is_placeholder(p) else p for p in message["content"]]
             messages[i] = {**message, "content": filled}
-    return Conversation(messages, conversation.where, conversation.template_kwargs)
+    return replace(conversation, messages=messages)
 
 
 def wants_images(conversation: Conversation) -> bool:
