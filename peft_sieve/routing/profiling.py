@@ -47,8 +47,8 @@ def profile_routing(
     Args:
         model: a MoE model of transformers, or one around it (`PeftModel`).
         data: calibration data in any form that `SieveLoraConfig.calib_dataset` takes.
-        tokenizer: a tokenizer, a processor or its name; None takes the one saved with the model, where text or images have
-            to be read.
+        tokenizer: a tokenizer, a processor or its name; None takes the one saved with the model, where text or images
+            have to be read.
         max_samples: samples at most; of a larger data set, a subset drawn with `seed`.
         max_length: tokens per sample at most.
         batch_size: samples per forward.
