@@ -26,7 +26,7 @@ def find_tokenizer(model: nn.Module, tokenizer: Any) -> Any:
         return None
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises whatever a file leads to, or a library that is missing
         if tokenizer is not None:
             raise SieveError(f"the tokenizer {tokenizer!r} cannot be loaded: {first_line(error)}.") from error
         return None

@@ -18,6 +18,7 @@ from .layer_counters import RoutingCounters
 from .model_inputs import backbone_forward, check_vocabulary, find_tokenizer, input_device, on_device
 from .plain_model import check_model, undisturbed, unwrapped
 from .profile import RoutingProfile
+from .rejection import naming_inputs
 from .until_stable import StabilityRule, StableProfile, profile_until
 
 
@@ -46,7 +47,8 @@ def profile_routing(
     Args:
         model: a MoE model of transformers, or one around it (`PeftModel`).
         data: calibration data in any form that `SieveLoraConfig.calib_dataset` takes.
-        tokenizer: a tokenizer or its name; None takes the one saved with the model, where text has to be read.
+        tokenizer: a tokenizer, a processor or its name; None takes the one saved with the model, where text or images
+            have to be read.
         max_samples: samples at most; of a larger data set, a subset drawn with `seed`.
         max_length: tokens per sample at most.
         batch_size: samples per forward.
@@ -66,7 +68,7 @@ def profile_routing(
         SieveError: no model, no MoE layer, unusable data, or no MoE layer reached by it.
     """
     check_model(model)
-    rule = None if stability is None else StabilityRule(stability, selection or {}, seed)
+    rule = None if stability is None else StabilityRule(stability, {} if selection is None else selection, seed)
     base = unwrapped(model)
     layers = find_moe_layers(base)
     calibration = calibration_batches(
@@ -132,11 +134,16 @@ def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationD
     counted = RoutingCounters(model, layers)
     forward = backbone_forward(model)
     with undisturbed(model), counted.watching(model):
-        for batch in calibration.batches:
+
+        def read(batch: dict[str, Any]) -> None:
             batch, decoder_mask = with_decoder_inputs(model, batch)
             counted.expect(batch, decoder_mask)
             check_vocabulary(model, batch)
             forward(on_device(batch, device))
+
+        for batch in calibration.batches:
+            with naming_inputs(batch, read):
+                read(batch)
             counted.end_batch()
             bar.update(tokens_in(batch))
     return counted.profile(model, calibration)

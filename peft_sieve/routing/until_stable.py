@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-from ..checks import share
+from ..checks import must_be, quoted, share
 from .data.batches import CalibrationData
 from .distributed import gathered, on_every_rank, summed
 from .profile import RoutingProfile
 from .stability import selection_stability
+from .strategies import SelectionOptions
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,10 @@ class StabilityRule:
 
     def __post_init__(self) -> None:
         share("stability", self.threshold)
+        known = {option.name for option in fields(SelectionOptions)}
+        if not isinstance(self.selection, Mapping) or not set(self.selection) <= known:
+            raise must_be("selection", f"a mapping with some of {quoted(sorted(known))}", self.selection)
+        SelectionOptions(**self.selection)
 
     def measured(self, first: RoutingProfile, second: RoutingProfile) -> dict[str, float]:
         """Layer name -> agreement; 0 everywhere if either half reached no layer at all, which shows nothing."""

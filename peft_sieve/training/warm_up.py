@@ -31,6 +31,7 @@ from ..routing.model_inputs import check_vocabulary, find_tokenizer, input_devic
 from ..routing.plain_model import check_model
 from ..routing.profile import RoutingProfile
 from ..routing.profiling import check_reached
+from ..routing.rejection import naming_inputs
 from ..tuners.sieve.config import SieveLoraConfig
 
 _ADVICE = "warm up with batch_size=1"
@@ -134,15 +135,19 @@ def _trained(
     device = input_device(model)
     order = torch.randperm(len(calibration.batches), generator=torch.Generator().manual_seed(seed)).tolist()
     losses = []
+
+    def read(batch: dict[str, Any]) -> Any:
+        counted.expect(batch, decoder_mask(batch))
+        check_vocabulary(model, batch)
+        return peft_model(**on_device(batch, device))
+
     bar = tqdm(total=calibration.num_tokens, desc="Warming up", unit="tok", unit_scale=True, disable=_hidden(progress))
     with bar:
         for index in order:
             batch = _with_labels(calibration.batches[index])
-            counted.expect(batch, decoder_mask(batch))
             # Not in the backward, where checkpointing computes again.
-            with counted.watching(model):
-                check_vocabulary(model, batch)
-                loss = peft_model(**on_device(batch, device)).loss
+            with counted.watching(model), naming_inputs(batch, read):
+                loss = read(batch).loss
             counted.end_batch()
             loss.backward()
             optimizer.step()

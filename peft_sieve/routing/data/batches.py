@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ...checks import is_whole, must_be, whole
 from ...errors import SieveError
+from .images import has_images, image_batches
 from .ready_batches import ModelBatches, used_ids
 from .rows import RowFormatter, TokenIds, read_row
-from .sources import Choice, read_source
+from .sources import Choice, read_source, reading
 from .tokenising import find_text_tokenizer, tokenise
 
 
@@ -25,13 +26,14 @@ class CalibrationData:
 
     Attributes:
         batches: CPU tensors by name: `input_ids` and `attention_mask`, int64, shape `(batch, seq)`, right padded,
-            longest samples first. Batches that came ready for the model keep their order, their padding and their
-            other inputs; they have no `attention_mask` if they came with `position_ids` in its stead.
+            longest samples first; then those with images, in their order, with what the processor made of these.
+            Batches that came ready for the model keep their order, their padding and their other inputs; they have no
+            `attention_mask` if they came with `position_ids` in its stead.
         num_samples: rows of `batches`: this process's share.
         num_tokens: tokens of `batches` that are not padding: this process's share.
         name: data set name or path as given, else the type of the data. Same on every process.
-        fingerprint: SHA-256 over the token ids of all shares, in sample order. Same on every process, whatever the
-            batch size and the number of processes.
+        fingerprint: SHA-256 over the token ids of all shares, in sample order, those with images last. Same on
+            every process, whatever the batch size and the number of processes.
         num_dropped_empty: samples without a token, over all shares.
     """
 
@@ -81,10 +83,11 @@ def calibration_batches(
               `.parquet`; a folder that `datasets` reads; otherwise a Hub id;
             - a `datasets.Dataset`, `IterableDataset`, or a dict of either, from which `split` is taken;
             - a sequence or an iterator of rows: str, or dicts with `text`, `messages`, `prompt` + `completion`,
-              `input_ids` (and `attention_mask`) or `conversations` (ShareGPT);
+              `input_ids` (and `attention_mask`) or `conversations` (ShareGPT), the texts also with `images` or `image`;
             - an iterable of batches that are ready for the model: dicts with 2-D `input_ids`. They pass as they are,
               `labels` included, until they cover `max_samples` rows; `max_length` does not cut them.
-        tokenizer: tokenizer or processor; needed for text. Messages need its chat template.
+        tokenizer: tokenizer or processor; needed for text. Messages need its chat template. Images need a processor, or
+            one saved beside the tokenizer.
         formatting_func: takes one row and returns its text, a list of texts (several samples) or a list of messages,
             as for TRL's `SFTTrainer`. Wins over the row's columns.
         split: which split, where the data have several.
@@ -104,6 +107,8 @@ def calibration_batches(
     max_length = whole("max_length (calib_max_length)", max_length)
     batch_size = whole("batch_size (calib_batch_size)", batch_size)
     seed = whole("seed (calib_seed)", seed, least=None)
+    if not isinstance(split, str) and not type(split).__module__.startswith("datasets."):
+        raise must_be("split (calib_split)", "the name of a split", split)
     rank, world_size = _checked_shard(shard)
     if formatting_func is not None and not callable(formatting_func):
         raise must_be("calib_formatting_func", "a function that takes one row and returns its text", formatting_func)
@@ -118,7 +123,8 @@ def calibration_batches(
                     f"The calibration data, a {source.name}, are batches ready for the model, which "
                     "calib_formatting_func cannot change. Leave it out, or pass rows."
                 )
-            ready = source.take(max_samples)
+            with reading(source.name):
+                ready = source.take(max_samples)
             return _with_provenance(source.name, ready[rank::world_size], [ids for b in ready for ids in used_ids(b)])
         samples = [
             sample
@@ -126,12 +132,16 @@ def calibration_batches(
             for sample in read_row(row, f"row {position} of the calibration data", formatting_func)
         ]
         samples = [samples[i] for i in choice(len(samples))]  # a row may give several
-        tokens = tokenise(samples, tokenizer, max_length)
+        tokens = tokenise([sample for sample in samples if not has_images(sample)], tokenizer, max_length)
+        pictured = [sample for sample in samples if has_images(sample)]
+        made = image_batches(pictured, tokenizer, max_length, batch_size) if pictured else ()
+        ready = ModelBatches(source.name, made).take(len(pictured))
 
     kept = [sample for sample in tokens if sample.num_tokens > 0]
     share = sorted(kept, key=lambda sample: -len(sample.ids))[rank::world_size]  # stable: ties in sample order
     batches = [_pad(share[start : start + batch_size], pad_id) for start in range(0, len(share), batch_size)]
-    return _with_provenance(source.name, batches, [sample.used_ids() for sample in kept], len(tokens) - len(kept))
+    used = [sample.used_ids() for sample in kept] + [ids for batch in ready for ids in used_ids(batch)]
+    return _with_provenance(source.name, batches + ready[rank::world_size], used, len(tokens) - len(kept))
 
 
 def _with_provenance(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...checks import must_be
 from ...errors import SieveError
+from .batch_values import check_values
 
 
 def is_model_batch(item: Any) -> bool:
@@ -37,6 +38,7 @@ class ModelBatches:
         missing = max_samples
         for position, item in enumerate(self.batches):
             where = f"item {position} of the calibration data"
+            check_values(item, where)
             if not is_model_batch(item):
                 raise must_be(where, "a dict with 2-D `input_ids` like those before it", item)
             batch = _first_rows(_as_inputs(item, where), missing)

@@ -3,16 +3,21 @@
 The forms follow TRL's trainers, so that the router is profiled on the text that training shows it.
 """
 
-import json
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from ...checks import must_be, one_line, quoted, shown
 from ...errors import SieveError
+from .conversations import MESSAGES, Conversation, conversation, is_message, read_tools, tool_names
+from .images import MEDIA_COLUMNS, Captioned, images_of, wants_images, with_images
 
 ROW_FORMS = "`text`, `messages`, `prompt` + `completion`, `chosen` + `rejected`, `input_ids` or `conversations`"
+# What the chat template takes beside the messages.
+_TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # Every column that a row's form may read.
 ROW_COLUMNS = (
     "input_ids",
@@ -24,21 +29,18 @@ ROW_COLUMNS = (
     "rejected",
     "conversations",
     "text",
-    "tools",
-    "chat_template_kwargs",
+    "system",
+    "instruction",
+    "input",
+    "question",
+    "query",
+    *_TEMPLATE_COLUMNS,
+    *MEDIA_COLUMNS,
 )
-
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-_MESSAGES = "a list of messages (dicts with `role` and `content`)"
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages for the chat template, with the keyword arguments that their row gives it."""
-
-    messages: list[dict[str, Any]]
-    where: str
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
+# What a processor made of images or sound, and a row of token ids would lose.
+_PROCESSED = ("pixel_values", "input_features", "input_values")
+# What others call a prompt: beside answers that are plain text, it would be lost.
+_PROMPTS = ("system", "instruction", "input", "question", "query")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class TokenIds:
         )
 
 
-Sample = str | Conversation | TokenIds
+Sample = str | Captioned | Conversation | TokenIds
 RowFormatter = Callable[[Any], str | list[str] | list[dict[str, Any]]]
 
 
@@ -84,10 +86,20 @@ def read_row(row: Any, where: str, formatting_func: RowFormatter | None = None) 
         return [row]
     if not isinstance(row, Mapping):
         raise must_be(where, f"a str or a dict with {ROW_FORMS}", row)
+    images = images_of(row, where)
+    samples = _read_columns(row, where)
+    if any(isinstance(sample, TokenIds) for sample in samples):
+        _check_nothing_processed(row, where)
+    # A conversation has them already.
+    return [Captioned(each, images, where) if images and each and isinstance(each, str) else each for each in samples]
+
+
+def _read_columns(row: Mapping[str, Any], where: str) -> list[Sample]:
+    """The samples of a row, by the first form that it fits."""
     if row.get("input_ids") is not None:
         return [_read_token_ids(row, where)]
     if row.get("messages") is not None:
-        return [_conversation(row["messages"], "messages", row, where)]
+        return [_chat(row["messages"], "messages", row, where)]
     if row.get("prompt") is not None and row.get("completion") is not None:
         return [_read_answer(row, "completion", where)]
     answers = [name for name in ("chosen", "rejected") if row.get(name) is not None]
@@ -95,7 +107,7 @@ def read_row(row: Any, where: str, formatting_func: RowFormatter | None = None) 
         # Preference training shows the model both.
         return [_read_answer(row, name, where) for name in answers]
     if row.get("conversations") is not None:
-        return [_conversation(row["conversations"], "conversations", row, where)]
+        return [_chat(row["conversations"], "conversations", row, where)]
     if row.get("text") is not None:
         if not isinstance(row["text"], str):
             raise must_be(f"`text` of {where}", "a str", row["text"], "Convert it or pass calib_formatting_func.")
@@ -103,6 +115,11 @@ def read_row(row: Any, where: str, formatting_func: RowFormatter | None = None) 
     if fits_a_form(row):
         return [""]  # the column is there and holds None: an empty row, not an unknown form
     raise _unknown_columns(row)
+
+
+def is_read(column: Any) -> bool:
+    """Whether a row with this column is read otherwise, or refused, because of it."""
+    return column in ROW_COLUMNS or (isinstance(column, str) and column.startswith(_PROCESSED))
 
 
 def fits_a_form(columns: Iterable[Any]) -> bool:
@@ -127,24 +144,54 @@ def _format_row(row: Any, where: str, formatting_func: RowFormatter) -> list[Sam
         texts = [item for item in made if isinstance(item, str)]
         if len(texts) == len(made):
             return [*texts] or [""]
-        if all(_is_message(item) for item in made):
-            return [_conversation(made, "messages", row if isinstance(row, Mapping) else {}, where)]
-    kind = f"a str, a list of str or {_MESSAGES}"
+        if all(is_message(item) for item in made):
+            given = row if isinstance(row, Mapping) else {}
+            chat = conversation(made, "messages", {name: given.get(name) for name in _TEMPLATE_COLUMNS}, where)
+            return [with_images(chat, images_of(given, where) if wants_images(chat) else [])]
+    kind = f"a str, a list of str or {MESSAGES}"
     raise SieveError(f"calib_formatting_func must return {kind}, got {shown(made)} for {where}.")
+
+
+def _chat(value: Any, column: str, row: Mapping[str, Any], where: str) -> Conversation:
+    return with_images(conversation(value, column, row, where), images_of(row, where))
 
 
 def _read_answer(row: Mapping[str, Any], column: str, where: str) -> Sample:
     """An answer after its prompt; the answers of a preference row may have the prompt in them."""
     prompt, answer = row.get("prompt"), row[column]
+    if prompt is None and column != "completion" and row.get("conversations") is not None:
+        prompt = row["conversations"]  # preferences in ShareGPT's form
+    answer = [answer] if is_message(answer) else answer
+    if isinstance(answer, (list, tuple)) and column != "completion" and _holds(answer, prompt):
+        prompt = None
     names = column if prompt is None else f"prompt` + `{column}"
     if isinstance(answer, str) and isinstance(prompt, str | None):
-        return (prompt or "") + answer
+        text = (prompt or "") + answer
+        _check_nothing_beside(row, text, names, where, _PROMPTS if prompt is None else _PROMPTS[:1])
+        return text
     if isinstance(answer, (list, tuple)) and isinstance(prompt, list | tuple | None):
-        return _conversation([*(prompt or ()), *answer], names, row, where)
+        return _chat([*(prompt or ()), *answer], names, row, where)
     if prompt is None:
         raise must_be(f"`{column}` of {where}", "a str or a list of messages", answer)
     given = f"{type(prompt).__name__} and {type(answer).__name__}"
     raise SieveError(f"`{names}` of {where} must be two str or two lists of messages, got {given}.")
+
+
+def _holds(messages: Sequence[Any], prompt: Any) -> bool:
+    """Whether a prompt that is text is one of the messages already, as in some preference data."""
+    return isinstance(prompt, str) and any(is_message(each) and each.get("content") == prompt for each in messages)
+
+
+def _check_nothing_beside(row: Mapping[str, Any], text: str, names: str, where: str, columns: Iterable[str]) -> None:
+    """Refuse text with columns that belong to the sample, and are not part of the text."""
+    beside = {column: [row[column]] for column in columns if isinstance(row.get(column), str) and row[column].strip()}
+    beside["tools"] = tool_names(read_tools(row, where))
+    for column, parts in beside.items():
+        if any(part.strip() not in text for part in parts):
+            raise SieveError(
+                f"`{names}` of {where} is text without what stands in the column {column!r}. Pass messages, leave "
+                f"the column out, or pass a calib_formatting_func that makes one text of them."
+            )
 
 
 def _read_token_ids(row: Mapping[str, Any], where: str) -> TokenIds:
@@ -164,30 +211,14 @@ def _read_token_ids(row: Mapping[str, Any], where: str) -> TokenIds:
     return TokenIds(ids[start:stop], mask[start:stop])
 
 
-def _conversation(value: Any, column: str, row: Mapping[str, Any], where: str) -> Conversation:
-    if not isinstance(value, (list, tuple)) or not all(_is_message(message) for message in value):
-        raise must_be(f"`{column}` of {where}", _MESSAGES, value)
-    messages = []
-    for message in value:
-        # Arrow fills the keys that a message lacks with None, which chat templates would print.
-        plain = {key: item for key, item in message.items() if item is not None}
-        if "from" in plain:
-            speaker = plain.pop("from")
-            plain["role"] = _SHAREGPT_ROLES.get(speaker, speaker)
-        if "value" in plain:
-            plain["content"] = plain.pop("value")
-        messages.append(plain)
-    tools = row.get("tools") or None
-    if isinstance(tools, str):  # TRL takes them as JSON too
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise SieveError(f"`tools` of {where} is not JSON. {one_line(error)}.") from error
-    return Conversation(messages, where, {"tools": tools, **(row.get("chat_template_kwargs") or {})})
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and ("role" in value or "from" in value)
+def _check_nothing_processed(row: Mapping[str, Any], where: str) -> None:
+    for column in row:
+        lost = column in MEDIA_COLUMNS or (isinstance(column, str) and column.startswith(_PROCESSED))
+        if lost and row[column] is not None:
+            raise SieveError(
+                f"{where} has `input_ids` and {column!r}, which a row of token ids would lose. Pass model-ready "
+                "batches (dicts with 2-D `input_ids`), such as a DataLoader gives."
+            )
 
 
 def _expect_ints(value: Any, column: str, where: str) -> list[int]:
@@ -195,8 +226,10 @@ def _expect_ints(value: Any, column: str, where: str) -> list[int]:
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError
-        return [operator.index(item) for item in value]
-    except TypeError:
+        numbers = [operator.index(item) for item in value]
+        np.asarray(numbers, dtype=np.int64)
+        return numbers
+    except (TypeError, OverflowError):
         advice = "Pass a 2-D tensor for a model-ready batch."
         raise must_be(f"`{column}` of {where}", "a flat list of integers", value, advice) from None
 
@@ -208,7 +241,7 @@ def _unknown_columns(row: Mapping[str, Any]) -> SieveError:
     told = (texts or names)[:3] or ["column"]
     body = 'f"' + r"\n".join(f"{{row[{name!r}]}}" for name in told) + '"'
     for name in names:
-        if isinstance(row[name], (list, tuple)) and row[name] and all(map(_is_message, row[name])):
+        if isinstance(row[name], (list, tuple)) and row[name] and all(map(is_message, row[name])):
             body = f"row[{name!r}]"
     return SieveError(
         f"The calibration data has the columns {quoted(row)}, which fit none of the forms {ROW_FORMS}. Pass a "

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain, islice
@@ -15,11 +16,11 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ...checks import one_line, quoted
+from ...checks import one_line, out_of_memory, quoted, shown
 from ...errors import SieveError
 from .local_files import data_suffix, read_file
 from .ready_batches import ModelBatches, is_model_batch
-from .rows import ROW_COLUMNS, fits_a_form
+from .rows import fits_a_form, is_read
 
 ACCEPTED = (
     "a Hub id or a local file (str), a datasets.Dataset, a list of str or dicts, or an iterable of model-ready batches"
@@ -77,10 +78,26 @@ def read_source(data: Any, choice: Choice) -> Rows | ModelBatches:
         SieveError: the data cannot be found or read, have no such split, no rows or no usable type.
     """
     named = isinstance(data, str | os.PathLike)
-    source = _read_named(os.fspath(data), choice) if named else _read_object(data, None, choice)
+    source = _read_named(os.fsdecode(data), choice) if named else _read_object(data, None, choice)
     if isinstance(source, Rows) and not source.rows:
         raise SieveError(f"The calibration data set {source.name!r} is empty. Pass at least one row.")
     return source
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Around reading data: what they raise themselves, as one sentence.
+
+    Raises:
+        SieveError: they do; memory that runs out is nothing of theirs.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SieveError) or out_of_memory(error):
+            raise
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        raise SieveError(f"The calibration data {name!r} could not be read: {problem}.") from error
 
 
 # --- objects ---------------------------------------------------------------------------------------------------------
@@ -97,15 +114,18 @@ def _read_object(data: Any, name: str | None, choice: Choice) -> Rows | ModelBat
         return _read_dataset(data, name, choice)
     if hf is not None and isinstance(data, hf.IterableDataset):
         shuffled = data.with_format(None).shuffle(seed=choice.seed % 2**32, buffer_size=choice.buffer)
-        rows = list(shuffled.take(choice.max_samples))
-        return Rows(name or _dataset_name(data), range(len(rows)), rows)
+        name = name or _dataset_name(data)
+        with reading(name):
+            rows = list(shuffled.take(choice.max_samples))
+        return Rows(name, range(len(rows)), rows)
     if is_model_batch(data):
         return ModelBatches(type_name, [data])
     if _is_indexable(data):
-        if len(data) and is_model_batch(data[0]):
-            return ModelBatches(type_name, data)
-        positions = choice(len(data))
-        return Rows(name or type_name, positions, [data[i] for i in positions])
+        with reading(type_name):
+            if len(data) and is_model_batch(data[0]):
+                return ModelBatches(type_name, data)
+            positions = choice(len(data))
+            return Rows(name or type_name, positions, [data[i] for i in positions])
     if isinstance(data, Iterable) and not isinstance(data, Mapping | bytes | bytearray | memoryview):
         return _read_iterable(data, choice)
     raise SieveError(f"The calibration data are of type {type_name}. Pass {ACCEPTED}.")
@@ -119,8 +139,9 @@ def _is_indexable(data: Any) -> bool:
 
 def _read_iterable(data: Iterable[Any], choice: Choice) -> Rows | ModelBatches:
     type_name = type(data).__name__
-    items = iter(data)
-    first = next(items, _NOTHING)
+    with reading(type_name):
+        items = iter(data)
+        first = next(items, _NOTHING)
     if first is _NOTHING:
         raise SieveError(f"The calibration data, a {type_name}, yield nothing. Pass data that have not been consumed.")
     if is_model_batch(first):
@@ -131,7 +152,8 @@ def _read_iterable(data: Iterable[Any], choice: Choice) -> Rows | ModelBatches:
             f"The calibration data, a {type_name}, yield items of type {type(first).__name__}, not model-ready batches "
             "(dicts with 2-D `input_ids`). Pass rows as a list or a datasets.Dataset."
         )
-    seen = [first, *islice(items, choice.buffer - 1)]
+    with reading(type_name):
+        seen = [first, *islice(items, choice.buffer - 1)]
     positions = choice(len(seen))
     return Rows(type_name, positions, [seen[i] for i in positions])
 
@@ -142,9 +164,11 @@ def _read_dataset(data: Any, name: str | None, choice: Choice) -> Rows:
     if chosen.format["type"] != "custom":  # a transform makes the rows; any other format only dresses them
         chosen = chosen.with_format(None, columns=chosen.format["columns"])
         columns = chosen.format["columns"]
-        if fits_a_form(columns) and not choice.all_columns:  # so that no image or sound is decoded without need
-            chosen = chosen.select_columns([column for column in columns if column in ROW_COLUMNS])
-    return Rows(name or _dataset_name(data), positions, list(chosen))
+        if fits_a_form(columns) and not choice.all_columns:  # so that nothing is decoded without need
+            chosen = chosen.select_columns([column for column in columns if is_read(column)])
+    name = name or _dataset_name(data)
+    with reading(name):
+        return Rows(name, positions, list(chosen))
 
 
 def _dataset_name(data: Any) -> str:
@@ -157,14 +181,26 @@ def _dataset_name(data: Any) -> str:
 
 
 def _read_named(name: str, choice: Choice) -> Rows | ModelBatches:
-    path = Path(name).expanduser()
     if not name.strip():
         raise SieveError(f"The calibration data set has an empty str as its name. Pass {ACCEPTED}.")
+    try:
+        path = Path(name).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError) as error:
+        raise _no_name(name) from error
     if path.is_file() and data_suffix(path) != ".parquet":
         return Rows(name, *read_file(name, path, choice))
-    if not path.exists() and _looks_like_path(name):
+    if not there and _looks_like_path(name):
         raise SieveError(f"The calibration file {name!r} does not exist.")
+    if not there and any(map(str.isspace, name)):
+        raise _no_name(name)
     return _read_object(_load(name, path, choice.split), name, choice)
+
+
+def _no_name(name: str) -> SieveError:
+    return SieveError(
+        f"The calibration data set {shown(name)} is neither a file nor a Hub id. To calibrate on a text, pass [text]."
+    )
 
 
 def _looks_like_path(name: str) -> bool:

@@ -1,6 +1,6 @@
 """Samples of calibration data -> token ids, as the tokenizer or its chat template gives them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ...checks import must_be, one_line
 from ...errors import SieveError
-from .rows import Conversation, Sample, TokenIds
+from .chats import ChatRenderer
+from .conversations import Conversation
+from .rows import Sample, TokenIds
 
 _TEXTS_PER_CALL = 64  # a fast tokenizer holds offsets and strings of a whole call: bounded for book-length rows
 # A book is not tokenised for its first page. Where a text is cut changes the tokens next to the cut, hence the spare.
@@ -29,7 +31,8 @@ def tokenise(samples: Sequence[Sample], tokenizer: Any, max_length: int) -> list
         Token ids in the order of `samples`; an empty sample has none.
 
     Raises:
-        SieveError: there is text but no tokenizer, messages but no chat template, or either of them failed.
+        SieveError: there is text but no tokenizer or an empty one, messages but no chat template, either of them
+            failed, or the chat template does not show a turn.
     """
     text_tokenizer = find_text_tokenizer(tokenizer)
     tokens = [sample if isinstance(sample, TokenIds) else TokenIds([]) for sample in samples]
@@ -41,14 +44,17 @@ def tokenise(samples: Sequence[Sample], tokenizer: Any, max_length: int) -> list
                 "The calibration data are text, but there is no tokenizer. Pass tokenizer= to profile_routing, or "
                 "calib_tokenizer= to SieveLoraConfig."
             )
+        _check_vocabulary(text_tokenizer)
         with _settings_restored(text_tokenizer):
             texts = [str(samples[i]) for i in text_at]
             for i, ids in zip(text_at, _tokenise_texts(texts, text_tokenizer, max_length), strict=True):
                 tokens[i] = TokenIds(ids)
+            renderer = ChatRenderer(tokenizer, text_tokenizer)
             for i in chat_at:
                 conversation = samples[i]
                 assert isinstance(conversation, Conversation)
-                tokens[i] = TokenIds(_tokenise_chat(conversation, tokenizer, text_tokenizer))
+                tokens[i] = TokenIds(renderer.token_ids(conversation))
+            renderer.warn()
     return [TokenIds(item.ids[:max_length], item.mask and item.mask[:max_length]) for item in tokens]
 
 
@@ -63,6 +69,24 @@ def find_text_tokenizer(tokenizer: Any) -> Any:
     return inner
 
 
+def _check_vocabulary(tokenizer: Any) -> None:
+    """Refuse what transformers makes of a folder without the files of a tokenizer.
+
+    Raises:
+        SieveError: apart from special tokens, there is none with a letter or a digit.
+    """
+    if not hasattr(tokenizer, "get_vocab"):
+        return
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {*getattr(tokenizer, "all_special_tokens", ()), *(str(token) for token in added if token.special)}
+    if not any(any(map(str.isalnum, token)) for token in tokenizer.get_vocab() if token not in special):
+        place = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        raise SieveError(
+            f"The tokenizer of {place!r} is empty: it has special tokens only. Save the files of the model's tokenizer "
+            "there, or pass it as tokenizer, which is calib_tokenizer in a configuration."
+        )
+
+
 def _tokenise_texts(texts: list[str], tokenizer: Any, max_length: int) -> Iterator[list[int]]:
     """Token ids of each text: at least those that the cut to `max_length` keeps."""
     wanted = max_length + _SPARE_TOKENS
@@ -75,33 +99,12 @@ def _tokenise_texts(texts: list[str], tokenizer: Any, max_length: int) -> Iterat
 
 def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
     try:
-        return tokenizer(texts, padding=False, truncation=False, return_attention_mask=False)["input_ids"]
+        encoded = tokenizer(texts, padding=False, truncation=False, return_attention_mask=False)["input_ids"]
+        return [list(ids) for _, ids in zip(texts, encoded, strict=True)]
     except Exception as error:
-        raise _failed(f"The tokenizer {type(tokenizer).__name__} failed on the calibration text", error) from error
-
-
-def _tokenise_chat(conversation: Conversation, tokenizer: Any, text_tokenizer: Any) -> list[int]:
-    # A processor may keep the template while its tokenizer has none.
-    has_template = getattr(text_tokenizer, "chat_template", None) is not None
-    owner = tokenizer if not has_template and hasattr(tokenizer, "apply_chat_template") else text_tokenizer
-    try:
-        encoded = owner.apply_chat_template(
-            conversation.messages, tokenize=True, return_dict=True, **conversation.template_kwargs
-        )
-    except Exception as error:
-        if getattr(owner, "chat_template", None) is None:
-            raise SieveError(
-                f"The calibration data are messages, but {type(tokenizer).__name__} has no chat template. Set "
-                "tokenizer.chat_template, or pass a calib_formatting_func that returns text."
-            ) from error
-        raise _failed(f"The chat template failed on {conversation.where}", error) from error
-    ids = encoded["input_ids"] if isinstance(encoded, Mapping) else encoded
-    ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    return ids[0] if ids and isinstance(ids[0], list) else ids  # a processor answers with a batch of one
-
-
-def _failed(what: str, error: Exception) -> SieveError:
-    return SieveError(f"{what}. {type(error).__name__}: {one_line(error)}.")
+        problem = f"{type(error).__name__}: {one_line(error)}"
+        name = type(tokenizer).__name__
+        raise SieveError(f"The tokenizer {name} failed on the calibration text. {problem}.") from error
 
 
 @contextmanager

@@ -98,8 +98,11 @@ def test_a_transform_of_the_dataset_makes_the_rows():
 
 def test_a_column_no_form_reads_is_not_decoded(tokenizer):
     broken = {"bytes": b"no image", "path": None}
-    dataset = datasets.Dataset.from_list([{"text": "one", "image": broken}]).cast_column("image", datasets.Image())
+    dataset = datasets.Dataset.from_list([{"text": "one", "cover": broken}]).cast_column("cover", datasets.Image())
     assert rows_of(calibration_batches(dataset, tokenizer=tokenizer)) == encoded(tokenizer, "one")
+    needed = dataset.rename_column("cover", "image")
+    for data in (needed, needed.to_iterable_dataset()):
+        assert_refused(data, "could not be read: UnidentifiedImageError: cannot identify image", tokenizer)
 
 
 def test_iterators_and_torch_datasets(tokenizer):
