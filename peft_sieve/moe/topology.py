@@ -69,7 +69,8 @@ class MoELayer:
 def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     """The MoE layers of `model`, in the order of its modules.
 
-    Adapters may already be around them: paths and modules are those of the base model.
+    Adapters may already be around them: paths and modules are those of the base model. A block that is in several
+    places is one layer, in the first of them.
 
     Raises:
         SieveError: the model has none, or some that are kept packed.
@@ -77,15 +78,17 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
     modules = base_modules(model)
     refuse_packed(modules.items())
     layers = []
+    seen: set[tuple[nn.Module, str]] = set()
     for path, module in modules.items():
         family = family_of(module)
         if family is None or path == "":
             continue
         if family.adapted_child is not None:
             path = f"{path}.{family.adapted_child}"
-        block = path.rpartition(".")[0]
-        if not family.is_block(modules[block]):
+        block, _, name = path.rpartition(".")
+        if not family.is_block(modules[block]) or (modules[block], name) in seen:
             continue
+        seen.add((modules[block], name))
         routers, shared = _routers(modules, block, family), _shared(modules, block, family)
         layers.append(MoELayer(path, module, family, family.shape(module), routers, shared))
     if not layers:

@@ -26,10 +26,10 @@ def tied(dtype: torch.dtype = torch.float32) -> nn.Module:
 def adapted(
     base: nn.Module, kind: Any = SieveLoraConfig, names: tuple[str, ...] = ("default",), **settings: Any
 ) -> Any:
-    settings = {"target_modules": EMBEDDINGS, **settings}
-    model = get_peft_model(base, kind(r=4, lora_dropout=0.0, selected_experts=MASK, **settings), names[0])
+    settings = {"target_modules": EMBEDDINGS, "selected_experts": MASK, **settings}
+    model = get_peft_model(base, kind(r=4, lora_dropout=0.0, **settings), names[0])
     for name in names[1:]:
-        model.add_adapter(name, kind(r=2, lora_dropout=0.0, selected_experts=MASK, **settings))
+        model.add_adapter(name, kind(r=2, lora_dropout=0.0, **settings))
     randomize_adapters(model)
     return model.eval()
 
@@ -172,22 +172,29 @@ def test_parameters_of_two_layers() -> None:
 
 
 def test_a_module_in_two_places() -> None:
-    """PEFT puts an adapter on it in one place only, so the sum would be wrong in the other."""
-    base = tiny_model("olmoe")
-    base.model.layers[1].self_attn.q_proj = base.model.layers[0].self_attn.q_proj
-    model = adapted(base, target_modules=["q_proj"])
-    before = base_weights(model)
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(SieveError, match="layers.0.self_attn.q_proj is the same module as model.layers.1"):
-            merge()
-    assert same(base_weights(model), before)
+    """Its places have adapters of their own, or one has none, so the sum would be wrong in the other."""
+    for name in ("self_attn.q_proj", "mlp.gate", "mlp.experts"):
+        base = tiny_model("olmoe")
+        first, second = base.model.layers
+        parent, _, child = name.rpartition(".")
+        setattr(second.get_submodule(parent), child, first.get_submodule(name))
+        model = adapted(base, target_modules=["q_proj"])
+        before = base_weights(model)
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(SieveError, match=rf"layers.0.{name} .*(same module as|share).*layers.1.{name}[,.]"):
+                merge()
+        assert same(base_weights(model), before)
 
 
-def test_attention_in_two_places() -> None:
+@pytest.mark.parametrize("name", ["self_attn", "mlp"])
+def test_a_block_in_two_places(name: str) -> None:
     """Its adapters are in both, so it merges as one."""
     base = tiny_model("olmoe")
-    base.model.layers[1].self_attn = base.model.layers[0].self_attn
-    model = adapted(base, target_modules=["q_proj"])
+    setattr(base.model.layers[1], name, getattr(base.model.layers[0], name))
+    if name == "mlp":
+        with pytest.raises(SieveError, match=r"selected_experts names 'model.layers.1.mlp.experts'"):
+            adapted(base)
+    model = adapted(base, target_modules=["q_proj"], selected_experts={"model.layers.0.mlp.experts": [1, 5]})
     before, unmerged = base_weights(model), logits(model)
     model.merge_adapter()
     assert torch.allclose(logits(model), unmerged, atol=1e-4)

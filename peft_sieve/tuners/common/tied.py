@@ -30,9 +30,9 @@ def refuse_shared_modules(model: nn.Module) -> None:
     for path, layer in _exact_layers(model):
         for name, module in places.elsewhere(layer, layer.base_parameter()):
             if module is layer.get_base_layer():
+                other = name.rpartition(".")[0].replace(".base_layer", "")
                 raise SieveError(
-                    f"{path} is the same module as {name.rpartition('.')[0]}, which merging would change, too. Keep "
-                    "the adapter unmerged."
+                    f"{path} is the same module as {other}, which merging would change, too. Keep the adapter unmerged."
                 )
 
 
