@@ -33,6 +33,12 @@ def embedding_modules(base: PreTrainedModel) -> dict[str, Any]:
     return {path: module for path, module in found.items() if isinstance(getattr(module, "weight", None), torch.Tensor)}
 
 
+def are_tied(skeleton: PreTrainedModel) -> bool:
+    """Whether both ends of a model without adapters have one weight. Configurations of parts may say otherwise."""
+    modules = embedding_modules(skeleton)
+    return len({id(module.weight) for module in modules.values()}) < len(modules)
+
+
 def embedding_in(tensors: Mapping[str, torch.Tensor], prefix: str) -> torch.Tensor | None:
     """The weight of an embedding in the tensors of an adapter, None if it is not there.
 

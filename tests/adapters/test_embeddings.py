@@ -12,11 +12,23 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DeepseekV4ForCausalLM,
+    Kimi_K25ForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+)
+from transformers.models.nemotron3_5_transcribe.modeling_nemotron3_5_transcribe import (
+    Nemotron3_5TranscribeForConditionalGeneration,
+)
 
 from peft_sieve import SieveError, SieveLoraConfig, export_lora, merge_checkpoint, narrow_lora
 from peft_sieve.cli import main
+from peft_sieve.moe.topology import find_moe_layers
 from tests.adapters.saved import Adapter, relative_difference
+from tests.architectures.tiny import inputs_for
+from tests.architectures.tiny import tiny_model as tiny_model_of
 from tests.models import TINY_OLMOE, randomize_adapters, tiny_model, token_batch
 
 MASK = {"model.layers.0.mlp.experts": [1, 6], "model.layers.1.mlp.experts": [0, 3]}
@@ -99,6 +111,14 @@ def test_a_merged_checkpoint_has_them(adapter: Adapter, tmp_path: Path) -> None:
         assert index["weight_map"] == before
 
 
+def test_a_merged_checkpoint_has_those_of_a_loaded_adapter(tmp_path: Path) -> None:
+    adapter = trained(tmp_path, save={"save_embedding_layers": True})
+    loaded = PeftModel.from_pretrained(adapter.fresh(), adapter.path)
+    merge_checkpoint(loaded, adapter.base_path, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert relative_difference(adapter.logits(model), adapter.logits()) < 1e-5
+
+
 def test_the_commands_do_the_same(tmp_path: Path) -> None:
     adapter = trained(tmp_path, rows=144)
     assert main(["export", str(adapter.path), str(tmp_path / "lora")]) == 0
@@ -175,6 +195,49 @@ def test_tied_embeddings_that_differ_are_refused(tmp_path: Path) -> None:
     path = with_tensor(adapter, tmp_path / "other", "base_model.model.lm_head.weight", torch.ones(144, 32))
     with pytest.raises(SieveError, match="different weights for .*lm_head.*, which the model ties"):
         merge_checkpoint(path, None, tmp_path / "out")
+
+
+ODD = [
+    Kimi_K25ForConditionalGeneration,  # tied, and the configuration of the text model says otherwise
+    Qwen3VLMoeForConditionalGeneration,  # the other way round
+    Nemotron3_5TranscribeForConditionalGeneration,  # another vocabulary of the same size
+]
+
+
+@pytest.mark.parametrize("model_class", ODD)
+def test_models_of_several_parts(model_class: Any, tmp_path: Path) -> None:
+    model, expected, batch = resized_model(model_class, tmp_path)
+    merge_checkpoint(model, None, tmp_path / "merged")
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("base", "merged"))
+    assert before["text_config"].pop("vocab_size") == 128
+    assert after["text_config"].pop("vocab_size") == 144
+    assert before == after
+    with torch.no_grad():
+        merged = model_class.from_pretrained(tmp_path / "merged").eval()(**batch).logits
+    assert relative_difference(merged, expected) < 1e-4
+
+
+def test_more_of_the_vocabularys_size_is_refused(tmp_path: Path) -> None:
+    model, _, _ = resized_model(DeepseekV4ForCausalLM, tmp_path)
+    with pytest.raises(SieveError, match=r"resized to 144, and model.layers.0.mlp.gate.tid2eid still has"):
+        merge_checkpoint(model, None, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def resized_model(model_class: Any, folder: Path) -> tuple[PeftModel, torch.Tensor, dict[str, torch.Tensor]]:
+    """An adapter on a model with another number of embeddings than its base in `folder / "base"`."""
+    base = tiny_model_of(model_class).eval()
+    base.save_pretrained(folder / "base")
+    base.name_or_path = str(folder / "base")
+    batch = inputs_for(base)
+    base.resize_token_embeddings(144, mean_resizing=False)
+    for end in (base.get_input_embeddings(), base.get_output_embeddings()):
+        torch.nn.init.normal_(end.weight, std=0.2)
+    mask = {layer.path: [0, 1] for layer in find_moe_layers(base)}
+    model = get_peft_model(base, SieveLoraConfig(r=4, selected_experts=mask)).eval()
+    randomize_adapters(model)
+    with torch.no_grad():
+        return model, model(**batch).logits, batch
 
 
 def test_the_tokenizer_beside_the_adapter_goes_into_the_merged_checkpoint(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Llama4ForConditionalGeneration
 from transformers.models.dots3_note.modeling_dots3_note import Dots3NoteForConditionalGeneration
@@ -116,6 +116,22 @@ def test_it_is_narrowed_back(qwen: Part, tmp_path: Path) -> None:
     export_lora(qwen.path, tmp_path / "lora")
     narrow_lora(tmp_path / "lora", tmp_path / "narrowed", qwen.model.peft_config["default"].selected_experts)
     qwen.assert_same(PeftModel.from_pretrained(copy.deepcopy(qwen.text), tmp_path / "narrowed"))
+
+
+def test_a_lora_of_the_larger_model_is_narrowed(qwen: Part, tmp_path: Path) -> None:
+    """The task's own class would be that of the text model; the mask tells."""
+    larger = copy.deepcopy(qwen.larger)
+    larger.name_or_path = str(qwen.base_path)
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=["o_proj"], target_parameters=stacks, task_type="CAUSAL_LM")
+    full = get_peft_model(larger, config).eval()
+    randomize_adapters(full)
+    full.save_pretrained(tmp_path / "full")
+    narrow_lora(
+        tmp_path / "full", tmp_path / "narrowed", {layer.path: range(8) for layer in find_moe_layers(qwen.larger)}
+    )
+    narrowed = PeftModel.from_pretrained(copy.deepcopy(qwen.larger), tmp_path / "narrowed")
+    assert relative_difference(qwen.logits(narrowed), qwen.logits(full)) < 1e-4
 
 
 def test_a_text_model_with_a_checkpoint_of_its_own(qwen: Part, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ from ...moe.topology import MoELayer
 from ...tuners.common.experts.layer import SieveExpertLayer
 from ..reading import OpenedAdapter, lora_factors
 from ..stack_layout import is_stack, is_transposed, matrix_in, parameter_of, parameters_of
+from ..vocabulary import are_tied, embedding_modules
 from .rows import row_numbers
 
 
@@ -42,8 +43,10 @@ def additions_of(opened: OpenedAdapter) -> Iterator[Addition]:
     Raises:
         SieveError: a weight is that of a convolution, or belongs to two places of the model.
     """
+    skeleton = opened.new_skeleton()
+    tied = embedding_modules(skeleton).keys() if are_tied(skeleton) else ()
     for path, layer in opened.other_layers():
-        _refuse_what_is_no_matrix_of_its_own(path, layer)
+        _refuse_what_is_no_matrix_of_its_own(path, layer, tied)
         parameter = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
         shape = tuple(layer.get_base_layer().get_parameter(parameter).shape)
         delta = partial(_lora_delta, layer, opened.name)
@@ -93,13 +96,13 @@ def _lora_delta(layer: LoraLayer, name: str) -> torch.Tensor:
     return delta.T if isinstance(layer, Embedding) or getattr(layer, "fan_in_fan_out", False) else delta
 
 
-def _refuse_what_is_no_matrix_of_its_own(path: str, layer: LoraLayer) -> None:
+def _refuse_what_is_no_matrix_of_its_own(path: str, layer: LoraLayer, tied: Container[str]) -> None:
     if isinstance(layer, Conv2d | _ConvNd):
         raise SieveError(
             f"The adapter is on the convolution {path}, and only linear layers and experts are merged into a "
             "checkpoint. Load the model, call merge_and_unload() and save it."
         )
-    if getattr(layer, "weight_is_shared", False):
+    if path in tied or getattr(layer, "weight_is_shared", False):
         raise SieveError(
             f"The adapter is on {path}, whose weight is also that of another module, and a checkpoint has one weight "
             "for both. Load the model, call merge_and_unload() and save it."

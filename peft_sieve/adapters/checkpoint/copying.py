@@ -36,20 +36,11 @@ def is_weights_or_adapter(name: str) -> bool:
     return name == ADAPTER_CONFIG_NAME or name.endswith((".safetensors", ".index.json", *OTHER_FORMATS))
 
 
-def copy_the_rest(files: BaseFiles, folder: Path, rows: tuple[int, int] | None) -> None:
-    """Copy all that a checkpoint has besides weights.
-
-    Args:
-        rows: number of embeddings before and after, if that changes.
-    """
+def copy_the_rest(files: BaseFiles, folder: Path) -> None:
+    """Copy all that a checkpoint has besides weights."""
     for path in _inside(files.folder):
         if not _matches(path, _LEFT) and not is_weights_or_adapter(path.name):
             _copy(files.folder, path, folder)
-    if rows is not None:
-        config = _with_vocabulary(files.config, *rows)
-        if config == files.config:  # it does not say how many there are
-            config = {**config, "vocab_size": rows[1]}
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def copy_index(files: BaseFiles, folder: Path, bytes_more: int) -> None:
@@ -105,9 +96,3 @@ def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
 def _copy(source: Path, path: Path, folder: Path) -> None:
     (folder / path).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / path, folder / path)
-
-
-def _with_vocabulary(config: dict[str, Any], before: int, after: int) -> dict[str, Any]:
-    """A configuration with another size of vocabulary, wherever in it that is."""
-    changed = {key: _with_vocabulary(v, before, after) if isinstance(v, dict) else v for key, v in config.items()}
-    return {**changed, "vocab_size": after} if config.get("vocab_size") == before else changed

@@ -93,6 +93,13 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         return json.loads(file.read(length)), 8 + length
 
 
+def read_tensor(path: Path, key: str) -> torch.Tensor:
+    """One tensor of a file."""
+    with safe_open(path, "pt") as file:
+        tensor: torch.Tensor = file.get_tensor(key)
+        return tensor
+
+
 def refuse_other_types(tensors: Mapping[str, TensorInFile]) -> None:
     """Refuse tensors of types that nothing can be added to, such as those of quantised weights."""
     for key, tensor in tensors.items():

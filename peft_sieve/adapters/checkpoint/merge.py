@@ -19,8 +19,9 @@ from .base_files import BaseFiles, base_files, refuse_quantised
 from .copying import copy_index, copy_the_rest, copy_tokenizer, is_weights_or_adapter
 from .edits import edits_of
 from .embeddings import replaced_embeddings
-from .in_place import Edit, copy_file, edit_file, refuse_other_types, tensors_in_file
+from .in_place import Edit, copy_file, edit_file, read_tensor, refuse_other_types, tensors_in_file
 from .keys import CheckpointKeys
+from .vocabulary_size import refuse_other_weights_of_that_size, write_vocabulary_size
 
 
 def merge_checkpoint(
@@ -35,19 +36,21 @@ def merge_checkpoint(
     The result has the base checkpoint's files, shards, names and types, and loads like it. No model is loaded: each
     file is copied, and the weights that change are changed where they lie in the copy, a matrix at a time, so that the
     memory needed is that of the adapter and of a matrix. Sums are made in float32 or wider and rounded once.
+    Embeddings that came with the adapter take the place of the checkpoint's, and a tokenizer beside a saved adapter
+    that of the base model.
 
     Args:
         adapter: a `PeftModel`, or the path or Hub id of a saved adapter.
         base_model: path or Hub id of the base model's checkpoint, in safetensors; None takes what the adapter names.
-        output_dir: folder to write; its files appear together or not at all.
+        output_dir: folder to write; its files appear together or not at all. It may not hold other weights.
         adapter_name: which adapter of the model; needed if it holds several sieve adapters.
 
     Returns:
         The folder.
 
     Raises:
-        SieveError: there is no such checkpoint, its weights are quantised, or it lacks one that the adapter changes;
-            nothing was written.
+        SieveError: there is no such checkpoint, its weights are quantised, it lacks one that the adapter changes, or
+            the adapter holds more than factors and embeddings; nothing was written.
     """
     opened = open_adapter(adapter, base_model, adapter_name, _refuse_what_cannot_be_merged)
     if isinstance(base_model, str | os.PathLike):
@@ -60,8 +63,13 @@ def merge_checkpoint(
     files = {path: tensors_in_file(base.folder / path) for path in base.weights}
     stored = {key: tensor for tensors in files.values() for key, tensor in tensors.items()}
     prefix = f"{opened.base.base_model_prefix}."
-    replaced = replaced_embeddings(opened, CheckpointKeys({key: t.shape for key, t in stored.items()}, prefix))
+    places = {key: base.folder / path for path, tensors in files.items() for key in tensors}
+    keys = CheckpointKeys({key: tensor.shape for key, tensor in stored.items()}, prefix)
+    replaced = replaced_embeddings(opened, keys, lambda key: read_tensor(places[key], key))
     resized = {key: stored[key].with_rows(len(w)) for key, w in replaced.items() if len(w) != stored[key].shape[0]}
+    rows = next((tensor.shape[0] for tensor in resized.values()), None)
+    if rows is not None:
+        refuse_other_weights_of_that_size(opened, rows)
     edits: dict[str, list[Edit]] = {key: [partial(_set, weight)] for key, weight in replaced.items()}
     shapes = {key: tensor.shape for key, tensor in {**stored, **resized}.items()}
     for key, additions in edits_of(opened, CheckpointKeys(shapes, prefix)).items():
@@ -69,8 +77,10 @@ def merge_checkpoint(
     refuse_other_types({key: stored[key] for key in edits})
     with replaced_when_done(output) as staging:
         folder = Path(staging)
-        copy_the_rest(base, folder, next(((stored[k].shape[0], t.shape[0]) for k, t in resized.items()), None))
+        copy_the_rest(base, folder)
         copy_tokenizer(adapter, folder)
+        if rows is not None:
+            write_vocabulary_size(base.config, opened, rows, folder)
         for path, tensors in files.items():
             copied = folder / path
             copied.parent.mkdir(parents=True, exist_ok=True)

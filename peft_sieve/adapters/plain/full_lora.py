@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +67,13 @@ class FullLora:
     absent: frozenset[Matrix] = frozenset()
 
 
-def open_full_lora(lora: Any, base_model: Any, check: Callable[[LoraConfig], None]) -> FullLora:
+def open_full_lora(lora: Any, base_model: Any, paths: Iterable[str], check: Callable[[LoraConfig], None]) -> FullLora:
     """Open an ordinary LoRA of a model, or a saved one; no base weights are read.
 
     Args:
         lora: a `PeftModel` with one LoRA, or the path or Hub id of a saved one.
         base_model, check: as for `open_adapter`.
+        paths: modules of the base model, by which its class is told from others that load the same checkpoint.
 
     Raises:
         SieveError: no LoRA can be read there.
@@ -88,7 +89,10 @@ def open_full_lora(lora: Any, base_model: Any, check: Callable[[LoraConfig], Non
     path = os.fspath(lora)
     config = _as_lora(saved_config(path), path)
     check(config)
-    make, base_name = skeleton_maker(base_model, config, [])
+    try:
+        make, base_name = skeleton_maker(base_model, config, list(paths))
+    except SieveError:  # the mask is compared with the model later, in words of its own
+        make, base_name = skeleton_maker(base_model, config, [])
     # An export for a text model has the names of the model around it, too.
     tensors = without_larger(saved_weights(path), larger_model(make(), base_name, make))
     make = with_vocabulary_of(make, tensors, KEY_PREFIX)

@@ -54,7 +54,8 @@ def narrow_lora(
 ) -> NarrowedLora:
     """Write an ordinary LoRA as a sparse adapter of some experts, which computes the same on those.
 
-    Factors outside the experts are taken over whole. Base weights are not read.
+    Factors outside the experts are taken over whole, and so are embeddings that came with the LoRA. Base weights are
+    not read.
 
     Args:
         lora: a `PeftModel` with a LoRA on its experts, or the path or Hub id of a saved one, stacked (PEFT's
@@ -73,7 +74,7 @@ def narrow_lora(
             written.
     """
     mask, calibration = _mask_of(experts, selection)
-    full = open_full_lora(lora, base_model, _refuse_what_is_whole)
+    full = open_full_lora(lora, base_model, mask, _refuse_what_is_whole)
     name = str(full.model.active_adapter)
     config = full.model.peft_config[name]
     assert isinstance(config, LoraConfig)
