@@ -134,7 +134,7 @@ def calibration_batches(
         samples = [samples[i] for i in choice(len(samples))]  # a row may give several
         tokens = tokenise([sample for sample in samples if not has_images(sample)], tokenizer, max_length)
         pictured = [sample for sample in samples if has_images(sample)]
-        made = image_batches(pictured, tokenizer, max_length, batch_size) if pictured else ()
+        made = image_batches(pictured, tokenizer, max_length, batch_size)
         ready = ModelBatches(source.name, made).take(len(pictured))
 
     kept = [sample for sample in tokens if sample.num_tokens > 0]

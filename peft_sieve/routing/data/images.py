@@ -13,12 +13,11 @@ from ...checks import one_line, out_of_memory, quoted
 from ...errors import SieveError
 from .chats import ChatRenderer
 from .conversations import Conversation
+from .tokenizer_settings import settings_restored
 
 IMAGE_COLUMNS = ("images", "image")
-MEDIA_COLUMNS = (*IMAGE_COLUMNS, "videos", "video", "audios", "audio")
 _PAYLOADS = ("image", "url", "path", "base64")  # where transformers looks for the image of a part
 _OTHER_PARTS = ("image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio")
-_ADVICE = "Pass model-ready batches, made by the model's processor."
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,8 @@ class Captioned:
     where: str
 
 
-def images_of(row: Mapping[str, Any], where: str) -> list[Any]:
-    """The images beside a row's text; an empty list if there are none.
-
-    Raises:
-        SieveError: there are videos or sounds.
-    """
-    for column in MEDIA_COLUMNS:
-        if column not in IMAGE_COLUMNS and _listed(row.get(column)):
-            raise SieveError(f"{where} has the column {column!r}, which calibration does not read. {_ADVICE}")
+def images_of(row: Mapping[str, Any]) -> list[Any]:
+    """The images beside a row's text; an empty list if there are none."""
     return [image for column in IMAGE_COLUMNS for image in _listed(row.get(column))]
 
 
@@ -57,7 +49,7 @@ def with_images(conversation: Conversation, images: list[Any]) -> Conversation:
     for part in (part for message in messages for part in _parts(message)):
         if part.get("type") in _OTHER_PARTS:
             unread = f"a part of the type {part['type']!r}, which calibration does not read"
-            raise SieveError(f"{conversation.where} has {unread}. {_ADVICE}")
+            raise SieveError(f"{conversation.where} has {unread}. Pass batches that the model's processor made.")
     if images and not wants_images(conversation):
         first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
         if first is not None and isinstance(messages[first].get("content"), str):
@@ -91,7 +83,7 @@ def has_images(sample: Any) -> TypeGuard[Captioned | Conversation]:
 
 def image_batches(
     samples: Sequence[Captioned | Conversation], tokenizer: Any, max_length: int, batch_size: int
-) -> Iterator[Mapping[str, Any]]:
+) -> list[Mapping[str, Any]]:
     """Batches for the model, `batch_size` samples each, in their order, padded on the right.
 
     Args:
@@ -103,33 +95,31 @@ def image_batches(
     Raises:
         SieveError: there is no processor, it failed, or the chat template does not show a turn.
     """
+    if not samples:
+        return []
     processor = _find_processor(tokenizer, samples[0].where)
     renderer = ChatRenderer(processor, tokenizer if processor is not tokenizer else processor.tokenizer)
-    for start in range(0, len(samples), batch_size):
-        chosen = samples[start : start + batch_size]
-        texts = [sample.text if isinstance(sample, Captioned) else renderer.text(sample) for sample in chosen]
-        images = [sample.images if isinstance(sample, Captioned) else _images_in(sample) for sample in chosen]
-        try:
-            # The template has put the special tokens.
-            yield processor(
-                text=texts,
-                images=images,
-                return_tensors="pt",
-                padding=True,
-                padding_side="right",
-                truncation=True,
-                max_length=max_length,
-                add_special_tokens=False,
-            )
-        except Exception as error:
-            if out_of_memory(error):
-                raise
-            raise SieveError(
-                f"The processor {type(processor).__name__} failed on {chosen[0].where} to {chosen[-1].where}. "
-                f"{type(error).__name__}: {one_line(error)}. If a sample was cut within an image, raise max_length "
-                f"(calib_max_length), which is {max_length}."
-            ) from error
+    options = {"padding": True, "padding_side": "right", "truncation": True, "max_length": max_length}
+    batches = []
+    with settings_restored(processor.tokenizer):
+        for start in range(0, len(samples), batch_size):
+            chosen = samples[start : start + batch_size]
+            texts = [sample.text if isinstance(sample, Captioned) else renderer.text(sample) for sample in chosen]
+            images = [sample.images if isinstance(sample, Captioned) else _images_in(sample) for sample in chosen]
+            try:
+                # The template has put the special tokens.
+                made = processor(text=texts, images=images, return_tensors="pt", add_special_tokens=False, **options)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                raise SieveError(
+                    f"The processor {type(processor).__name__} failed on {chosen[0].where} to {chosen[-1].where}. "
+                    f"{type(error).__name__}: {one_line(error)}. If a sample was cut within an image, raise max_length "
+                    f"(calib_max_length), which is {max_length}."
+                ) from error
+            batches.append(made)
     renderer.warn()
+    return batches
 
 
 def _find_processor(tokenizer: Any, where: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from ...checks import must_be, one_line, quoted, shown
 from ...errors import SieveError
 from .conversations import MESSAGES, Conversation, conversation, is_message, read_tools, tool_names
-from .images import MEDIA_COLUMNS, Captioned, images_of, wants_images, with_images
+from .images import IMAGE_COLUMNS, Captioned, images_of, wants_images, with_images
 
 ROW_FORMS = "`text`, `messages`, `prompt` + `completion`, `chosen` + `rejected`, `input_ids` or `conversations`"
 # What the chat template takes beside the messages.
@@ -35,7 +35,7 @@ ROW_COLUMNS = (
     "question",
     "query",
     *_TEMPLATE_COLUMNS,
-    *MEDIA_COLUMNS,
+    *IMAGE_COLUMNS,
 )
 # What a processor made of images or sound, and a row of token ids would lose.
 _PROCESSED = ("pixel_values", "input_features", "input_values")
@@ -86,7 +86,7 @@ def read_row(row: Any, where: str, formatting_func: RowFormatter | None = None) 
         return [row]
     if not isinstance(row, Mapping):
         raise must_be(where, f"a str or a dict with {ROW_FORMS}", row)
-    images = images_of(row, where)
+    images = images_of(row)
     samples = _read_columns(row, where)
     if any(isinstance(sample, TokenIds) for sample in samples):
         _check_nothing_processed(row, where)
@@ -147,13 +147,13 @@ def _format_row(row: Any, where: str, formatting_func: RowFormatter) -> list[Sam
         if all(is_message(item) for item in made):
             given = row if isinstance(row, Mapping) else {}
             chat = conversation(made, "messages", {name: given.get(name) for name in _TEMPLATE_COLUMNS}, where)
-            return [with_images(chat, images_of(given, where) if wants_images(chat) else [])]
+            return [with_images(chat, images_of(given) if wants_images(chat) else [])]
     kind = f"a str, a list of str or {MESSAGES}"
     raise SieveError(f"calib_formatting_func must return {kind}, got {shown(made)} for {where}.")
 
 
 def _chat(value: Any, column: str, row: Mapping[str, Any], where: str) -> Conversation:
-    return with_images(conversation(value, column, row, where), images_of(row, where))
+    return with_images(conversation(value, column, row, where), images_of(row))
 
 
 def _read_answer(row: Mapping[str, Any], column: str, where: str) -> Sample:
@@ -213,7 +213,7 @@ def _read_token_ids(row: Mapping[str, Any], where: str) -> TokenIds:
 
 def _check_nothing_processed(row: Mapping[str, Any], where: str) -> None:
     for column in row:
-        lost = column in MEDIA_COLUMNS or (isinstance(column, str) and column.startswith(_PROCESSED))
+        lost = column in IMAGE_COLUMNS or (isinstance(column, str) and column.startswith(_PROCESSED))
         if lost and row[column] is not None:
             raise SieveError(
                 f"{where} has `input_ids` and {column!r}, which a row of token ids would lose. Pass model-ready "

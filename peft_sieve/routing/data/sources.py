@@ -6,6 +6,7 @@ A source gives the rows that calibration uses and no more: which ones is decided
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,15 +29,21 @@ ACCEPTED = (
 STREAM_BUFFER = 1_000  # rows of a stream among which the samples are drawn, at least
 
 _NOTHING = object()
+_UNREAD = ("video", "videos", "audio", "audios")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The chosen rows, each with its position in the data."""
+    """The chosen rows, each with its position in the data.
+
+    Attributes:
+        columns: of the data, if they have more than the rows.
+    """
 
     name: str
     positions: Sequence[int]
     rows: Sequence[Any]
+    columns: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,20 @@ def read_source(data: Any, choice: Choice) -> Rows | ModelBatches:
     source = _read_named(os.fsdecode(data), choice) if named else _read_object(data, None, choice)
     if isinstance(source, Rows) and not source.rows:
         raise SieveError(f"The calibration data set {source.name!r} is empty. Pass at least one row.")
+    if isinstance(source, Rows) and not choice.all_columns:
+        _warn_of_unread(source)
     return source
+
+
+def _warn_of_unread(source: Rows) -> None:
+    columns = source.columns or (list(source.rows[0]) if isinstance(source.rows[0], Mapping) else [])
+    unread = [column for column in columns if column in _UNREAD]
+    if unread:
+        warnings.warn(
+            f"The calibration data {source.name!r} have the columns {quoted(unread)}, which are left out: rows are "
+            "read with text and images only. For others, pass batches that the model's processor made.",
+            UserWarning,
+        )
 
 
 @contextmanager
@@ -168,7 +188,7 @@ def _read_dataset(data: Any, name: str | None, choice: Choice) -> Rows:
             chosen = chosen.select_columns([column for column in columns if is_read(column)])
     name = name or _dataset_name(data)
     with reading(name):
-        return Rows(name, positions, list(chosen))
+        return Rows(name, positions, list(chosen), data.column_names)
 
 
 def _dataset_name(data: Any) -> str:

@@ -1,7 +1,6 @@
 """Samples of calibration data -> token ids, as the tokenizer or its chat template gives them."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,12 +10,12 @@ from ...errors import SieveError
 from .chats import ChatRenderer
 from .conversations import Conversation
 from .rows import Sample, TokenIds
+from .tokenizer_settings import settings_restored
 
 _TEXTS_PER_CALL = 64  # a fast tokenizer holds offsets and strings of a whole call: bounded for book-length rows
 # A book is not tokenised for its first page. Where a text is cut changes the tokens next to the cut, hence the spare.
 _CHARACTERS_PER_TOKEN = 16
 _SPARE_TOKENS = 256
-_TOO_LONG_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
 
 
 def tokenise(samples: Sequence[Sample], tokenizer: Any, max_length: int) -> list[TokenIds]:
@@ -45,7 +44,7 @@ def tokenise(samples: Sequence[Sample], tokenizer: Any, max_length: int) -> list
                 "calib_tokenizer= to SieveLoraConfig."
             )
         _check_vocabulary(text_tokenizer)
-        with _settings_restored(text_tokenizer):
+        with settings_restored(text_tokenizer):
             texts = [str(samples[i]) for i in text_at]
             for i, ids in zip(text_at, _tokenise_texts(texts, text_tokenizer, max_length), strict=True):
                 tokens[i] = TokenIds(ids)
@@ -105,24 +104,3 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
         problem = f"{type(error).__name__}: {one_line(error)}"
         name = type(tokenizer).__name__
         raise SieveError(f"The tokenizer {name} failed on the calibration text. {problem}.") from error
-
-
-@contextmanager
-def _settings_restored(tokenizer: Any) -> Iterator[None]:
-    """Leaves the tokenizer as it was: a call switches off truncation and padding that its file asked for."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
-    warned = getattr(tokenizer, "deprecation_warnings", None)
-    before = dict(warned) if warned is not None else {}
-    if warned is not None:
-        warned[_TOO_LONG_WARNING] = True  # samples are cut after tokenising: the warning would mislead
-    try:
-        yield
-    finally:
-        if truncation is not None:
-            backend.enable_truncation(**truncation)
-        if padding is not None:
-            backend.enable_padding(**padding)
-        if warned is not None:
-            warned.clear()
-            warned.update(before)

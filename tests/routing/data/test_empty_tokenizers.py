@@ -42,6 +42,19 @@ def test_the_base_models_folder(tmp_path, tokenizer):
     assert profile_routing(model, ["two words"]).num_tokens == len(encoded(tokenizer, "two words")[0])
 
 
+@pytest.mark.parametrize("broken", ["{", "{}", "[]"])
+def test_a_broken_file_of_the_tokenizer_is_needed_for_text_only(broken, tmp_path):
+    model = tiny_model("olmoe")
+    model.name_or_path = str(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(broken)
+    with pytest.raises(SieveError, match="there is no tokenizer"):
+        profile_routing(model, ["two words"])
+    with pytest.raises(SieveError, match=re.escape(f"the tokenizer '{tmp_path}' cannot be loaded")):
+        profile_routing(model, ["two words"], tokenizer=str(tmp_path))
+    assert profile_routing(model, [{"input_ids": [3, 4]}]).num_tokens == 2
+
+
 def test_tokenizers_of_bytes_and_of_added_words_are_not_empty(tmp_path):
     CONFIG_MAPPING["qwen3_moe"]().save_pretrained(tmp_path)
     words = AutoTokenizer.from_pretrained(tmp_path)

@@ -14,8 +14,9 @@ from peft_sieve import profile_routing
 from peft_sieve.errors import SieveError
 from peft_sieve.routing.data.batches import calibration_batches
 from tests.architectures.recount import recounted
+from tests.models import TINY_OLMOE
 from tests.routing.data.pictures import PLACEHOLDER, aria_model, picture, qwen_model, qwen_processor
-from tests.routing.data.samples import CHAT, assert_refused, rows_of
+from tests.routing.data.samples import CHAT, assert_refused, assert_same, rows_of
 
 TURN = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
 ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]}
@@ -166,8 +167,6 @@ def test_the_processor_comes_from_the_model(tmp_path):
         ),
         ({"messages": [TURN], "images": [picture(0), picture(1)]}, "has 2 images in its columns"),
         ({"messages": CHAT[1:], "images": [picture(0)]}, "has 1 images in its columns 'images', 'image', but 0 parts"),
-        ({"messages": CHAT, "videos": ["a.mp4"]}, "has the column 'videos', which calibration does not read."),
-        ({"text": "hi", "audio": {"array": [0.0]}}, "has the column 'audio', which calibration does not read."),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "has a part of the type 'image_url', which calibration does not read.",
@@ -188,6 +187,35 @@ def test_the_processor_comes_from_the_model(tmp_path):
 )
 def test_what_is_refused(row, text, processor):
     assert_refused([row], text, processor)
+
+
+def test_sound_and_videos_are_left_out_with_a_word(processor):
+    rows = [{"messages": CHAT, "videos": ["a.mp4"]}, {"messages": CHAT, "videos": ["b.mp4"]}]
+    for data in (rows, datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows).to_iterable_dataset()):
+        with pytest.warns(UserWarning, match="have the columns 'videos', which are left out") as caught:
+            made = calibration_batches(data, tokenizer=processor)
+        assert len(caught) == 1
+        assert_same(made, calibration_batches([{"messages": CHAT}] * 2, tokenizer=processor))
+    broken = {"bytes": b"no sound", "path": None}
+    heard = datasets.Dataset.from_list([{"text": "one", "audio": broken}]).cast_column("audio", datasets.Audio())
+    with pytest.warns(UserWarning, match="'audio'"):  # not decoded
+        assert calibration_batches(heard, tokenizer=processor).num_samples == 1
+
+
+def test_the_processor_is_left_as_it_was(processor):
+    before = processor.tokenizer.backend_tokenizer.to_str()
+    calibration_batches(chats(), tokenizer=processor)
+    assert processor.tokenizer.backend_tokenizer.to_str() == before
+    assert processor.tokenizer.padding_side == AutoTokenizer.from_pretrained(TINY_OLMOE).padding_side
+
+
+def test_what_the_template_leaves_out_is_said_of_images_too(processor, monkeypatch):
+    template = processor.chat_template.replace(
+        "{% for message in messages %}", "{% for message in messages if message['role'] != 'system' %}"
+    )
+    monkeypatch.setattr(processor, "chat_template", template)
+    with pytest.warns(UserWarning, match="does not show `content` of turn 0 of row 0 .* nor 2 other parts"):
+        calibration_batches([{**row, "system": "Be brief."} for row in chats()], tokenizer=processor, batch_size=2)
 
 
 def test_an_image_is_not_cut(processor):
