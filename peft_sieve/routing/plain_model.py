@@ -37,8 +37,12 @@ def _keeping_their_layout(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and adapters; modes, adapters and random states come back."""
+    """Evaluation mode without gradients and adapters; modes, adapters and random states come back.
+
+    So does what models of images keep of their last prompt, for the tokens that they would generate next.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    prompts = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
     adapters = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)]
     if any(module.merged for module, _ in adapters):
         raise SieveError("The model has a merged adapter. Call unmerge_adapter() first.")
@@ -57,5 +61,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         for module, training in modes:
             module.training = training
+        for module, deltas in prompts:
+            module.rope_deltas = deltas
         for adapter, disabled in adapters:
             adapter._disable_adapters = disabled
