@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import SieveError
 from ..moe.families.family import MoEFamily
 from .encoder_decoder import decoder_mask
+from .masks import token_mask
 from .sample_averages import SampleAverages
 
 _PROFILING_ADVICE = "profile with batch_size=1 (calib_batch_size)"
@@ -93,14 +94,6 @@ def watching(layers: Iterable[Watched]) -> Iterator[None]:
         yield
 
 
-def token_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Which tokens of a batch are no padding, flattened; None where the mask does not say.
-
-    A mask per query, as for packed samples, says nothing of padding.
-    """
-    return mask.reshape(-1).bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-
-
 def see_mask(
     counters: Mapping[str, DispatchCounter], in_decoder: Collection[str], batch: Mapping[str, Any], given: bool
 ) -> None:
@@ -110,9 +103,13 @@ def see_mask(
         counters: by the path of their layer.
         in_decoder: paths of the layers that read what a decoder reads.
         batch: the call's keyword arguments.
-        given: a batch without a mask has no padding; otherwise it says nothing.
+        given: by the user: then a batch without a mask has no padding. What the model itself hands on says something
+            only as long as it has not been turned into a mask for each query.
     """
-    masks = token_mask(batch.get("attention_mask")), token_mask(decoder_mask(batch))
+    masks = [
+        token_mask(mask, batch) if given or (isinstance(mask, torch.Tensor) and mask.dim() == 2) else None
+        for mask in (batch.get("attention_mask"), decoder_mask(batch))
+    ]
     for path, counter in counters.items():
         mask = masks[path in in_decoder]
         if mask is not None or given:

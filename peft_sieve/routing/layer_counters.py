@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ..moe.topology import MoELayer
-from .counting import DispatchCounter, token_mask, watching
+from .counting import DispatchCounter, watching
 from .data.batches import CalibrationData
 from .encoder_decoder import decoder_layers
+from .masks import token_mask
 from .profile import RoutingProfile
 from .sample_averages import SampleAverages
 
@@ -50,8 +51,9 @@ class RoutingCounters:
             batch: with `input_ids`, one sample per row.
             decoder_mask: as `attention_mask`, of the decoder of an encoder-decoder; None if all its tokens are real.
         """
+        masks = [_padded(token_mask(mask, batch)) for mask in (batch.get("attention_mask"), decoder_mask)]
         for path, counter in self.counters.items():
-            counter.real = _real_tokens(decoder_mask if path in self._in_decoder else batch.get("attention_mask"))
+            counter.real = masks[path in self._in_decoder]
             self.averages[path].num_rows = len(batch["input_ids"])
 
     def end_batch(self) -> None:
@@ -83,7 +85,6 @@ class RoutingCounters:
         )
 
 
-def _real_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """As `token_mask`, and None, too, if all tokens are real: here nobody minds waiting for the device."""
-    real = token_mask(mask)
+def _padded(real: torch.Tensor | None) -> torch.Tensor | None:
+    """Which tokens are real; None, too, if all are: here nobody minds waiting for the device."""
     return None if real is None or bool(real.all()) else real

@@ -45,7 +45,7 @@ def backbone_forward(model: nn.Module) -> Callable[[dict[str, Any]], None]:
     def forward(batch: dict[str, Any]) -> None:
         mask = batch.get("attention_mask")
         positions_wanted = counts_padding and "position_ids" not in batch
-        if positions_wanted and mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all()):
+        if positions_wanted and isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
             # Left padding: a token's position is its place among the real ones, as `generate` has it.
             batch["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         if takes_any or "use_cache" in parameters:
@@ -88,5 +88,11 @@ def check_vocabulary(model: nn.Module, batch: dict[str, Any]) -> None:
 
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors there."""
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    """A batch with its tensors there, also those of masks for kinds of layers."""
+    return {k: _to(v, device) for k, v in batch.items()}
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return on_device(value, device)
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -7,16 +7,20 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from ...checks import must_be, one_line, quoted, shown
 from ...errors import SieveError
+from .packed import samples_of
 
 ROW_FORMS = "`text`, `messages`, `prompt` + `completion`, `chosen` + `rejected`, `input_ids` or `conversations`"
 # Every column that a row's form may read.
 ROW_COLUMNS = (
     "input_ids",
     "attention_mask",
+    "position_ids",
+    "seq_lengths",
     "messages",
     "prompt",
     "completion",
@@ -85,7 +89,7 @@ def read_row(row: Any, where: str, formatting_func: RowFormatter | None = None) 
     if not isinstance(row, Mapping):
         raise must_be(where, f"a str or a dict with {ROW_FORMS}", row)
     if row.get("input_ids") is not None:
-        return [_read_token_ids(row, where)]
+        return _read_token_ids(row, where)
     if row.get("messages") is not None:
         return [_conversation(row["messages"], "messages", row, where)]
     if row.get("prompt") is not None and row.get("completion") is not None:
@@ -147,21 +151,42 @@ def _read_answer(row: Mapping[str, Any], column: str, where: str) -> Sample:
     raise SieveError(f"`{names}` of {where} must be two str or two lists of messages, got {given}.")
 
 
-def _read_token_ids(row: Mapping[str, Any], where: str) -> TokenIds:
+def _read_token_ids(row: Mapping[str, Any], where: str) -> list[Sample]:
+    """The samples of a row, of which a packed one has several."""
     ids = _expect_ints(row["input_ids"], "input_ids", where)
     if ids and min(ids) < 0:
         raise must_be(f"`input_ids` of {where}", "at least 0", min(ids))
-    if row.get("attention_mask") is None:
-        return TokenIds(ids)
-    mask = [int(used != 0) for used in _expect_ints(row["attention_mask"], "attention_mask", where)]
+    mask = [1] * len(ids)
+    if row.get("attention_mask") is not None:
+        mask = _expect_ints(row["attention_mask"], "attention_mask", where)
     if len(mask) != len(ids):
         lengths = f"{len(mask)} and `input_ids` the length {len(ids)}"
         raise SieveError(f"`attention_mask` of {where} has the length {lengths}. They must be the same.")
-    if 1 not in mask:
-        return TokenIds([])
     # Padding at either end goes, so that cutting to max_length keeps tokens and batches carry no foreign padding.
-    start, stop = mask.index(1), len(mask) - mask[::-1].index(1)
-    return TokenIds(ids[start:stop], mask[start:stop])
+    samples = samples_of(mask, _positions(row, ids), _ends(row, ids, where))
+    used = None if row.get("attention_mask") is None else [int(value != 0) for value in mask]
+    return [TokenIds(ids[tokens], used and used[tokens]) for tokens in samples] or [TokenIds([])]
+
+
+def _positions(row: Mapping[str, Any], ids: list[int]) -> list[int] | None:
+    """The positions of tokens, if each has one: those in images have several."""
+    positions: Any = row.get("position_ids")
+    positions = positions.tolist() if hasattr(positions, "tolist") else positions
+    fits = isinstance(positions, list | tuple) and len(positions) == len(ids)
+    return list(positions) if fits and all(isinstance(position, int) for position in positions) else None
+
+
+def _ends(row: Mapping[str, Any], ids: list[int], where: str) -> list[int]:
+    """Where samples end, as TRL notes it when it packs them."""
+    if row.get("seq_lengths") is None:
+        return []
+    lengths = _expect_ints(row["seq_lengths"], "seq_lengths", where)
+    if sum(lengths) != len(ids) or min(lengths, default=0) < 0:
+        raise SieveError(
+            f"`seq_lengths` of {where} is {shown(lengths)} and `input_ids` has the length {len(ids)}. Pass lengths "
+            "whose sum that is."
+        )
+    return list(accumulate(lengths))
 
 
 def _conversation(value: Any, column: str, row: Mapping[str, Any], where: str) -> Conversation:
