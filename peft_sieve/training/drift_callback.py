@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..checks import whole
 from ..errors import SieveError
+from ..moe.wrappers import is_compiled
 from ..routing.counting import DispatchCounter
 from ..routing.distributed import summed
 from ..routing.drift import routing_drift
@@ -161,4 +162,9 @@ def _trained_adapter(trainer: Trainer, layers: list[SieveExpertLayer]) -> str:
             "layers, not one. Train a SieveLoraConfig, or leave RoutingDriftCallback out."
         )
     check_hooks_see(trainer.args, "RoutingDriftCallback")
+    if is_compiled(trainer.model):  # type: ignore[arg-type]
+        raise SieveError(
+            "RoutingDriftCallback does not support a compiled model: compiled code passes by the hooks that count the "
+            "routing. Leave it out, or train without torch.compile."
+        )
     return active[0]

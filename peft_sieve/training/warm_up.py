@@ -137,7 +137,8 @@ def _trained(
     order = torch.randperm(len(calibration.batches), generator=torch.Generator().manual_seed(seed)).tolist()
     losses = []
     bar = tqdm(total=calibration.num_tokens, desc="Warming up", unit="tok", unit_scale=True, disable=_hidden(progress))
-    with bar:
+    # Compiled code passes by hooks that are newer than itself.
+    with bar, torch.compiler.set_stance("force_eager"):
         for index in order:
             batch = _with_labels(calibration.batches[index])
             counted.expect(batch, decoder_mask(batch))

@@ -15,14 +15,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ...errors import SieveError
+from ...moe.wrappers import plain_name
 
 _PREFIX = "base_model.model."
 _ADVICE = "Load them under the configuration and the base model that they were saved with."
 
 
 def in_base_model(key: str) -> str:
-    """The key of an adapter's tensor without what PEFT's wrappers put before it."""
-    return key.removeprefix(_PREFIX)
+    """The key of an adapter's tensor without what wrappers put before and into it."""
+    return plain_name(key.removeprefix(_PREFIX))
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:

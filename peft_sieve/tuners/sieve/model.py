@@ -92,7 +92,7 @@ class SieveLoraModel(MethodTuner, LoraModel):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", UNMATCHED_IN_PEFT)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        warn_of_unmatched_patterns(self.peft_config[adapter_name], _names_in_patterns(model, adapter_name))
+        warn_of_unmatched_patterns(self.peft_config[adapter_name], _names_in_patterns(self.model, adapter_name))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
