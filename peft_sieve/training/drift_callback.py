@@ -23,7 +23,7 @@ from ..tuners.common.traffic import Traffic
 from .trainers import check_hooks_see, check_same_trainer, check_trainer, wrap_method
 
 _NAME = "drift"
-_ADVICE = "train with per_device_train_batch_size=1, or leave RoutingDriftCallback out"
+_ADVICE = "Train with per_device_train_batch_size=1, or leave RoutingDriftCallback out"
 # What the Trainer's own entry of a training log has, and those of evaluations and of the end do not.
 _TRAINING_ENTRY = "loss"
 # What is counted instead of averages over samples, which a packed batch does not tell apart.

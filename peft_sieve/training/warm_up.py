@@ -35,7 +35,7 @@ from ..routing.profile import RoutingProfile
 from ..routing.profiling import check_reached
 from ..tuners.sieve.config import SieveLoraConfig
 
-_ADVICE = "warm up with batch_size=1"
+_ADVICE = "Warm up with batch_size=1"
 
 
 def warm_up_profile(
@@ -141,12 +141,10 @@ def _trained(
     with bar, torch.compiler.set_stance("force_eager"):
         for index in order:
             batch = _with_labels(calibration.batches[index])
-            counted.expect(batch, decoder_mask(batch))
             # Not in the backward, where checkpointing computes again.
-            with counted.watching(model):
+            with counted.watching(model), counted.batch(batch, decoder_mask(batch)):
                 check_vocabulary(model, batch)
                 loss = peft_model(**on_device(batch, device)).loss
-            counted.end_batch()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..masks import token_mask
 
 _ALL = slice(None)
 
@@ -40,6 +43,19 @@ def _cut(key: str, value: Any, shape: tuple[int, ...], rows: slice, tokens: slic
     if len(value) != shape[0]:
         return NotImplemented
     return value[rows, tokens] if _by_token(key, value, shape) else value[rows]
+
+
+def rows_alone(batch: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The rows of a batch, one by one and without the padding around them; None as for `cut`."""
+    ids = batch["input_ids"]
+    real = token_mask(batch.get("attention_mask"), batch)
+    rows = []
+    for row, used in enumerate(torch.ones_like(ids) if real is None else real.view_as(ids)):
+        places = used.nonzero().flatten().tolist()
+        if places:
+            rows.append(cut(batch, slice(row, row + 1), slice(places[0], places[-1] + 1)))
+    known = [row for row in rows if row is not None]
+    return known if len(known) == len(rows) else None
 
 
 def has_only_tokens(batch: Mapping[str, Any]) -> bool:
