@@ -7,8 +7,10 @@ it. What is saved under such a name belongs to no model without the wrapper.
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import SieveError
@@ -25,7 +27,9 @@ def plain_name(name: str) -> str:
 
 def inside(module: nn.Module) -> nn.Module:
     """What is inside of wrappers; a module that is not one is itself."""
-    while (inner := module._modules.get(_COMPILED) or module._modules.get(_CHECKPOINTED)) is not None:
+    while (name := next((word for word in (_COMPILED, _CHECKPOINTED) if word in module._modules), None)) is not None:
+        inner = module._modules[name]
+        assert inner is not None
         module = inner
     return module
 
@@ -51,6 +55,11 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 def is_compiled(model: nn.Module) -> bool:
     """Whether the model or a module in it runs compiled."""
     return any(_COMPILED in m._modules or m._compiled_call_impl is not None for m in model.modules())
+
+
+def uncompiled(model: nn.Module) -> AbstractContextManager[None]:
+    """In the block nothing of a model runs compiled: compiled code passes by hooks that are newer than itself."""
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -93,6 +93,6 @@ def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, dict):
+    if type(value) is dict:
         return on_device(value, device)
     return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checks import must_be
 from ..errors import SieveError
-from ..moe.wrappers import inside
+from ..moe.wrappers import inside, uncompiled
 
 
 def check_model(model: Any) -> None:
@@ -44,8 +44,7 @@ def _keeping_their_layout(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, adapters and compiled code, which passes by hooks that are newer than itself;
-    modes, adapters and random states come back.
+    """Evaluation mode without gradients, adapters and compiled code; modes, adapters and random states come back.
 
     So does what models of images keep of their last prompt, for the tokens that they would generate next.
     """
@@ -57,7 +56,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     python_state = random.getstate()
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), uncompiled(model):
             model.eval()
             for module in _keeping_their_layout(model):
                 module.training = True

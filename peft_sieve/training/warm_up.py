@@ -21,6 +21,7 @@ from ..checks import share
 from ..errors import SieveError
 from ..hf.injection import Snapshot
 from ..moe.topology import find_moe_layers
+from ..moe.wrappers import uncompiled
 from ..routing.data.batches import CalibrationData, calibration_batches, tokens_in
 from ..routing.data.ready_batches import ModelBatches, is_model_batch
 from ..routing.data.rows import read_row
@@ -137,8 +138,7 @@ def _trained(
     order = torch.randperm(len(calibration.batches), generator=torch.Generator().manual_seed(seed)).tolist()
     losses = []
     bar = tqdm(total=calibration.num_tokens, desc="Warming up", unit="tok", unit_scale=True, disable=_hidden(progress))
-    # Compiled code passes by hooks that are newer than itself.
-    with bar, torch.compiler.set_stance("force_eager"):
+    with bar, uncompiled(model):
         for index in order:
             batch = _with_labels(calibration.batches[index])
             # Not in the backward, where checkpointing computes again.

@@ -116,6 +116,7 @@ def test_compiled_code_computes_the_same_and_hides_nothing_from_a_profile() -> N
         graphs.append(graph)
         return graph
 
+    torch.compiler.reset()  # of what other tests compiled there is only so much room
     base = tiny_model("olmoe")
     base.model.norm = torch.compile(base.model.norm, backend=backend)
     model = trained(base, SieveLoraConfig(r=4, selected_experts=MASK))

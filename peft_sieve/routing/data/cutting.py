@@ -24,7 +24,7 @@ def cut(batch: Mapping[str, Any], rows: slice, tokens: slice = _ALL) -> dict[str
 
 
 def _cut(key: str, value: Any, shape: tuple[int, ...], rows: slice, tokens: slice) -> Any:
-    if isinstance(value, Mapping):  # masks for kinds of layers
+    if type(value) is dict:  # masks for kinds of layers
         parts = {kind: _cut(key, item, shape, rows, tokens) for kind, item in value.items()}
         return NotImplemented if any(part is NotImplemented for part in parts.values()) else parts
     if not isinstance(value, Tensor):

@@ -63,7 +63,7 @@ def used_ids(batch: Mapping[str, Any]) -> list[list[int]]:
 
 def _as_inputs(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A batch of its own for the CPU; tensors that are there already are shared, never written to."""
-    batch = _on_cpu(item)
+    batch = {key: _on_cpu(value) for key, value in item.items()}
     if batch["input_ids"].is_floating_point():
         raise must_be(f"`input_ids` of {where}", "integers", batch["input_ids"].dtype)
     input_ids = batch["input_ids"] = batch["input_ids"].to(torch.int64)
@@ -88,7 +88,7 @@ def _as_inputs(item: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _on_cpu(value: Any) -> Any:
-    """A mapping with its tensors there, also those of mappings in it."""
-    if isinstance(value, Mapping):
+    """A tensor there, also those of masks for kinds of layers."""
+    if type(value) is dict:
         return {key: _on_cpu(item) for key, item in value.items()}
     return torch.as_tensor(value).detach().cpu() if isinstance(value, Tensor | np.ndarray) else value

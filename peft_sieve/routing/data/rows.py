@@ -178,9 +178,11 @@ def _positions(row: Mapping[str, Any], ids: list[int]) -> list[int] | None:
 
 def _ends(row: Mapping[str, Any], ids: list[int], where: str) -> list[int]:
     """Where samples end, as TRL notes it when it packs them."""
-    if row.get("seq_lengths") is None:
+    given: Any = row.get("seq_lengths")
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(given, list | tuple):
         return []
-    lengths = _expect_ints(row["seq_lengths"], "seq_lengths", where)
+    lengths = _expect_ints(given, "seq_lengths", where)
     if sum(lengths) != len(ids) or min(lengths, default=0) < 0:
         raise SieveError(
             f"`seq_lengths` of {where} is {shown(lengths)} and `input_ids` has the length {len(ids)}. Pass lengths "

@@ -46,10 +46,10 @@ class MethodTuner(BaseTuner):
         refuse_wrapped(model)
         with injecting(model, self, adapter_name):
             # Without words of wrappers in the names that a mask and saved weights go by.
-            self.model = model = compiled_in_place(model)
-            config = self.peft_config[adapter_name]
-            if config.base_model_name_or_path is None:  # PEFT looks for it at the wrapper
-                config.base_model_name_or_path = vars(model).get("name_or_path") or None
+            self.model = plain = compiled_in_place(model)
+            if plain is not model:  # at which PEFT has looked for the name of the base model
+                self.peft_config[adapter_name].base_model_name_or_path = vars(plain).get("name_or_path") or None
+                model = plain
             check_adapter_names(model, self.peft_config)
             # PEFT's own layers, too, draw values that the saved ones replace.
             with no_init_weights() if values_follow() else nullcontext():
@@ -76,7 +76,7 @@ class MethodTuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         # Wrapped since the injection: PEFT would find nothing, or save names that no other model has.
-        names = {plain_name(name): name for name in _names(model)}
+        names = {plain_name(name): name for name in _names(model) if plain_name(name) != name}
         given = {names.get(plain_name(key), key): value for key, value in state_dict.items()}
         found = super()._get_adapter_state_dict(model, config, adapter_name, given, unwanted_adapter_names)
         return {plain_name(key): value for key, value in found.items()}
@@ -90,6 +90,8 @@ class MethodTuner(BaseTuner):
             check_state_dict(model, adapter_name, given, cls.prefix)
             plain = {plain_name(key): value for key, value in state_dict.items()}
             mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain)
+        if all(plain_name(name) == name for name in _names(model)):
+            return mapped
         own = {cls._remove_adapter_name_from_key(plain_name(key), adapter_name): key for key in model.state_dict()}
         return {own.get(key, key): value for key, value in mapped.items()}
 

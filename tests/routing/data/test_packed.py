@@ -178,10 +178,12 @@ def test_images_keep_a_batch_together_unless_its_samples_would_mix() -> None:
     assert made["position_ids"].shape == batch["position_ids"].shape
 
 
-@pytest.mark.parametrize("lengths", [[3, 3], [6, -1], "ab"])
+@pytest.mark.parametrize("lengths", [[3, 3], [6, -1], ["a"]])
 def test_lengths_that_do_not_fit(lengths: Any) -> None:
+    row = {"input_ids": [5, 6, 7, 8, 9]}
     with pytest.raises(SieveError, match="`seq_lengths` of row 0"):
-        calibration_batches([{"input_ids": [5, 6, 7, 8, 9], "seq_lengths": lengths}])
+        calibration_batches([{**row, "seq_lengths": lengths}])
+    assert calibration_batches([{**row, "seq_lengths": 5}]).num_samples == 1  # a number of another kind
 
 
 def test_a_warm_up_counts_samples() -> None:
