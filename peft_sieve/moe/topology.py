@@ -14,6 +14,7 @@ from .families.registry import family_of
 from .linear import is_linear, is_state_space
 from .storage import refuse_packed
 from .unadaptable import why_not
+from .wrappers import inside
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """`named_modules` as the model has them without adapters: an adapter layer is replaced by what it wraps."""
+    """`named_modules` as the model has them without adapters and wrappers: they are replaced by what they wrap."""
     modules: dict[str, nn.Module] = {}
 
     def visit(path: str, module: nn.Module) -> None:
@@ -127,7 +128,8 @@ def read_weights(model: nn.Module, layers: list[MoELayer]) -> list[str]:
 
 
 def _unadapted(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    module = inside(module)
+    return inside(module.get_base_layer()) if isinstance(module, BaseTunerLayer) else module
 
 
 def _routers(modules: dict[str, nn.Module], block: str, family: MoEFamily) -> tuple[Router, ...]:

@@ -12,9 +12,14 @@ from torch import nn
 from ..errors import SieveError
 from ..moe.families.family import MoEFamily
 from .encoder_decoder import decoder_mask
+from .masks import token_mask
 from .sample_averages import SampleAverages
 
-_PROFILING_ADVICE = "profile with batch_size=1 (calib_batch_size)"
+_PROFILING_ADVICE = "Profile with batch_size=1 (calib_batch_size), or on batches of one row without padding"
+
+
+class PaddingUnknown(SieveError):
+    """Which of the tokens that an experts module receives are padding is not known; they would be without padding."""
 
 
 class DispatchCounter:
@@ -23,7 +28,7 @@ class DispatchCounter:
     Args:
         num_experts: of the layer.
         averages: also fed, if given.
-        advice: what to do if padding cannot be told from tokens, the end of the error's sentence.
+        advice: what to do if padding cannot be told from tokens: a sentence of the error.
 
     Attributes:
         real: which of the flattened tokens of the next dispatches are no padding; None if all are.
@@ -48,9 +53,9 @@ class DispatchCounter:
         bins = expert_ids.long().clamp(max=self.num_experts)
         if self.real is not None:
             if self.real.numel() != bins.shape[0]:
-                raise SieveError(
-                    f"a batch of {self.real.numel()} tokens with padding reached an experts module as {bins.shape[0]} "
-                    f"tokens, expected as many, since padding must not count: {self.advice}"
+                raise PaddingUnknown(
+                    f"A batch of {self.real.numel()} tokens with padding reached an experts module as {bins.shape[0]} "
+                    f"tokens, where padding cannot be told from tokens. {self.advice}."
                 )
             self.real = self.real.to(bins.device)
             bins = bins.masked_fill(~self.real.unsqueeze(-1), self.num_experts)
@@ -66,6 +71,17 @@ class DispatchCounter:
         flat = bins.reshape(-1)
         counts.scatter_add_(0, flat, torch.ones_like(flat))
         mass.scatter_add_(0, flat, expert_weights.reshape(-1).to(torch.float64))
+
+    def copy(self) -> DispatchCounter:
+        """Another counter with the same counts, which adds to the same averages."""
+        other = DispatchCounter(self.num_experts, self.advice, self.averages)
+        other.take(self)
+        return other
+
+    def take(self, other: DispatchCounter) -> None:
+        """Have the counts of another counter in the place of one's own."""
+        self.top_k = other.top_k
+        self._sums = None if other._sums is None else (other._sums[0].clone(), other._sums[1].clone())
 
     def mass(self) -> torch.Tensor | None:
         """Summed gate weights, float64, (num_experts,), where they were counted; None before the first dispatch."""
@@ -93,14 +109,6 @@ def watching(layers: Iterable[Watched]) -> Iterator[None]:
         yield
 
 
-def token_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Which tokens of a batch are no padding, flattened; None where the mask does not say.
-
-    A mask per query, as for packed samples, says nothing of padding.
-    """
-    return mask.reshape(-1).bool() if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-
-
 def see_mask(
     counters: Mapping[str, DispatchCounter], in_decoder: Collection[str], batch: Mapping[str, Any], given: bool
 ) -> None:
@@ -110,9 +118,13 @@ def see_mask(
         counters: by the path of their layer.
         in_decoder: paths of the layers that read what a decoder reads.
         batch: the call's keyword arguments.
-        given: a batch without a mask has no padding; otherwise it says nothing.
+        given: by the user: then a batch without a mask has no padding. What the model itself hands on says something
+            only as long as it has not been turned into a mask for each query.
     """
-    masks = token_mask(batch.get("attention_mask")), token_mask(decoder_mask(batch))
+    masks = [
+        token_mask(mask, batch) if given or (isinstance(mask, torch.Tensor) and mask.dim() == 2) else None
+        for mask in (batch.get("attention_mask"), decoder_mask(batch))
+    ]
     for path, counter in counters.items():
         mask = masks[path in in_decoder]
         if mask is not None or given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,16 @@ IGNORED = -100  # a label that has no loss
 
 def decoder_layers(model: nn.Module, paths: Iterable[str]) -> set[str]:
     """Those of the layers at `paths` that read what the decoder reads; none if the model has no encoder."""
-    if not _is_encoder_decoder(model):
+    if not is_encoder_decoder(model):
+        return set()
+    return {path for path in paths if "decoder" in path.split(".")}
+
+
+def canvas_layers(model: nn.Module, paths: Iterable[str]) -> set[str]:
+    """Those of the layers at `paths` that read neither the batch's tokens nor its labels, but a block of others, as the
+    decoder of a block diffusion model does; none in most models."""
+    forward = inspect.signature(model.forward).parameters
+    if is_encoder_decoder(model) or "decoder_input_ids" not in forward:
         return set()
     return {path for path in paths if "decoder" in path.split(".")}
 
@@ -40,7 +50,7 @@ def with_decoder_inputs(model: nn.Module, batch: dict[str, Any]) -> tuple[dict[s
     mask = decoder_mask(batch)
     batch = dict(batch)
     labels = batch.pop("labels", None)
-    if not _is_encoder_decoder(model):
+    if not is_encoder_decoder(model):
         return batch, None
     if any(name in batch for name in ("decoder_input_ids", "decoder_inputs_embeds")):
         return batch, mask
@@ -63,5 +73,6 @@ def _moved_by_one(labels: torch.Tensor, config: Any) -> torch.Tensor:
     return moved.masked_fill(moved == IGNORED, start if padding is None else padding)
 
 
-def _is_encoder_decoder(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model is one by its config."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..moe.topology import MoELayer
-from .counting import DispatchCounter, token_mask, watching
+from .counting import DispatchCounter, PaddingUnknown, watching
 from .data.batches import CalibrationData
-from .encoder_decoder import decoder_layers
+from .encoder_decoder import canvas_layers, decoder_layers
+from .masks import token_mask
 from .profile import RoutingProfile
 from .sample_averages import SampleAverages
 
@@ -33,6 +34,7 @@ class RoutingCounters:
             for layer in layers
         }
         self._in_decoder = decoder_layers(model, self.counters)
+        self._on_canvas = canvas_layers(model, self.counters)
 
     def watching(self, model: nn.Module) -> AbstractContextManager[None]:
         """Count every dispatch of `model` during the block."""
@@ -43,21 +45,38 @@ class RoutingCounters:
             watched.append((layer.family, getattr(module, name), module, self.counters[layer.path].add))
         return watching(watched)
 
-    def expect(self, batch: Mapping[str, Any], decoder_mask: torch.Tensor | None) -> None:
-        """Say what the next forward reads.
+    @contextmanager
+    def batch(self, batch: Mapping[str, Any], decoder_mask: torch.Tensor | None) -> Iterator[None]:
+        """Count what a batch dispatches that is read in the block; after an exception in it, nothing.
 
         Args:
             batch: with `input_ids`, one sample per row.
             decoder_mask: as `attention_mask`, of the decoder of an encoder-decoder; None if all its tokens are real.
-        """
-        for path, counter in self.counters.items():
-            counter.real = _real_tokens(decoder_mask if path in self._in_decoder else batch.get("attention_mask"))
-            self.averages[path].num_rows = len(batch["input_ids"])
 
-    def end_batch(self) -> None:
-        """The forward is over."""
+        Raises:
+            PaddingUnknown: a layer gets others than the tokens of a batch with padding.
+        """
+        before = {path: counter.copy() for path, counter in self.counters.items()}
+        try:
+            self._expect(batch, decoder_mask)
+            yield
+        except BaseException:
+            for path, counter in self.counters.items():
+                counter.take(before[path])
+                self.averages[path].drop_batch()
+            raise
         for sums in self.averages.values():
             sums.end_batch()
+
+    def _expect(self, batch: Mapping[str, Any], decoder_mask: torch.Tensor | None) -> None:
+        masks = [_padded(token_mask(mask, batch)) for mask in (batch.get("attention_mask"), decoder_mask)]
+        padded = masks[0]
+        if self._on_canvas and padded is not None and batch.get("decoder_attention_mask") is None:
+            advice = next(iter(self.counters.values())).advice
+            raise PaddingUnknown(f"The model's decoder also reads the padding of a batch. {advice}.")
+        for path, counter in self.counters.items():
+            counter.real = None if path in self._on_canvas else masks[path in self._in_decoder]
+            self.averages[path].num_rows = len(batch["input_ids"])
 
     def profile(self, model: nn.Module, calibration: CalibrationData) -> RoutingProfile:
         """What was counted, while `model` read all of `calibration`."""
@@ -83,7 +102,6 @@ class RoutingCounters:
         )
 
 
-def _real_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """As `token_mask`, and None, too, if all tokens are real: here nobody minds waiting for the device."""
-    real = token_mask(mask)
+def _padded(real: torch.Tensor | None) -> torch.Tensor | None:
+    """Which tokens are real; None, too, if all are: here nobody minds waiting for the device."""
     return None if real is None or bool(real.all()) else real

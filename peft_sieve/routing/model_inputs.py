@@ -13,6 +13,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..checks import first_line
 from ..errors import SieveError
 
+# What transformers calls the methods by which a model finds positions itself: from images and the mask, or from ids.
+_FINDS_POSITIONS = ("get_rope_index", "create_position_ids_from_input_ids")
+
 
 def find_tokenizer(model: nn.Module, tokenizer: Any) -> Any:
     """The tokenizer to read data with: the one given, the one of that name, or the one saved with the model.
@@ -37,18 +40,24 @@ def backbone_forward(model: nn.Module) -> Callable[[dict[str, Any]], None]:
     backbone = getattr(model, "base_model", model)
     parameters = inspect.signature(backbone.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    counts_padding = "position_ids" in parameters and not _finds_positions(backbone)
 
     def forward(batch: dict[str, Any]) -> None:
         mask = batch.get("attention_mask")
-        positions_wanted = "position_ids" in parameters and "position_ids" not in batch
-        if positions_wanted and mask is not None and mask.dim() == 2 and not bool(mask[:, 0].all()):
-            # Left padding: a token's position is its place among the real ones.
+        positions_wanted = counts_padding and "position_ids" not in batch
+        if positions_wanted and isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
+            # Left padding: a token's position is its place among the real ones, as `generate` has it.
             batch["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         if takes_any or "use_cache" in parameters:
             batch["use_cache"] = False
         backbone(**batch)
 
     return forward
+
+
+def _finds_positions(model: nn.Module) -> bool:
+    """Whether a model finds the positions of its tokens itself, which it does only where none are given."""
+    return any(hasattr(module, name) for module in model.modules() for name in _FINDS_POSITIONS)
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -79,5 +88,11 @@ def check_vocabulary(model: nn.Module, batch: dict[str, Any]) -> None:
 
 
 def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch with its tensors there."""
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    """A batch with its tensors there, also those of masks for kinds of layers."""
+    return {k: _to(v, device) for k, v in batch.items()}
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if type(value) is dict:
+        return on_device(value, device)
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checks import must_be
 from ..errors import SieveError
+from ..moe.wrappers import inside, uncompiled
 
 
 def check_model(model: Any) -> None:
@@ -23,10 +24,16 @@ def check_model(model: Any) -> None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT's wrappers; adapter layers stay in it."""
-    if isinstance(model, PeftModel):
-        model = model.base_model
-    return model.model if isinstance(model, BaseTuner) else model
+    """The transformers model inside the wrappers of PEFT, `torch.compile` and data parallelism; adapter layers stay in
+    it."""
+    inner = inside(model)
+    if isinstance(inner, PeftModel):
+        inner = inner.base_model
+    elif isinstance(inner, BaseTuner):
+        inner = inner.model
+    elif isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        inner = inner.module
+    return inner if inner is model else unwrapped(inner)
 
 
 def _keeping_their_layout(model: nn.Module) -> list[nn.Module]:
@@ -37,15 +44,19 @@ def _keeping_their_layout(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients and adapters; modes, adapters and random states come back."""
+    """Evaluation mode without gradients, adapters and compiled code; modes, adapters and random states come back.
+
+    So does what models of images keep of their last prompt, for the tokens that they would generate next.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    prompts = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
     adapters = [(m, m._disable_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)]
     if any(module.merged for module, _ in adapters):
         raise SieveError("The model has a merged adapter. Call unmerge_adapter() first.")
     python_state = random.getstate()
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), uncompiled(model):
             model.eval()
             for module in _keeping_their_layout(model):
                 module.training = True
@@ -57,5 +68,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         for module, training in modes:
             module.training = training
+        for module, deltas in prompts:
+            module.rope_deltas = deltas
         for adapter, disabled in adapters:
             adapter._disable_adapters = disabled

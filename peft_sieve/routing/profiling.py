@@ -12,8 +12,10 @@ from tqdm.auto import tqdm
 
 from ..errors import SieveError
 from ..moe.topology import MoELayer, find_moe_layers
+from .counting import PaddingUnknown
 from .data.batches import CalibrationData, calibration_batches, tokens_in
-from .encoder_decoder import with_decoder_inputs
+from .data.cutting import rows_alone
+from .encoder_decoder import is_encoder_decoder, with_decoder_inputs
 from .layer_counters import RoutingCounters
 from .model_inputs import backbone_forward, check_vocabulary, find_tokenizer, input_device, on_device
 from .plain_model import check_model, undisturbed, unwrapped
@@ -133,18 +135,24 @@ def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationD
         )
     counted = RoutingCounters(model, layers)
     forward = backbone_forward(model)
-    with undisturbed(model), counted.watching(model):
 
-        def read(batch: dict[str, Any]) -> None:
-            batch, decoder_mask = with_decoder_inputs(model, batch)
-            counted.expect(batch, decoder_mask)
+    def read(batch: dict[str, Any]) -> None:
+        batch, decoder_mask = with_decoder_inputs(model, batch)
+        with counted.batch(batch, decoder_mask):
             check_vocabulary(model, batch)
             forward(on_device(batch, device))
 
+    with undisturbed(model), counted.watching(model):
         for batch in calibration.batches:
             with naming_inputs(batch, read):
-                read(batch)
-            counted.end_batch()
+                try:
+                    read(batch)
+                except PaddingUnknown:
+                    rows = rows_alone(batch)
+                    if rows is None or is_encoder_decoder(model):
+                        raise
+                    for row in rows:
+                        read(row)
             bar.update(tokens_in(batch))
     return counted.profile(model, calibration)
 

@@ -18,7 +18,7 @@ class SampleAverages:
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
         self.num_rows = 0
-        self._known = True
+        self._known = self._known_before = True  # before the present batch
         # Of the present batch: (rows, num_experts + 1) each, and the tokens seen, (rows,).
         self._batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self._sums: torch.Tensor | None = None  # over samples, (2, num_experts)
@@ -48,8 +48,13 @@ class SampleAverages:
         mass.scatter_add_(1, by_row, weights.reshape(self.num_rows, -1).to(torch.float64))
         seen += num_tokens // self.num_rows if real is None else real.view(self.num_rows, -1).sum(1)
 
+    def drop_batch(self) -> None:
+        """The batch's samples will come again."""
+        self._batch, self._known = None, self._known_before
+
     def end_batch(self) -> None:
         """The batch's samples are complete."""
+        self._known_before = self._known
         if self._batch is None:
             return
         share, mass, seen = self._batch

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..checks import whole
 from ..errors import SieveError
+from ..moe.wrappers import is_compiled
 from ..routing.counting import DispatchCounter
 from ..routing.distributed import summed
 from ..routing.drift import routing_drift
@@ -22,7 +23,7 @@ from ..tuners.common.traffic import Traffic
 from .trainers import check_hooks_see, check_same_trainer, check_trainer, wrap_method
 
 _NAME = "drift"
-_ADVICE = "train with per_device_train_batch_size=1, or leave RoutingDriftCallback out"
+_ADVICE = "Train with per_device_train_batch_size=1, or leave RoutingDriftCallback out"
 # What the Trainer's own entry of a training log has, and those of evaluations and of the end do not.
 _TRAINING_ENTRY = "loss"
 # What is counted instead of averages over samples, which a packed batch does not tell apart.
@@ -161,4 +162,9 @@ def _trained_adapter(trainer: Trainer, layers: list[SieveExpertLayer]) -> str:
             "layers, not one. Train a SieveLoraConfig, or leave RoutingDriftCallback out."
         )
     check_hooks_see(trainer.args, "RoutingDriftCallback")
+    if is_compiled(trainer.model):  # type: ignore[arg-type]
+        raise SieveError(
+            "RoutingDriftCallback does not support a compiled model: compiled code passes by the hooks that count the "
+            "routing. Leave it out, or train without torch.compile."
+        )
     return active[0]

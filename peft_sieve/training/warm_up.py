@@ -21,12 +21,15 @@ from ..checks import share
 from ..errors import SieveError
 from ..hf.injection import Snapshot
 from ..moe.topology import find_moe_layers
+from ..moe.wrappers import uncompiled
 from ..routing.data.batches import CalibrationData, calibration_batches, tokens_in
 from ..routing.data.ready_batches import ModelBatches, is_model_batch
+from ..routing.data.rows import read_row
 from ..routing.data.sources import Choice, read_source
 from ..routing.distributed import rank_and_world
 from ..routing.encoder_decoder import IGNORED, decoder_mask
 from ..routing.layer_counters import RoutingCounters
+from ..routing.masks import token_mask
 from ..routing.model_inputs import check_vocabulary, find_tokenizer, input_device, on_device
 from ..routing.plain_model import check_model
 from ..routing.profile import RoutingProfile
@@ -34,7 +37,7 @@ from ..routing.profiling import check_reached
 from ..routing.rejection import naming_inputs
 from ..tuners.sieve.config import SieveLoraConfig
 
-_ADVICE = "warm up with batch_size=1"
+_ADVICE = "Warm up with batch_size=1"
 
 
 def warm_up_profile(
@@ -105,7 +108,7 @@ def warm_up_profile(
         tokenizer=find_tokenizer(model, tokenizer),
         formatting_func=formatting_func,
         split=split,
-        max_samples=max(1, math.ceil(fraction * _number_of_samples(data, split))),
+        max_samples=max(1, math.ceil(fraction * _number_of_samples(data, split, formatting_func))),
         max_length=max_length,
         batch_size=batch_size,
         seed=seed,
@@ -137,18 +140,17 @@ def _trained(
     losses = []
 
     def read(batch: dict[str, Any]) -> Any:
-        counted.expect(batch, decoder_mask(batch))
-        check_vocabulary(model, batch)
-        return peft_model(**on_device(batch, device))
+        with counted.batch(batch, decoder_mask(batch)):
+            check_vocabulary(model, batch)
+            return peft_model(**on_device(batch, device))
 
     bar = tqdm(total=calibration.num_tokens, desc="Warming up", unit="tok", unit_scale=True, disable=_hidden(progress))
-    with bar:
+    with bar, uncompiled(model):
         for index in order:
             batch = _with_labels(calibration.batches[index])
             # Not in the backward, where checkpointing computes again.
             with counted.watching(model), naming_inputs(batch, read):
                 loss = read(batch).loss
-            counted.end_batch()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -160,9 +162,9 @@ def _trained(
 def _with_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
     if batch.get("labels") is not None:
         return dict(batch)
-    labels, mask = batch["input_ids"], batch.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
-        labels = labels.masked_fill(mask == 0, IGNORED)
+    labels, real = batch["input_ids"], token_mask(batch.get("attention_mask"), batch)
+    if real is not None:
+        labels = labels.masked_fill(~real.view_as(labels), IGNORED)
     return {**batch, "labels": labels}
 
 
@@ -181,10 +183,10 @@ def _with_adapter(model: nn.Module, config: SieveLoraConfig, seed: int) -> Itera
         before.restore()
 
 
-def _number_of_samples(data: Any, split: str) -> int:
+def _number_of_samples(data: Any, split: str, formatting_func: Callable[[Any], Any] | None) -> int:
     if isinstance(data, str | os.PathLike):
         source = read_source(data, Choice(sys.maxsize, 0, split, all_columns=True))
-        return sum(map(_rows, source.batches)) if isinstance(source, ModelBatches) else len(source.rows)
+        data = list(source.batches) if isinstance(source, ModelBatches) else source.rows
     if isinstance(data, Mapping) and split in data and not is_model_batch(data):
         data = data[split]
     if not hasattr(data, "__len__") or isinstance(data, Mapping):
@@ -192,12 +194,13 @@ def _number_of_samples(data: Any, split: str) -> int:
             f"received {type(data).__name__} as the data of the warm-up, expected data of known size, of which a "
             "fraction is used: pass a list or a datasets.Dataset"
         )
-    batches = len(data) > 0 and hasattr(data, "__getitem__") and is_model_batch(data[0])
-    return sum(map(_rows, data)) if batches else len(data)
-
-
-def _rows(batch: Mapping[str, Any]) -> int:
-    return len(batch["input_ids"])
+    first = data[0] if len(data) > 0 and hasattr(data, "__getitem__") else None
+    if is_model_batch(first):
+        return sum(len(batch["input_ids"]) for batch in ModelBatches(type(data).__name__, data).take(sys.maxsize))
+    if formatting_func is None and isinstance(first, Mapping) and first.get("input_ids") is not None:
+        # A packed row has several.
+        return sum(len(read_row(row, f"row {position} of the data")) for position, row in enumerate(data))
+    return len(data)
 
 
 def _hidden(progress: bool) -> bool | None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from peft_sieve import ExpertSelection, RoutingProfile, SieveError
-from peft_sieve.routing.counting import DispatchCounter, token_mask
+from peft_sieve.routing.counting import DispatchCounter
 from peft_sieve.routing.drift import routing_drift
+from peft_sieve.routing.masks import token_mask
 from peft_sieve.routing.selection import hottest_experts
 
 
@@ -38,10 +39,11 @@ def test_without_traffic_there_is_no_drift() -> None:
     assert math.isnan(drift.jaccard) and math.isnan(drift.coverage)
 
 
-def test_counting_never_asks_for_a_value() -> None:
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1, 3, 3), (1, 1, 3, 3)])
+def test_counting_never_asks_for_a_value(shape: tuple[int, ...]) -> None:
     """Tensors on the meta device have none, and waiting for a device is asking for one."""
     counter = DispatchCounter(8)
-    counter.real = token_mask(torch.ones(2, 3, dtype=torch.long, device="meta"))
+    counter.real = token_mask(torch.ones(shape, device="meta"), {"input_ids": torch.ones(2, 3, device="meta")})
     for _ in range(2):
         counter.add(torch.zeros(6, 2, dtype=torch.long, device="meta"), torch.zeros(6, 2, device="meta"))
     with pytest.raises(RuntimeError):

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaForBlockDiffusion
 
 from peft_sieve import SieveError, profile_routing
 from peft_sieve.moe.topology import find_moe_layers
 from peft_sieve.routing.encoder_decoder import decoder_layers, with_decoder_inputs
+from tests.architectures.tiny import tiny_model as tiny_of_class
 from tests.models import tiny_model, token_batch
 from tests.module_models import nllb_moe, switch_transformers
 
 ENCODER, DECODER = "encoder.block.1.layer.1.mlp.experts", "decoder.block.1.layer.2.mlp.experts"
+
+
+def block_diffusion() -> Any:
+    model = tiny_of_class(DiffusionGemmaForBlockDiffusion)
+    model.config.canvas_length = 14
+    return model
 
 
 def test_the_decoder_reads_what_training_shows_it() -> None:
@@ -62,3 +72,40 @@ def test_no_token_to_start_with() -> None:
     model = switch_transformers(decoder_start_token_id=None, pad_token_id=None)
     with pytest.raises(SieveError, match="neither decoder_start_token_id nor pad_token_id"):
         profile_routing(model, [token_batch(model)])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_decoder_that_reads_the_padding_of_its_encoder(side: str) -> None:
+    """Block diffusion: of as many tokens as the batch has, too, none of the decoder's is padding."""
+    model = block_diffusion()
+    rows = [torch.randint(4, 128, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 9, 14)]
+    torch.manual_seed(0)  # the model draws what the decoder reads
+    expected = profile_routing(model, [{"input_ids": row[None]} for row in rows])
+    top_k = expected.num_experts_per_tok
+    for path, counts in expected.counts.items():
+        assert counts.sum() == top_k * (3 * 14 if "decoder" in path else 28), path
+    assert any("decoder" in path for path in expected.counts)
+    batch = {"input_ids": torch.zeros(3, 14, dtype=torch.long), "attention_mask": torch.zeros(3, 14, dtype=torch.long)}
+    for row, ids in enumerate(rows):
+        place = slice(0, len(ids)) if side == "right" else slice(14 - len(ids), 14)
+        batch["input_ids"][row, place], batch["attention_mask"][row, place] = ids, 1
+    torch.manual_seed(0)
+    profile = profile_routing(model, [batch])
+    assert (profile.num_tokens, profile.num_samples) == (28, 3)
+    for path, counts in expected.counts.items():
+        assert torch.equal(profile.counts[path], counts), path
+        assert torch.allclose(profile.sample_mass[path], expected.sample_mass[path], rtol=1e-4), path
+
+
+def test_a_decoder_that_is_told_what_padding_is() -> None:
+    model = block_diffusion()
+    batch = token_batch(model, batch=2, length=10)
+    batch["attention_mask"][0, 7:] = 0
+    batch["decoder_input_ids"] = batch["input_ids"][:, :6]
+    batch["decoder_attention_mask"] = torch.cat((batch["attention_mask"], torch.ones(2, 6, dtype=torch.long)), 1)
+    profile = profile_routing(model, [batch])
+    alone = [{"input_ids": batch["input_ids"][[0], :7], "decoder_input_ids": batch["decoder_input_ids"][[0]]}]
+    alone += [{name: batch[name][[1]] for name in ("input_ids", "decoder_input_ids")}]
+    for path, counts in profile_routing(model, alone).counts.items():
+        assert counts.sum() == profile.num_experts_per_tok * (12 if "decoder" in path else 17), path
+        assert profile.counts[path].sum() == counts.sum(), path

@@ -217,12 +217,28 @@ def test_data_that_reaches_no_layer() -> None:
         profile_routing(model, [token_batch(model.inner)])
 
 
-def test_tokens_that_a_model_drops_cannot_be_told_from_padding() -> None:
+def test_where_a_model_drops_tokens_rows_are_profiled_one_by_one() -> None:
+    """Padding cannot be told from tokens there; what other layers have counted by then does not count twice."""
     model = tiny_model("olmoe")
-    block = model.model.layers[0].mlp
+    block = model.model.layers[1].mlp
     block.register_forward_pre_hook(lambda module, args: (args[0][:, 1:].contiguous(),))
     block.register_forward_hook(lambda module, args, out: torch.cat((out[:, :1], out), 1))
-    batch = padded([[5, 6, 7], [8, 9]], "right")
+    ids = [[5, 6, 7], [8, 9], [4, 5, 6, 7]]
+    expected = profile_routing(model, [{"input_ids": torch.tensor([row])} for row in ids])
+    first, second = expected.counts.values()
+    assert (first.sum(), second.sum()) == (9 * 3, 6 * 3)
+    for side in ("left", "right"):
+        profile = profile_routing(model, [padded(ids[:1] * 2, side), padded(ids, side)])
+        same(profile, profile_routing(model, [{"input_ids": torch.tensor([row])} for row in ids[:1] * 2 + ids]))
+        assert profile.num_samples == 5
+        for path, share in profile_routing(model, [padded(ids, side)]).sample_share.items():
+            assert torch.allclose(share, expected.sample_share[path]), path
+
+
+def test_where_a_model_drops_tokens_and_rows_cannot_be_cut_apart() -> None:
+    model = tiny_model("olmoe")
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: (args[0][:, 1:].contiguous(),))
+    batch = {**padded([[5, 6, 7], [8, 9]], "right"), "pixel_values": torch.rand(5, 4)}
     with pytest.raises(SieveError, match="6 tokens with padding reached an experts module as 4.*batch_size=1"):
         profile_routing(model, [batch])
 

@@ -428,6 +428,11 @@ def test_what_is_refused(tokens: Dataset, tmp_path: Path) -> None:
     with pytest.raises(SieveError, match="torch_compile=True.*RoutingDriftCallback"):
         RoutingDriftCallback(trainer)
     trainer.args.torch_compile = False
+    plain_mlp = trainer.model.get_base_model().model.layers[0].mlp
+    plain_mlp.compile(backend="eager")
+    with pytest.raises(SieveError, match="RoutingDriftCallback does not support a compiled model"):
+        RoutingDriftCallback(trainer)
+    plain_mlp._compiled_call_impl = None
     trainer.args._n_gpu = 2
     with pytest.raises(SieveError, match="one process over 2 GPUs"):
         RoutingDriftCallback(trainer)

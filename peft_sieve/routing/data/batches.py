@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...checks import is_whole, must_be, whole
 from ...errors import SieveError
+from ..masks import token_mask
 from .images import has_images, image_batches
 from .ready_batches import ModelBatches, used_ids
 from .rows import RowFormatter, TokenIds, read_row
@@ -27,8 +28,8 @@ class CalibrationData:
     Attributes:
         batches: CPU tensors by name: `input_ids` and `attention_mask`, int64, shape `(batch, seq)`, right padded,
             longest samples first; then those with images, in their order, with what the processor made of these.
-            Batches that came ready for the model keep their order, their padding and their other inputs; they have no
-            `attention_mask` if they came with `position_ids` in its stead.
+            Batches that came ready for the model keep their order, their padding and their other inputs, unless their
+            rows were packed; they have no `attention_mask` if they came with `position_ids` in its stead.
         num_samples: rows of `batches`: this process's share.
         num_tokens: tokens of `batches` that are not padding: this process's share.
         name: data set name or path as given, else the type of the data. Same on every process.
@@ -55,9 +56,9 @@ class CalibrationData:
 
 
 def tokens_in(batch: Mapping[str, Any]) -> int:
-    """Tokens of a batch that are not padding. A mask per query, as for packed samples, says nothing of padding."""
-    mask = batch.get("attention_mask")
-    return int((mask != 0).sum()) if isinstance(mask, Tensor) and mask.ndim == 2 else batch["input_ids"].numel()
+    """Tokens of a batch that are not padding."""
+    real = token_mask(batch.get("attention_mask"), batch)
+    return batch["input_ids"].numel() if real is None else int(real.sum())
 
 
 def calibration_batches(
@@ -84,8 +85,10 @@ def calibration_batches(
             - a `datasets.Dataset`, `IterableDataset`, or a dict of either, from which `split` is taken;
             - a sequence or an iterator of rows: str, or dicts with `text`, `messages`, `prompt` + `completion`,
               `input_ids` (and `attention_mask`) or `conversations` (ShareGPT), the texts also with `images` or `image`;
+              a packed row is several samples;
             - an iterable of batches that are ready for the model: dicts with 2-D `input_ids`. They pass as they are,
-              `labels` included, until they cover `max_samples` rows; `max_length` does not cut them.
+              `labels` included, until they cover `max_samples` rows; `max_length` does not cut them. Packed rows are
+              replaced by their samples, one per row.
         tokenizer: tokenizer or processor; needed for text. Messages need its chat template. Images need a processor, or
             one saved beside the tokenizer.
         formatting_func: takes one row and returns its text, a list of texts (several samples) or a list of messages,

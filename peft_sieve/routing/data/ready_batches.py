@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ...checks import must_be
-from ...errors import SieveError
+from ..masks import check_mask, token_mask
 from .batch_values import check_values
+from .cutting import cut
+from .packed import apart
 
 
 def is_model_batch(item: Any) -> bool:
@@ -30,6 +32,7 @@ class ModelBatches:
 
     def take(self, max_samples: int) -> list[dict[str, Any]]:
         """The first batches, as CPU tensors, until they cover `max_samples` rows; those without a token are left out.
+        Packed rows come as their samples.
 
         Raises:
             SieveError: one is not such a batch.
@@ -41,30 +44,28 @@ class ModelBatches:
             check_values(item, where)
             if not is_model_batch(item):
                 raise must_be(where, "a dict with 2-D `input_ids` like those before it", item)
-            batch = _first_rows(_as_inputs(item, where), missing)
-            if batch["input_ids"].numel() == 0:
-                continue
-            taken.append(batch)
-            missing -= len(batch["input_ids"])
+            for part in apart(_as_inputs(item, where), where):
+                batch = cut(part, slice(missing)) or part  # whole, if one of its inputs is not laid out by rows
+                if missing <= 0 or batch["input_ids"].numel() == 0:
+                    continue
+                taken.append(batch)
+                missing -= len(batch["input_ids"])
             if missing <= 0:
                 break
         return taken
 
 
 def used_ids(batch: Mapping[str, Any]) -> list[list[int]]:
-    """The token ids of each row that are not padding. A mask per query, as for packed samples, says nothing of it."""
-    mask = batch.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return batch["input_ids"].tolist()
-    return [ids[kept].tolist() for ids, kept in zip(batch["input_ids"], mask != 0, strict=True)]
+    """The token ids of each row that are not padding."""
+    input_ids, real = batch["input_ids"], token_mask(batch.get("attention_mask"), batch)
+    if real is None:
+        return input_ids.tolist()
+    return [ids[kept].tolist() for ids, kept in zip(input_ids, real.view_as(input_ids), strict=True)]
 
 
 def _as_inputs(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A batch of its own for the CPU; tensors that are there already are shared, never written to."""
-    batch = {
-        key: torch.as_tensor(value).detach().cpu() if isinstance(value, Tensor | np.ndarray) else value
-        for key, value in item.items()
-    }
+    batch = {key: _on_cpu(value) for key, value in item.items()}
     if batch["input_ids"].is_floating_point():
         raise must_be(f"`input_ids` of {where}", "integers", batch["input_ids"].dtype)
     input_ids = batch["input_ids"] = batch["input_ids"].to(torch.int64)
@@ -76,29 +77,20 @@ def _as_inputs(item: Mapping[str, Any], where: str) -> dict[str, Any]:
         # With positions of their own, packed samples are told apart only while there is no mask.
         if "position_ids" not in batch:
             batch["attention_mask"] = torch.ones_like(input_ids)
-    elif isinstance(mask, Tensor) and mask.ndim == 2:
-        if mask.shape != input_ids.shape:
-            shapes = f"{tuple(mask.shape)} and `input_ids` the shape {tuple(input_ids.shape)}"
-            raise SieveError(f"`attention_mask` of {where} has the shape {shapes}. They must be the same.")
-        batch["attention_mask"] = mask.to(torch.int64)
+    else:
+        check_mask(mask, tuple(input_ids.shape), f"`attention_mask` of {where}")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            batch["attention_mask"] = mask.to(torch.int64)
+    of_decoder, decoder_ids = batch.get("decoder_attention_mask"), batch.get("decoder_input_ids")
+    # One of two dimensions may be longer, and tell which of the encoder's tokens are seen.
+    if isinstance(decoder_ids, Tensor) and not (isinstance(of_decoder, Tensor) and of_decoder.ndim == 2):
+        name = f"`decoder_attention_mask` of {where}"
+        check_mask(of_decoder, tuple(decoder_ids.shape), name, "decoder_input_ids")
     return batch
 
 
-def _first_rows(batch: dict[str, Any], limit: int) -> dict[str, Any]:
-    """Trims a batch to `limit` rows, or leaves it whole if one of its inputs is not laid out by rows."""
-    rows = len(batch["input_ids"])
-    if rows <= limit:
-        return batch
-    trimmed = {}
-    for key, value in batch.items():
-        if not isinstance(value, Tensor | list | tuple) or (isinstance(value, Tensor) and value.ndim == 0):
-            trimmed[key] = value
-        elif key == "position_ids" and isinstance(value, Tensor) and value.ndim == 3:
-            trimmed[key] = value[:, :limit]  # (3, batch, seq): time, height, width
-        elif key == "position_ids" and len(value) == 1:  # (1, seq): the same for all rows
-            trimmed[key] = value
-        elif len(value) == rows:
-            trimmed[key] = value[:limit]
-        else:
-            return batch
-    return trimmed
+def _on_cpu(value: Any) -> Any:
+    """A tensor there, also those of masks for kinds of layers."""
+    if type(value) is dict:
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return torch.as_tensor(value).detach().cpu() if isinstance(value, Tensor | np.ndarray) else value

@@ -6,6 +6,7 @@ The forms follow TRL's trainers, so that the router is profiled on the text that
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ...checks import must_be, one_line, quoted, shown
 from ...errors import SieveError
 from .conversations import MESSAGES, Conversation, conversation, is_message, read_tools, tool_names
 from .images import IMAGE_COLUMNS, Captioned, images_of, wants_images, with_images
+from .packed import samples_of
 
 ROW_FORMS = "`text`, `messages`, `prompt` + `completion`, `chosen` + `rejected`, `input_ids` or `conversations`"
 # What the chat template takes beside the messages.
@@ -22,6 +24,8 @@ _TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 ROW_COLUMNS = (
     "input_ids",
     "attention_mask",
+    "position_ids",
+    "seq_lengths",
     "messages",
     "prompt",
     "completion",
@@ -97,7 +101,7 @@ def read_row(row: Any, where: str, formatting_func: RowFormatter | None = None) 
 def _read_columns(row: Mapping[str, Any], where: str) -> list[Sample]:
     """The samples of a row, by the first form that it fits."""
     if row.get("input_ids") is not None:
-        return [_read_token_ids(row, where)]
+        return _read_token_ids(row, where)
     if row.get("messages") is not None:
         return [_chat(row["messages"], "messages", row, where)]
     if row.get("prompt") is not None and row.get("completion") is not None:
@@ -194,21 +198,44 @@ def _check_nothing_beside(row: Mapping[str, Any], text: str, names: str, where: 
             )
 
 
-def _read_token_ids(row: Mapping[str, Any], where: str) -> TokenIds:
+def _read_token_ids(row: Mapping[str, Any], where: str) -> list[Sample]:
+    """The samples of a row, of which a packed one has several."""
     ids = _expect_ints(row["input_ids"], "input_ids", where)
     if ids and min(ids) < 0:
         raise must_be(f"`input_ids` of {where}", "at least 0", min(ids))
-    if row.get("attention_mask") is None:
-        return TokenIds(ids)
-    mask = [int(used != 0) for used in _expect_ints(row["attention_mask"], "attention_mask", where)]
+    mask = [1] * len(ids)
+    if row.get("attention_mask") is not None:
+        mask = _expect_ints(row["attention_mask"], "attention_mask", where)
     if len(mask) != len(ids):
         lengths = f"{len(mask)} and `input_ids` the length {len(ids)}"
         raise SieveError(f"`attention_mask` of {where} has the length {lengths}. They must be the same.")
-    if 1 not in mask:
-        return TokenIds([])
     # Padding at either end goes, so that cutting to max_length keeps tokens and batches carry no foreign padding.
-    start, stop = mask.index(1), len(mask) - mask[::-1].index(1)
-    return TokenIds(ids[start:stop], mask[start:stop])
+    samples = samples_of(mask, _positions(row, ids), _ends(row, ids, where))
+    used = None if row.get("attention_mask") is None else [int(value != 0) for value in mask]
+    return [TokenIds(ids[tokens], used and used[tokens]) for tokens in samples] or [TokenIds([])]
+
+
+def _positions(row: Mapping[str, Any], ids: list[int]) -> list[int] | None:
+    """The positions of tokens, if each has one: those in images have several."""
+    positions: Any = row.get("position_ids")
+    positions = positions.tolist() if hasattr(positions, "tolist") else positions
+    fits = isinstance(positions, list | tuple) and len(positions) == len(ids)
+    return list(positions) if fits and all(isinstance(position, int) for position in positions) else None
+
+
+def _ends(row: Mapping[str, Any], ids: list[int], where: str) -> list[int]:
+    """Where samples end, as TRL notes it when it packs them."""
+    given: Any = row.get("seq_lengths")
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(given, list | tuple):
+        return []
+    lengths = _expect_ints(given, "seq_lengths", where)
+    if sum(lengths) != len(ids) or min(lengths, default=0) < 0:
+        raise SieveError(
+            f"`seq_lengths` of {where} is {shown(lengths)} and `input_ids` has the length {len(ids)}. Pass lengths "
+            "whose sum that is."
+        )
+    return list(accumulate(lengths))
 
 
 def _check_nothing_processed(row: Mapping[str, Any], where: str) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ...errors import SieveError
-from ...routing.counting import token_mask
-from ...routing.encoder_decoder import decoder_layers, decoder_mask
+from ...routing.encoder_decoder import canvas_layers, decoder_layers, decoder_mask
+from ...routing.masks import token_mask
 from .forwards import TrainingForwards, share_of_step
 
 _NAME = "balance"
@@ -212,15 +212,15 @@ class _Masks:
     """Which of the tokens that a router read are not padding."""
 
     def __init__(self, model: nn.Module, paths: list[str], given: Mapping[str, Any]) -> None:
-        self.in_decoder = decoder_layers(model, paths)
+        self.in_decoder, self.on_canvas = decoder_layers(model, paths), canvas_layers(model, paths)
         self.has_two = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-        self.masks = token_mask(given.get("attention_mask")), token_mask(decoder_mask(given))
+        self.masks = [token_mask(mask, given) for mask in (given.get("attention_mask"), decoder_mask(given))]
 
     def of(self, routed: Routed) -> torch.Tensor | None:
         """(tokens,); None where no mask says it of as many."""
         tokens, device = len(routed.probabilities), routed.probabilities.device
         # Of two sequences of one length, which of the masks holds would be a guess.
-        known = routed.path is not None or not self.has_two
+        known = routed.path not in self.on_canvas and (routed.path is not None or not self.has_two)
         real = self.masks[routed.path in self.in_decoder] if known else None
         if real is None or real.numel() != tokens:
             return None

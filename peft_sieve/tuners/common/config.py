@@ -18,6 +18,7 @@ from peft.utils import CONFIG_NAME
 from ...checks import must_be, one_line, share, shortened, shown, whole
 from ...errors import SieveError
 from ...files import replaced_when_done
+from ...moe.wrappers import plain_name
 from ...routing.strategies import SelectionOptions
 
 # Held by the object, never by a dataclass field: PEFT serialises with `dataclasses.asdict`, which deep-copies fields.
@@ -28,15 +29,19 @@ BY_HAND = "The adapter_config.json was changed by hand: take it from its source 
 
 
 class MethodConfig(PeftConfig):
-    """A configuration that is saved whole or not at all, and twice to the same file."""
+    """A configuration that is saved whole or not at all, and twice to the same file.
 
-    def __post_init__(self) -> None:
-        """PEFT's own checks, whose refusals become errors of this package."""
+    Names in it are those of a model without wrappers, such as `torch.compile` puts around modules.
+    """
+
+    def __post_init__(self, *args: Any) -> None:
+        for one in fields(self):
+            setattr(self, one.name, _without_wrappers(one.name, getattr(self, one.name)))
         try:
-            super().__post_init__()
+            super().__post_init__(*args)
         except SieveError:
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:  # PEFT's own checks
             raise SieveError(f"{shortened(one_line(error), 400)}.") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,6 +57,21 @@ class MethodConfig(PeftConfig):
             super().save_pretrained(staging, **kwargs)
             path = Path(staging, CONFIG_NAME)
             path.write_text(_compact_lists(path.read_text()) + "\n")
+
+
+def _without_wrappers(setting: str, value: Any) -> Any:
+    """A setting with plain names of modules in it; others are themselves."""
+    if isinstance(value, str):
+        return plain_name(value)
+    if not isinstance(value, Mapping | list | tuple | set) or all(plain_name(n) == n for n in value if type(n) is str):
+        return value
+    names = [plain_name(name) if isinstance(name, str) else name for name in value]
+    if not isinstance(value, Mapping):
+        return type(value)(names)
+    repeated = sorted({str(name) for name in names if names.count(name) > 1})
+    if repeated:
+        raise SieveError(f"{setting} names {repeated[0]!r} more than once, with and without a wrapper. Pass it once.")
+    return dict(zip(names, value.values(), strict=True))
 
 
 def _compact_lists(text: str) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...errors import SieveError
 from ...hf.adapter_files import wrong_type
+from ...moe.wrappers import plain_name
 
 _PREFIX = "base_model.model."
 _AGAIN = "Save or download it again."
@@ -23,8 +24,8 @@ _ADVICE = "Load them under the configuration and the base model that they were s
 
 
 def in_base_model(key: str) -> str:
-    """The key of an adapter's tensor without what PEFT's wrappers put before it."""
-    return key.removeprefix(_PREFIX)
+    """The key of an adapter's tensor without what wrappers put before and into it."""
+    return plain_name(key.removeprefix(_PREFIX))
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:

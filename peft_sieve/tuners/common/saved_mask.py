@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ...errors import SieveError
+from ...moe.wrappers import plain_name
 from .experts.factors import SLOTS_KEY, experts_in
 from .loading import check_state_dict, in_base_model
 
@@ -33,7 +34,7 @@ def check_saved_mask(content: Mapping[str, Any], folder: Path) -> None:
     if not isinstance(mask, Mapping):
         return
     found = {in_base_model(name.removesuffix(SLOTS_KEY)): experts_in(value) for name, value in slots.items()}
-    expected = {path: ids for path, ids in mask.items() if ids}
+    expected = {plain_name(path): ids for path, ids in mask.items() if ids}
     for path in {**expected, **found}:
         if found.get(path) != expected.get(path):
             raise SieveError(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...routing.counting import DispatchCounter, Watched, see_mask, watching
-from ...routing.encoder_decoder import decoder_layers
+from ...routing.encoder_decoder import canvas_layers, decoder_layers
 from .experts.layer import SieveExpertLayer
 from .forwards import TrainingForwards
 
@@ -31,7 +31,8 @@ class Traffic(TrainingForwards):
             for child in module.children()
             if isinstance(child, layer_type)
         ]
-        self.in_decoder = decoder_layers(model, [layer.path for _, layer in self.layers])
+        paths = [layer.path for _, layer in self.layers]
+        self.in_decoder, self.on_canvas = decoder_layers(model, paths), canvas_layers(model, paths)
         self._open: ExitStack | None = None
 
     def counter(self, layer: Any) -> DispatchCounter:
@@ -58,7 +59,8 @@ class Traffic(TrainingForwards):
 
     def _see_mask(self, batch: Mapping[str, Any], given_by_user: bool) -> None:
         # What the model is given counts; what it hands on inside may have been turned into one mask per query.
-        see_mask({layer.path: self.counter(layer) for _, layer in self.layers}, self.in_decoder, batch, given_by_user)
+        counters = {layer.path: self.counter(layer) for _, layer in self.layers if layer.path not in self.on_canvas}
+        see_mask(counters, self.in_decoder, batch, given_by_user)
 
     def _watched(self, parent: nn.Module, layer: SieveExpertLayer) -> Watched:
         def on_dispatch(expert_ids: torch.Tensor, expert_weights: torch.Tensor) -> None:

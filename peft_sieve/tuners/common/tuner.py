@@ -15,6 +15,7 @@ from transformers.initialization import no_init_weights
 from ...errors import SieveError
 from ...hf.deletion import delete_adapter
 from ...hf.injection import injecting, values_follow
+from ...moe.wrappers import compiled_in_place, plain_name, refuse_wrapped
 from .loading import check_bookkeeping, check_loaded, check_state_dict, in_base_model
 from .names import check_adapter_names, check_not_there
 
@@ -44,7 +45,13 @@ class MethodTuner(BaseTuner):
         Raises:
             SieveError: the adapter's name would be mistaken for a part of a key, or the method's own reasons.
         """
+        refuse_wrapped(model)
         with injecting(model, self, adapter_name):
+            # Without words of wrappers in the names that a mask and saved weights go by.
+            self.model = plain = compiled_in_place(model)
+            if plain is not model:  # at which PEFT has looked for the name of the base model
+                self.peft_config[adapter_name].base_model_name_or_path = vars(plain).get("name_or_path") or None
+                model = plain
             check_adapter_names(model, self.peft_config)
             # PEFT's own layers, too, draw values that the saved ones replace.
             with no_init_weights() if values_follow() else nullcontext():
@@ -94,7 +101,22 @@ class MethodTuner(BaseTuner):
                 module.set_adapter([])  # PEFT leaves the active one in the model
         return super().unload()
 
-    # Loading
+    # Saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: Mapping[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        # Wrapped since the injection: PEFT would find nothing, or save names that no other model has.
+        names = {plain_name(name): name for name in _names(model) if plain_name(name) != name}
+        given = {names.get(plain_name(key), key): value for key, value in state_dict.items()}
+        found = super()._get_adapter_state_dict(model, config, adapter_name, given, unwanted_adapter_names)
+        return {plain_name(key): value for key, value in found.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -104,7 +126,12 @@ class MethodTuner(BaseTuner):
         check_bookkeeping(model, adapter_name, given)
         with cls._fitted(model, config, adapter_name, given):
             check_state_dict(model, adapter_name, given, cls.prefix)
-            return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, dict(state_dict))
+            plain = {plain_name(key): value for key, value in state_dict.items()}
+            mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain)
+        if all(plain_name(name) == name for name in _names(model)):
+            return mapped
+        own = {cls._remove_adapter_name_from_key(plain_name(key), adapter_name): key for key in model.state_dict()}
+        return {own.get(key, key): value for key, value in mapped.items()}
 
     @classmethod
     @contextmanager
@@ -153,6 +180,12 @@ class MethodTuner(BaseTuner):
         hooks = getattr(super(), "_enable_peft_forward_hooks", None)
         with nullcontext() if hooks is None else hooks(*args, **kwargs):
             yield
+
+
+def _names(model: nn.Module) -> Iterator[str]:
+    """The names of parameters and buffers."""
+    yield from (name for name, _ in model.named_parameters(remove_duplicate=False))
+    yield from (name for name, _ in model.named_buffers(remove_duplicate=False))
 
 
 def refuse_if(reason: str | None) -> None:

@@ -26,7 +26,7 @@ from .ledger import Ledger, blocks_after, first_experts
 from .ragged import RaggedFactors, RaggedPlan, RowMove
 from .states import tensors_by_row
 
-_ADVICE = "train with per_device_train_batch_size=1, or use a SieveLoraConfig"
+_ADVICE = "Train with per_device_train_batch_size=1, or use a SieveLoraConfig"
 _BOOKKEEPING = ("slots", "blocks", "importance", "ledger")
 
 

@@ -97,8 +97,8 @@ class SieveLoraModel(MethodTuner, LoraModel):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT notes what target_modules names; of a router it is the weight that is adapted.
         self.targeted_module_names = [name for name in self.targeted_module_names if name not in self._bare_routers]
-        mark_shared_weights(model)
-        warn_of_unmatched_patterns(self.peft_config[adapter_name], _names_in_patterns(model, adapter_name))
+        mark_shared_weights(self.model)
+        warn_of_unmatched_patterns(self.peft_config[adapter_name], _names_in_patterns(self.model, adapter_name))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
