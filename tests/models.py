@@ -126,3 +126,14 @@ def randomize_adapters(model: nn.Module, std: float = 0.1, seed: int = 1) -> Non
         if "lora_" in name:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std
             parameter.data.copy_(noise.to(parameter.dtype))
+
+
+def randomize_adapter(model: nn.Module, seed: int = 1) -> None:
+    """The same for the adapter "default" of any method, where HELLoRI trains it."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, module in sorted(model.named_modules()):
+        for key, parameter in module.named_parameters(recurse=False):
+            if ".default." in f"{name}.{key}":
+                parameter.data.normal_(std=0.1, generator=generator)
+        if getattr(module, "kept", None) is not None:
+            module.weight.data.mul_(module.kept)

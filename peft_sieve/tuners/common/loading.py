@@ -6,7 +6,7 @@ such as which experts have an adapter, a layer checks itself in `check_saved`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,15 +17,58 @@ from torch import nn
 from ...errors import SieveError
 from ...hf.adapter_files import wrong_type
 from ...moe.wrappers import plain_name
+from .bookkeeping import Bookkeeping, settled
 
 _PREFIX = "base_model.model."
 _AGAIN = "Save or download it again."
-_ADVICE = "Load them under the configuration and the base model that they were saved with."
+_ADVICE = "Load weights under the configuration and the base model that they were saved with."
 
 
 def in_base_model(key: str) -> str:
     """The key of an adapter's tensor without what wrappers put before and into it."""
     return plain_name(key.removeprefix(_PREFIX))
+
+
+def in_peft_model(key: str) -> str:
+    """The key of a tensor of the base model in a `PeftModel`, and in the files of an adapter."""
+    return _PREFIX + key
+
+
+def by_own_keys(
+    model: nn.Module,
+    adapter_name: str,
+    given: Mapping[str, torch.Tensor],
+    without_name: Callable[[str, str], str],
+) -> dict[str, torch.Tensor]:
+    """Weights by the keys of the base model that an adapter's tensors are saved under, its integers as it has them.
+
+    As for PEFT's LoRA, the keys may lack the prefix of a `PeftModel`, and may have the adapter's name in them.
+
+    Args:
+        model: has the adapter injected already.
+        without_name: (key of a model, adapter name) -> that of a file.
+
+    Raises:
+        SieveError: none of the weights is of the adapter, or one is there twice.
+    """
+    layers = dict(adapter_layers(model, adapter_name))
+    own = {path: {f"{path}.{name}" for name, _ in tensors_in(layer, adapter_name)} for path, layer in layers.items()}
+    known = {key for keys in own.values() for key in keys}
+    found: dict[str, torch.Tensor] = {}
+    for key, value in given.items():
+        bare = in_base_model(key)
+        nameless = without_name(bare, adapter_name)
+        bare = nameless if nameless in known else bare
+        if bare in found:
+            raise SieveError(f"The checkpoint has {bare} twice, with and without a prefix. {_ADVICE}")
+        found[bare] = value
+    if known and not known & found.keys():
+        first = f" It has {next(iter(given))}, and the adapter {in_peft_model(min(known))}." if given else ""
+        raise SieveError(f"The checkpoint has no tensor of adapter '{adapter_name}'.{first} {_ADVICE}")
+    for path, layer in layers.items():
+        saved = settled(saved_in(found, path, own[path]), integers_in(layer, adapter_name))
+        found.update({f"{path}.{name}": value for name, value in saved.items()})
+    return found
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, Any]]:
@@ -51,9 +94,26 @@ def tensors_in(layer: Any, adapter_name: str) -> Iterator[tuple[str, torch.Tenso
             continue
         part = held[adapter_name]  # type: ignore[index]
         if isinstance(part, nn.Module):
-            for key, value in part.state_dict(keep_vars=True).items():
+            for key, value in (*part.named_parameters(), *part.named_buffers()):
                 yield f"{name}.{key}", value
         elif isinstance(part, torch.Tensor):  # embeddings have bare parameters
+            yield name, part
+
+
+def integers_in(layer: Any, adapter_name: str) -> dict[str, torch.Tensor]:
+    """Attribute and key -> what an adapter's bookkeeping in a layer should hold."""
+    return {
+        f"{name}.{key}": value
+        for name, part in _bookkeeping_in(layer, adapter_name)
+        for key, value in part.integers().items()
+    }
+
+
+def _bookkeeping_in(layer: Any, adapter_name: str) -> Iterator[tuple[str, Bookkeeping]]:
+    for name in layer.other_param_names:
+        held = getattr(layer, name, None)
+        part = held[adapter_name] if isinstance(held, nn.ModuleDict) and adapter_name in held else None
+        if isinstance(part, Bookkeeping):
             yield name, part
 
 
@@ -138,7 +198,10 @@ def check_loaded(
         )
     for _, layer in adapter_layers(model, adapter_name):
         if hasattr(layer, "check_saved"):
-            layer.check_saved(adapter_name, dict(tensors_in(layer, adapter_name)))
+            held = dict(tensors_in(layer, adapter_name))
+            layer.check_saved(adapter_name, settled(held, integers_in(layer, adapter_name)))
+        for _, part in _bookkeeping_in(layer, adapter_name):
+            part.restore()
 
 
 def _is_adapter_key(key: str, prefix: str) -> bool:

@@ -14,8 +14,12 @@ from torch import nn
 
 from ...errors import SieveError
 from ...moe.wrappers import plain_name
-from .experts.factors import SLOTS_KEY, experts_in
-from .loading import check_state_dict, in_base_model
+from .bookkeeping import scale_of
+from .experts.factors import BOOKKEEPING_KEY, SLOTS_KEY, experts_in, no_map, slots_of
+from .loading import check_state_dict, in_base_model, in_peft_model
+
+# With or without the adapter's name.
+_SLOTS = re.compile(rf"{re.escape(BOOKKEEPING_KEY)}([^.]+\.)?slots$")
 
 
 def check_saved_mask(content: Mapping[str, Any], folder: Path) -> None:
@@ -29,18 +33,35 @@ def check_saved_mask(content: Mapping[str, Any], folder: Path) -> None:
     """
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     with safe_open(weights, "pt") as file:
-        slots = {name: file.get_tensor(name) for name in file.keys() if name.endswith(SLOTS_KEY)}  # noqa: SIM118
+        slots = {name: file.get_tensor(name) for name in file.keys() if _SLOTS.search(name)}  # noqa: SIM118
     mask = content.get("selected_experts")
     if not isinstance(mask, Mapping):
         return
-    found = {in_base_model(name.removesuffix(SLOTS_KEY)): experts_in(value) for name, value in slots.items()}
+    held = {in_base_model(_SLOTS.sub("", name)): value for name, value in slots.items()}
     expected = {plain_name(path): ids for path, ids in mask.items() if ids}
+    found = {path: _experts_of(value, expected.get(path)) for path, value in held.items()}
     for path in {**expected, **found}:
-        if found.get(path) != expected.get(path):
+        if path not in found:
             raise SieveError(
-                f"{weights} holds weights of experts {found.get(path, [])} for {path}, and {CONFIG_NAME} beside it "
+                f"{weights} has no {in_peft_model(path)}{SLOTS_KEY}, and {CONFIG_NAME} beside it selects experts "
+                f"{expected[path]} there. Take both files from one save, with the names of tensors that it has."
+            )
+        if found[path] is None:
+            raise no_map(weights)
+        if found[path] != expected.get(path):
+            raise SieveError(
+                f"{weights} holds weights of experts {found[path]} for {path}, and {CONFIG_NAME} beside it "
                 f"selects {expected.get(path, [])}. Take both files from one save."
             )
+
+
+def _experts_of(slots: torch.Tensor, expected: Any) -> list[int] | None:
+    """Expert ids by slot, also of an average of adapters of the `expected` experts; None if these are no slots."""
+    found = experts_in(slots)
+    if found is not None or not isinstance(expected, list):
+        return found
+    known = [expert for expert in expected if isinstance(expert, int) and 0 <= expert < slots.numel()]
+    return known if known == expected and scale_of(slots, slots_of(slots.numel(), known)) else None
 
 
 def check_hotswap(model: nn.Module, adapter_name: str, config: Any, state_dict: Mapping[str, torch.Tensor]) -> None:

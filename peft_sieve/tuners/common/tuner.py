@@ -16,7 +16,8 @@ from ...errors import SieveError
 from ...hf.deletion import delete_adapter
 from ...hf.injection import injecting, values_follow
 from ...moe.wrappers import compiled_in_place, plain_name, refuse_wrapped
-from .loading import check_bookkeeping, check_loaded, check_state_dict, in_base_model
+from .bookkeeping import checked_by
+from .loading import by_own_keys, check_bookkeeping, check_loaded, check_state_dict, in_peft_model
 from .names import check_adapter_names, check_not_there
 
 
@@ -56,6 +57,7 @@ class MethodTuner(BaseTuner):
             # PEFT's own layers, too, draw values that the saved ones replace.
             with no_init_weights() if values_follow() else nullcontext():
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+            checked_by(model)
 
     def _updated(self, layer: Any, adapter_name: str, *args: Any) -> Any:
         """A new layer with its first adapter, for which `update_layer` gets the other arguments."""
@@ -122,12 +124,12 @@ class MethodTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        given = {in_base_model(key): value for key, value in state_dict.items()}
+        given = by_own_keys(model, adapter_name, state_dict, cls._remove_adapter_name_from_key)
         check_bookkeeping(model, adapter_name, given)
         with cls._fitted(model, config, adapter_name, given):
             check_state_dict(model, adapter_name, given, cls.prefix)
-            plain = {plain_name(key): value for key, value in state_dict.items()}
-            mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, plain)
+            prefixed = {in_peft_model(key): value for key, value in given.items()}
+            mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, prefixed)
         if all(plain_name(name) == name for name in _names(model)):
             return mapped
         own = {cls._remove_adapter_name_from_key(plain_name(key), adapter_name): key for key in model.state_dict()}

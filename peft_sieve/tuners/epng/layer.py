@@ -17,7 +17,6 @@ from ..common.experts.fused import FusedSieveExperts
 from ..common.experts.layer import FACTOR_GROUPS, SieveExpertLayer, group_of
 from ..common.experts.module_list import ModuleListSieveExperts
 from ..common.experts.parallel import ParallelSieveExperts
-from ..common.loading import tensors_in
 from ..sieve.config import SieveLoraConfig
 from .allocation import AllocationRule, share_of
 from .config import EpngConfig
@@ -51,27 +50,28 @@ class RankedSlots(ExpertSlots):
         self.register_buffer("importance", torch.zeros(num_experts, dtype=torch.float64, device="cpu"))
         self.register_buffer("ledger", _ledger_tensor(ledger))
         self.first, self.first_blocks = first_experts(plan.experts, ledger), first_blocks
-        self.show(plan)
+        self.show(plan, self.ledger)
 
-    def show(self, plan: RaggedPlan) -> None:
-        """Take over the experts and blocks of a plan."""
-        self.plan = plan
-        device = self.slots.device
-        new = ExpertSlots(self.slots.numel(), plan.experts)
-        self.slots = new.slots.to(device)
-        self.ids = torch.tensor(plan.stored, dtype=torch.int64, device="cpu").to(device)
-        self.blocks = blocks_tensor(self.slots.numel(), plan).to(device)
+    def show(self, plan: RaggedPlan, events: torch.Tensor) -> None:
+        """Take over the experts and blocks of a plan, and the ledger that led there."""
+        self.plan, self.events = plan, events.to("cpu", torch.int32, copy=True)
+        self._say(plan.experts, plan.stored)
+        self.restore()
+
+    def integers(self) -> dict[str, torch.Tensor]:
+        blocks = blocks_tensor(self.num_experts, self.plan)
+        return {**super().integers(), "blocks": blocks, "ledger": self.events.clone()}
 
     def record(self, step: int, before: RaggedPlan, after: RaggedPlan) -> None:
-        """Enter what changed into the ledger."""
+        """Take over a plan, and enter what changed into the ledger."""
         now = after.blocks_of
         rows = [[step, e, now.get(e, 0)] for e, number in before.blocks_of.items() if now.get(e, 0) != number]
-        self.ledger = torch.cat((self.ledger, _ledger_tensor(rows).to(self.ledger.device)))
+        self.show(after, torch.cat((self.events, _ledger_tensor(rows))))
 
     def blocks_in(self, saved: Mapping[str, torch.Tensor]) -> dict[int, int] | None:
         """Adapted expert -> its blocks, of saved tensors that updates of this adapter can have come to."""
         saved = {name: saved[f"lora_experts.{name}"] for name in _BOOKKEEPING if f"lora_experts.{name}" in saved}
-        if len(saved) < len(_BOOKKEEPING) or saved["blocks"].numel() != self.slots.numel():
+        if len(saved) < len(_BOOKKEEPING) or saved["blocks"].numel() != self.num_experts:
             return None
         if saved["ledger"].dim() != 2 or saved["ledger"].shape[1] != 3:
             return None
@@ -127,10 +127,6 @@ class EpngExpertLayer(SieveExpertLayer):
         assert isinstance(module, RankedSlots)
         return module
 
-    def verify_slots(self, adapter_name: str) -> None:
-        self.check_saved(adapter_name, dict(tensors_in(self, adapter_name)))
-        super().verify_slots(adapter_name)
-
     def check_saved(self, adapter_name: str, saved: Mapping[str, torch.Tensor]) -> None:
         """As of all expert layers; and refuse rows of other ranks, or without what resuming needs."""
         super().check_saved(adapter_name, saved)
@@ -153,10 +149,10 @@ class EpngExpertLayer(SieveExpertLayer):
         ranks = [plan.group_ranks(group, number) for number, _ in plan.by_blocks]
         counts = [len(places) for _, places in plan.by_blocks]
         rows = [count * sum(own.values()) for count, own in zip(counts, ranks, strict=True)]
-        weights = (getattr(self, f"{name}_{side}")[adapter_name].weight for side in "AB")
+        weights = [getattr(self, f"{name}_{side}")[adapter_name].weight for side in "AB"]
         # Split, not sliced: the gradients of the parts are then laid side by side, and no whole is made for each.
         parts = zip(*(weight.split(rows) for weight in weights), strict=True)
-        ids = self.slots_module(adapter_name).ids.split(counts)
+        ids = self.slots_module(adapter_name).placed(weights[0].device)[1].split(counts)
         return [
             Pack(places, own_ids, own_ranks, *(part.unflatten(0, (len(places), -1)) for part in own))
             for (_, places), own_ids, own_ranks, own in zip(plan.by_blocks, ids, ranks, parts, strict=True)
@@ -273,22 +269,19 @@ class EpngExpertLayer(SieveExpertLayer):
                     # The factor itself comes first.
                     move.apply(tensor, new_rows.get(name) if side == "A" and index == 0 else None)
         self.plans[adapter_name] = after
-        slots = self.slots_module(adapter_name)
-        slots.record(step, before, after)
-        slots.show(after)
+        self.slots_module(adapter_name).record(step, before, after)
 
     # Checkpoints
 
     def saved_state(self, adapter_name: str) -> tuple[RaggedPlan, torch.Tensor]:
         """Plan and ledger, for `set_state`."""
-        return self.plan(adapter_name), self.slots_module(adapter_name).ledger
+        return self.plan(adapter_name), self.slots_module(adapter_name).events
 
     def set_state(self, adapter_name: str, plan: RaggedPlan, ledger: torch.Tensor) -> None:
         """Take the rows for those of another plan of the same size, whose values are about to be loaded."""
         slots = self.slots_module(adapter_name)
         self.plans[adapter_name] = plan
-        slots.show(plan)
-        slots.ledger = ledger.to(slots.ledger.device, torch.int32)
+        slots.show(plan, ledger)
         # Whoever cast the model to half precision cast this, too, and values are loaded into what is there.
         slots.importance = slots.importance.to(torch.float64)
 

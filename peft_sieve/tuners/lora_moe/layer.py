@@ -13,6 +13,7 @@ from torch import nn
 from ...errors import SieveError
 from ..common.adapter_layer import AdapterLayer
 from ..common.balance import BalanceLoss, Routed
+from ..common.bookkeeping import Bookkeeping
 from ..common.optimizers import forget
 from .config import LoraMoeConfig
 from .cutting import Cut, replace_data
@@ -41,7 +42,7 @@ class LoraMoePlan:
     pruned: bool
 
 
-class ExpertUsage(nn.Module):
+class ExpertUsage(Bookkeeping):
     """What is saved beside the factors: whose they are, and how much each expert was used.
 
     Attributes:
@@ -56,9 +57,17 @@ class ExpertUsage(nn.Module):
 
     def __init__(self, plan: LoraMoePlan) -> None:
         super().__init__()
+        self.plan = plan
         self.register_buffer("tokens", torch.zeros(plan.num_experts, dtype=torch.int64))
-        self.register_buffer("experts", torch.tensor(plan.experts, dtype=torch.int64))
-        self.register_buffer("pruned", torch.tensor([int(plan.pruned)]))
+        for name, value in self.integers().items():
+            self.register_buffer(name, value)
+
+    def integers(self) -> dict[str, torch.Tensor]:
+        experts, pruned = list(self.plan.experts), [int(self.plan.pruned)]
+        return {
+            "experts": torch.tensor(experts, dtype=torch.int64, device="cpu"),
+            "pruned": torch.tensor(pruned, dtype=torch.int64, device="cpu"),
+        }
 
 
 class LoraMoeLayer(nn.Module, AdapterLayer):
@@ -196,8 +205,8 @@ class LoraMoeLayer(nn.Module, AdapterLayer):
         self._factor("lora_B", adapter_name).in_features = width
         self._factor("lora_router", adapter_name).out_features = len(plan.experts)
         usage = self.usage(adapter_name)
-        usage.experts = torch.tensor(plan.experts, dtype=torch.int64, device=usage.experts.device)
-        usage.pruned = torch.tensor([int(pruned)], device=usage.pruned.device)
+        usage.plan = plan
+        usage.restore()
 
     def reshape(self, adapter_name: str, experts: Sequence[int], pruned: bool) -> bool:
         """Make room for other experts' values, which are to be loaded.

@@ -66,7 +66,9 @@ def _checked(
     sizes = [tuple(saved[name].shape) for name in _FACTORS]
     width = len(experts) * plan.r
     expected = [(width, layer.in_features), (layer.out_features, width), (len(experts), layer.in_features)]
-    inside = sorted(set(experts)) == experts and all(0 <= expert < plan.num_experts for expert in experts)
+    # Other numbers would be an average, and (3 + 5) / 2 is an expert, too.
+    whole = not saved["lora_usage.experts"].is_floating_point()
+    inside = whole and sorted(set(experts)) == experts and all(0 <= expert < plan.num_experts for expert in experts)
     if len(tokens) != plan.num_experts or sizes != expected or not inside or pruned not in ([0], [1]):
         raise SieveError(
             f"The weights of {path} are experts {experts} of {len(tokens)} with lora_A of shape {sizes[0]}, and "

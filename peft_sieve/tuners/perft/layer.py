@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from ...errors import SieveError
 from ..common.adapter_layer import AdapterLayer
 from ..common.balance import BalanceLoss, Routed
-from ..common.experts.factors import ExpertFactors, ExpertSlots, experts_in, initialize
+from ..common.experts.factors import ExpertFactors, ExpertSlots, experts_in, initialize, no_map
 from .blocks import MoEBlock
 from .config import PerftConfig
 from .mixture import dispatched_gates, mixture, routed_gates, wide_softmax
@@ -138,11 +138,11 @@ class PerftLayer(nn.Module, AdapterLayer):
     def beside(self) -> nn.Module:
         return self._block[0]
 
-    def slots(self, adapter_name: str) -> torch.Tensor:
+    def slots(self, adapter_name: str, device: torch.device) -> torch.Tensor:
         """Of E: the place of each expert's adapter, -1 if it has none, (num_experts,)."""
         module = self.perft_experts[adapter_name]
         assert isinstance(module, ExpertSlots)
-        return module.slots
+        return module.placed(device)[0]
 
     def check_saved(self, adapter_name: str, saved: Mapping[str, torch.Tensor]) -> None:
         """Refuse the tensors of an adapter for other experts (E)."""
@@ -150,6 +150,8 @@ class PerftLayer(nn.Module, AdapterLayer):
         if adapter_name not in self.perft_experts or slots is None:
             return
         expected, found = list(self.plans[adapter_name].experts), experts_in(slots.cpu())
+        if found is None:
+            raise no_map(self.path)
         if found != expected or slots.numel() != self.num_experts:
             raise SieveError(
                 f"The weights belong to experts {found} of {self.experts_path}, and adapter '{adapter_name}' has "
@@ -207,7 +209,7 @@ class PerftLayer(nn.Module, AdapterLayer):
             return routed_gates(logits, plan.top_k, plan.normalized)
         if plan.variant == "E":
             ids, weights = self._read_dispatch(tokens.shape[0])
-            slots = self.slots(adapter_name)
+            slots = self.slots(adapter_name, tokens.device)
             return dispatched_gates(ids.to(slots.device), weights.to(slots.device), slots, plan.num_adapters)
         return None
 

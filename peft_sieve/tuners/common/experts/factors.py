@@ -6,9 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
+
+from ....errors import SieveError
+from ..bookkeeping import Bookkeeping
 
 # In the keys of tensors that are not factors, but say whose those are; the first of them has the experts' slots.
 BOOKKEEPING_KEY = ".lora_experts."
@@ -77,7 +81,8 @@ class ExpertFactors(nn.Module):
     def __init__(self, num_slots: int, rank: int, features: int, device: torch.device | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_slots, rank, features, device=device))
-        self.register_buffer("kept", None, persistent=False)
+        # Not a buffer: averages of models compute with those.
+        self.kept = None
 
     def used(self) -> torch.Tensor:
         """The weight, zero where it is not kept; so is its gradient."""
@@ -102,7 +107,7 @@ class ExpertDeltas(ExpertFactors):
     """
 
 
-class ExpertSlots(nn.Module):
+class ExpertSlots(Bookkeeping):
     """Which expert has which slot.
 
     `slots` has shape (num_experts,), int32: the slot of each expert, -1 for those without an adapter. It is saved with
@@ -110,15 +115,30 @@ class ExpertSlots(nn.Module):
     """
 
     slots: torch.Tensor
-    ids: torch.Tensor
 
     def __init__(self, num_experts: int, experts: Sequence[int]) -> None:
         super().__init__()
+        self.num_experts = num_experts
         self.register_buffer("slots", slots_of(num_experts, experts))
-        self.register_buffer("ids", torch.tensor(list(experts), dtype=torch.int64, device="cpu"), persistent=False)
+        self._say(experts, experts)
+
+    def _say(self, experts: Sequence[int], stored: Sequence[int]) -> None:
+        """Take over the experts, by their slots and in the order in which their factors lie."""
+        self.experts = tuple(experts)
+        self.ids = torch.tensor(list(stored), dtype=torch.int64, device="cpu")
+        self._placed = slots_of(self.num_experts, self.experts), self.ids
+
+    def integers(self) -> dict[str, torch.Tensor]:
+        return {"slots": slots_of(self.num_experts, self.experts)}
+
+    def placed(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`slots` and `ids` on a device, as they are, whatever has been done to the buffers."""
+        if self._placed[0].device != device:
+            self._placed = slots_of(self.num_experts, self.experts).to(device), self.ids.to(device)
+        return self._placed
 
     def extra_repr(self) -> str:
-        return f"adapted={self.ids.numel()}, num_experts={self.slots.numel()}"
+        return f"adapted={self.ids.numel()}, num_experts={self.num_experts}"
 
 
 def slots_of(num_experts: int, experts: Sequence[int]) -> torch.Tensor:
@@ -129,13 +149,21 @@ def slots_of(num_experts: int, experts: Sequence[int]) -> torch.Tensor:
     return slots
 
 
-def experts_in(slots: torch.Tensor) -> list[int]:
-    """Expert ids by slot, the inverse of `slots_of`; none if the slots are not numbered from 0 on."""
+def experts_in(slots: torch.Tensor) -> list[int] | None:
+    """Expert ids by slot, the inverse of `slots_of`; None if these are not the slots of any experts."""
     used = slots[slots >= 0]
     order = used.argsort()
-    if slots.dim() != 1 or used[order].tolist() != list(range(used.numel())):
-        return []
+    if slots.dim() != 1 or used[order].tolist() != list(range(used.numel())) or bool((slots[slots < 0] != -1).any()):
+        return None
     return (slots >= 0).nonzero().squeeze(-1)[order].tolist()
+
+
+def no_map(where: Any) -> SieveError:
+    """The error for saved slots that are none."""
+    return SieveError(
+        f"The slots in {where} are not those of any experts. Average adapters of the same experts only, and do not "
+        "round what is saved as integers."
+    )
 
 
 def initialize(

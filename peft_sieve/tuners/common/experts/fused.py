@@ -49,7 +49,7 @@ class FusedSieveExperts(SieveExpertLayer):
         return self._forward(self.applied_adapters(), args, kwargs)
 
     def _forward_with(self, adapter_name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self._forward(self.verified([adapter_name]), args, kwargs)
+        return self._forward(self.those_here([adapter_name]), args, kwargs)
 
     def _forward(self, adapters: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         if not adapters:
@@ -147,7 +147,8 @@ class FusedSieveExperts(SieveExpertLayer):
         factors.append(held[adapter_name].used())
         ranks = {p: plan.ranks[p] for p in FACTOR_GROUPS[name] if p in plan.ranks}
         parts = self._parts(adapter_name, ranks, columns)
-        return [FullDelta(plan.slot_of, self.slots_module(adapter_name).ids, parts, len(factors) - 1)]
+        _, ids = self.slots_module(adapter_name).placed(factors[-1].device)
+        return [FullDelta(plan.slot_of, ids, parts, len(factors) - 1)]
 
     def _parts(self, adapter_name: str, ranks: Mapping[str, int], columns: Mapping[str, slice]) -> list[PackedPart]:
         """Which rows of packed tensors belong to which columns of the product, for projections in the order packed."""

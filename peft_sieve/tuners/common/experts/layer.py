@@ -16,7 +16,17 @@ from ....moe.placement import execution_device
 from ....moe.topology import MoELayer
 from ..adapter_layer import AdapterLayer
 from ..patterns import ranks_and_alphas
-from .factors import FACTOR_NAMES, AdapterPlan, ExpertDeltas, ExpertFactors, ExpertSlots, Pack, experts_in, initialize
+from .factors import (
+    FACTOR_NAMES,
+    AdapterPlan,
+    ExpertDeltas,
+    ExpertFactors,
+    ExpertSlots,
+    Pack,
+    experts_in,
+    initialize,
+    no_map,
+)
 from .hellori import random_share
 from .merging import ExpertMerging
 
@@ -56,7 +66,6 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         self.lora_experts = nn.ModuleDict()
         # (projection, expert) -> the weight before merging, bit for bit.
         self._before_merge: dict[tuple[str, int], torch.Tensor] = {}
-        self._unverified: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
         # A MoE block may read attributes of its experts (num_experts, act_fn, ...).
@@ -97,7 +106,6 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
             add(adapter_name, name, config.init_lora_weights, device)
         if config.hellori_density is not None:
             self._train_a_share(adapter_name, config.hellori_density, config.hellori_seed)
-        self._unverified.add(adapter_name)
         self.place_new(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -176,25 +184,17 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         """The active adapters to add in a forward: none while they are disabled or merged."""
         if self.disable_adapters or self.merged:
             return []
-        return self.verified(self.active_adapters)
+        return self.those_here(self.active_adapters)
 
-    def verified(self, adapter_names: Sequence[str]) -> list[str]:
-        """Those of the adapters that this layer has, their slots compared with the mask."""
-        names = [name for name in adapter_names if name in self.plans]
-        for name in self._unverified.intersection(names):
-            self.verify_slots(name)
-        return names
+    def those_here(self, adapter_names: Sequence[str]) -> list[str]:
+        """Those of the adapters that this layer has."""
+        return [name for name in adapter_names if name in self.plans]
 
     def slots_module(self, adapter_name: str) -> ExpertSlots:
         """The map between experts and slots of one adapter."""
         module = self.lora_experts[adapter_name]
         assert isinstance(module, ExpertSlots)
         return module
-
-    def verify_slots(self, adapter_name: str) -> None:
-        """Loaders that assign without asking (transformers' `load_adapter`) may bring the tensors of other experts."""
-        self._check_slots(adapter_name, self.slots_module(adapter_name).slots)
-        self._unverified.discard(adapter_name)
 
     def check_saved(self, adapter_name: str, saved: Mapping[str, torch.Tensor]) -> None:
         """Refuse the tensors of other experts than those that the adapter has here.
@@ -205,7 +205,21 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         Raises:
             SieveError: they are, or do not say whose they are.
         """
-        self._check_slots(adapter_name, saved.get("lora_experts.slots"))
+        slots, expected = saved.get("lora_experts.slots"), list(self.plans[adapter_name].experts)
+        if slots is None:
+            raise SieveError(
+                f"The checkpoint has no {self.path}.lora_experts.slots for adapter '{adapter_name}', which says whose "
+                "the factors are. Save or download the adapter again."
+            )
+        found, of = experts_in(slots.cpu()), self.shape.num_experts
+        if found is None:
+            raise no_map(self.path)
+        if slots.numel() != of or found != expected:
+            raise SieveError(
+                f"The weights belong to experts {found} of {slots.numel()} in {self.path}, and adapter "
+                f"'{adapter_name}' selects {expected} of {of}. Resume with the configuration of the checkpoint "
+                "(its adapter_config.json), or start a new run."
+            )
         for factor, value in saved.items():
             held = getattr(self, factor.removesuffix(".weight"), None) if factor.endswith(".weight") else None
             kept = held[adapter_name].kept if held is not None else None
@@ -216,21 +230,6 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
                     f"hellori_seed of adapter '{adapter_name}' leave. Load them under the configuration that they were "
                     "saved with."
                 )
-
-    def _check_slots(self, adapter_name: str, slots: torch.Tensor | None) -> None:
-        expected = self.plans[adapter_name].experts
-        if slots is None:
-            raise SieveError(
-                f"The checkpoint has no {self.path}.lora_experts.slots for adapter '{adapter_name}', which says whose "
-                "the factors are. Save or download the adapter again."
-            )
-        found, of = experts_in(slots.cpu()), self.shape.num_experts
-        if slots.numel() != of or found != list(expected):
-            raise SieveError(
-                f"The weights belong to experts {found} of {slots.numel()} in {self.path}, and adapter "
-                f"'{adapter_name}' selects {list(expected)} of {of}. Resume with the configuration of the checkpoint "
-                "(its adapter_config.json), or start a new run."
-            )
 
     def factors(self, adapter_name: str, projection: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """One projection's factors: A (slots, rank, in), B (slots, rank, out) and the scaling; None if not adapted."""
@@ -274,7 +273,8 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         plan = self.plans[adapter_name]
         ranks = {p: plan.ranks[p] for p in FACTOR_GROUPS[name] if p in plan.ranks}
         a, b = (getattr(self, f"{name}_{side}")[adapter_name].used() for side in "AB")
-        return [Pack(plan.slot_of, self.slots_module(adapter_name).ids, ranks, a, b)]
+        _, ids = self.slots_module(adapter_name).placed(a.device)
+        return [Pack(plan.slot_of, ids, ranks, a, b)]
 
     def with_deltas(self, projection: str, expert: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """What one projection of one expert gives with the active adapters.
