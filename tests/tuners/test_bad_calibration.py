@@ -85,8 +85,8 @@ DATA: list[tuple[Callable[[], Any], str]] = [
         lambda: ready(position_ids=torch.ones(5, 7).long()),
         r"rejects .* `input_ids` \(2, 3\), `position_ids` \(5, 7\)\. Ru",
     ),
-    (lambda: ready(position_ids=torch.tensor(1)), r"rejects a calibration batch of .* `position_ids` \(\)"),
-    (lambda: ready(position_ids="first"), r"rejects a calibration batch of .* `position_ids` \(str\)"),
+    (lambda: ready(position_ids=torch.tensor(1)), "`position_ids` of item 0 .* a tensor with a number for each token"),
+    (lambda: ready(position_ids="first"), "`position_ids` of item 0 .* a tensor with a number for each token"),
     (
         lambda: ready(inputs_embeds=torch.ones(2, 3, 7)),
         r"rejects a calibration batch of .* `inputs_embeds` \(2, 3, 7\)",
