@@ -198,7 +198,7 @@ def test_the_warm_up_names_the_batch_too() -> None:
 
 @pytest.mark.parametrize("failure", [torch.OutOfMemoryError, MemoryError, KeyboardInterrupt, NotImplementedError])
 def test_errors_that_are_not_of_the_input_pass(failure: type[BaseException], model: nn.Module) -> None:
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **options: Any) -> None:
         raise failure("of the machine")
 
     def rows() -> Any:
@@ -213,8 +213,9 @@ def test_errors_that_are_not_of_the_input_pass(failure: type[BaseException], mod
     finally:
         handle.remove()
     if failure is not NotImplementedError:
-        with pytest.raises(failure, match="of the machine"):
-            profile_routing(model, rows(), progress=False)
+        for more in ({}, {"formatting_func": fail}, {"tokenizer": fail}):
+            with pytest.raises(failure, match="of the machine"):
+                profile_routing(model, ["two words"] if more else rows(), progress=False, **more)
     assert_unchanged(model, before)
 
 
