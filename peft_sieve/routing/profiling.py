@@ -82,6 +82,7 @@ def profile_routing(
         max_length=max_length,
         batch_size=batch_size,
         seed=seed,
+        image_dtype=getattr(base, "dtype", None),
     )
     if rule is None:
         profile = profile_batches(base, layers, calibration, progress=progress)

@@ -112,6 +112,7 @@ def warm_up_profile(
         max_length=max_length,
         batch_size=batch_size,
         seed=seed,
+        image_dtype=getattr(model, "dtype", None),
     )
     counted = RoutingCounters(model, layers, _ADVICE)
     with _with_adapter(model, lora, seed) as peft_model:

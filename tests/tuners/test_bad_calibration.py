@@ -85,8 +85,8 @@ DATA: list[tuple[Callable[[], Any], str]] = [
         lambda: ready(position_ids=torch.ones(5, 7).long()),
         r"rejects .* `input_ids` \(2, 3\), `position_ids` \(5, 7\)\. Ru",
     ),
-    (lambda: ready(position_ids=torch.tensor(1)), r"rejects a calibration batch of .* `position_ids` \(\)"),
-    (lambda: ready(position_ids="first"), r"rejects a calibration batch of .* `position_ids` \(str\)"),
+    (lambda: ready(position_ids=torch.tensor(1)), "`position_ids` of item 0 .* a tensor with a number for each token"),
+    (lambda: ready(position_ids="first"), "`position_ids` of item 0 .* a tensor with a number for each token"),
     (
         lambda: ready(inputs_embeds=torch.ones(2, 3, 7)),
         r"rejects a calibration batch of .* `inputs_embeds` \(2, 3, 7\)",
@@ -198,7 +198,7 @@ def test_the_warm_up_names_the_batch_too() -> None:
 
 @pytest.mark.parametrize("failure", [torch.OutOfMemoryError, MemoryError, KeyboardInterrupt, NotImplementedError])
 def test_errors_that_are_not_of_the_input_pass(failure: type[BaseException], model: nn.Module) -> None:
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **options: Any) -> None:
         raise failure("of the machine")
 
     def rows() -> Any:
@@ -213,8 +213,9 @@ def test_errors_that_are_not_of_the_input_pass(failure: type[BaseException], mod
     finally:
         handle.remove()
     if failure is not NotImplementedError:
-        with pytest.raises(failure, match="of the machine"):
-            profile_routing(model, rows(), progress=False)
+        for more in ({}, {"formatting_func": fail}, {"tokenizer": fail}):
+            with pytest.raises(failure, match="of the machine"):
+                profile_routing(model, ["two words"] if more else rows(), progress=False, **more)
     assert_unchanged(model, before)
 
 

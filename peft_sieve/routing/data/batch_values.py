@@ -20,17 +20,23 @@ def check_values(item: Any, where: str) -> None:
     Raises:
         SieveError: there is one.
     """
-    for name, value in item.items() if isinstance(item, Mapping) else ():
+    if not isinstance(item, Mapping):
+        return
+    for name, value in item.items():
         if not isinstance(name, str):
             raise must_be(f"The name of an input of {where}", "a str", name)
+        array = isinstance(value, Tensor | np.ndarray)
         if isinstance(value, np.ndarray) and value.dtype.kind not in "biufc":
             raise must_be(f"`{name}` of {where}", "an array of numbers", value.dtype)
         if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
             kind = "meta device" if value.is_meta else str(value.layout)
             raise must_be(f"`{name}` of {where}", "a dense tensor with values", kind)
-    ids = item.get("input_ids") if isinstance(item, Mapping) else None
-    if isinstance(ids, Tensor | np.ndarray) and (torch.as_tensor(ids).is_complex() or "bool" in str(ids.dtype)):
-        raise must_be(f"`input_ids` of {where}", "integers", ids.dtype)
-    mask = item.get("attention_mask") if isinstance(item, Mapping) else None
-    if isinstance(mask, list | tuple) or (isinstance(mask, Tensor | np.ndarray) and mask.ndim == 0):
-        raise must_be(f"`attention_mask` of {where}", "a tensor with a number for each token", mask)
+        if name == "input_ids" and array and (torch.as_tensor(value).is_complex() or "bool" in str(value.dtype)):
+            raise must_be(f"`{name}` of {where}", "integers", value.dtype)
+        if name in ("attention_mask", "position_ids") and not (array and value.ndim) and not _may_lack(value):
+            raise must_be(f"`{name}` of {where}", "a tensor with a number for each token", value)
+
+
+def _may_lack(value: Any) -> bool:
+    """Nothing at all, or masks for kinds of layers."""
+    return value is None or isinstance(value, Mapping)

@@ -72,6 +72,7 @@ def calibration_batches(
     batch_size: int = 8,
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
+    image_dtype: torch.dtype | None = None,
 ) -> CalibrationData:
     """Reads calibration data and makes batches of tokens for the model.
 
@@ -102,6 +103,7 @@ def calibration_batches(
         shard: `(rank, world_size)`: this process takes every `world_size`-th sample in order of length (of batches
             that came ready: every `world_size`-th batch). The shares of all ranks are disjoint and make up what a
             single process would take; a share may be empty.
+        image_dtype: floating type of what the processor makes of images; None leaves it.
 
     Raises:
         SieveError: the data, the settings or the tokenizer do not fit; the text says how to put it right.
@@ -137,7 +139,7 @@ def calibration_batches(
         samples = [samples[i] for i in choice(len(samples))]  # a row may give several
         tokens = tokenise([sample for sample in samples if not has_images(sample)], tokenizer, max_length)
         pictured = [sample for sample in samples if has_images(sample)]
-        made = image_batches(pictured, tokenizer, max_length, batch_size)
+        made = image_batches(pictured, tokenizer, max_length, batch_size, image_dtype)
         ready = ModelBatches(source.name, made).take(len(pictured))
 
     kept = [sample for sample in tokens if sample.num_tokens > 0]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
+import torch
 from transformers import AutoProcessor
 
 from ...checks import one_line, out_of_memory, quoted
@@ -82,8 +83,12 @@ def has_images(sample: Any) -> TypeGuard[Captioned | Conversation]:
 
 
 def image_batches(
-    samples: Sequence[Captioned | Conversation], tokenizer: Any, max_length: int, batch_size: int
-) -> list[Mapping[str, Any]]:
+    samples: Sequence[Captioned | Conversation],
+    tokenizer: Any,
+    max_length: int,
+    batch_size: int,
+    dtype: torch.dtype | None = None,
+) -> list[dict[str, Any]]:
     """Batches for the model, `batch_size` samples each, in their order, padded on the right.
 
     Args:
@@ -91,6 +96,7 @@ def image_batches(
         tokenizer: the model's processor, or its tokenizer, beside which the processor was saved.
         max_length: tokens of a sample, those of its images included.
         batch_size: samples per batch.
+        dtype: floating type of what is made of images; None leaves it.
 
     Raises:
         SieveError: there is no processor, it failed, or the chat template does not show a turn.
@@ -112,14 +118,20 @@ def image_batches(
             except Exception as error:
                 if out_of_memory(error):
                     raise
+                rows = " to ".join(dict.fromkeys((chosen[0].where, chosen[-1].where)))
                 raise SieveError(
-                    f"The processor {type(processor).__name__} failed on {chosen[0].where} to {chosen[-1].where}. "
+                    f"The processor {type(processor).__name__} failed on {rows}. "
                     f"{type(error).__name__}: {one_line(error)}. If a sample was cut within an image, raise max_length "
                     f"(calib_max_length), which is {max_length}."
                 ) from error
-            batches.append(made)
+            batches.append({name: _cast(value, dtype) for name, value in made.items()})
     renderer.warn()
     return batches
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    # Not every vision tower casts its input to the type of its weights.
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() and dtype else value
 
 
 def _find_processor(tokenizer: Any, where: str) -> Any:

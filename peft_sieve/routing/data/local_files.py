@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ...checks import one_line
+from ...checks import one_line, out_of_memory
 from ...errors import SieveError
 
 # Number of rows -> positions of those to keep, ascending.
@@ -54,6 +54,8 @@ def read_file(name: str, path: Path, choose: Chooser) -> tuple[Sequence[int], li
         positions, lines = _pick(partial(_lines, path), choose)
         return positions, [_parse(number, line) for number, line in lines]
     except Exception as error:
+        if out_of_memory(error):
+            raise
         problem = f"{type(error).__name__}: {one_line(error)}"
         raise SieveError(f"The calibration file {name!r} could not be read. {problem}.") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...checks import must_be, one_line, quoted, shown
+from ...checks import must_be, one_line, out_of_memory, quoted, shown
 from ...errors import SieveError
 from .conversations import MESSAGES, Conversation, conversation, is_message, read_tools, tool_names
 from .images import IMAGE_COLUMNS, Captioned, images_of, wants_images, with_images
@@ -137,6 +137,8 @@ def _format_row(row: Any, where: str, formatting_func: RowFormatter) -> list[Sam
     try:
         made = formatting_func(row)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         columns = f" (columns {quoted(row)})" if isinstance(row, Mapping) else ""
         raise SieveError(
             f"calib_formatting_func failed on {where}{columns} with {type(error).__name__}: {one_line(error)}. It gets "

@@ -247,6 +247,8 @@ def _load(name: str, path: Path, split: str) -> Any:
             return hf.Dataset.from_parquet(where)
         return hf.load_from_disk(where) if saved else hf.load_dataset(where, split=split)
     except Exception as error:
+        if out_of_memory(error):
+            raise
         if "Unknown split" in str(error) or "Bad split" in str(error):
             available = str(error)[str(error).find("[") :].strip("[]. ").replace("'", "").split(", ")
             raise _no_split(name, split, available) from error

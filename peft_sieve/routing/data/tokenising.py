@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ...checks import must_be, one_line
+from ...checks import must_be, one_line, out_of_memory
 from ...errors import SieveError
 from .chats import ChatRenderer
 from .conversations import Conversation
@@ -101,6 +101,8 @@ def _encode(texts: list[str], tokenizer: Any) -> list[list[int]]:
         encoded = tokenizer(texts, padding=False, truncation=False, return_attention_mask=False)["input_ids"]
         return [list(ids) for _, ids in zip(texts, encoded, strict=True)]
     except Exception as error:
+        if out_of_memory(error):
+            raise
         problem = f"{type(error).__name__}: {one_line(error)}"
         name = type(tokenizer).__name__
         raise SieveError(f"The tokenizer {name} failed on the calibration text. {problem}.") from error

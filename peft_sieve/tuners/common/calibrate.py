@@ -85,6 +85,7 @@ def _read(config: Any, model: nn.Module) -> CalibrationData:
         batch_size=config.calib_batch_size,
         seed=config.calib_seed,
         shard=rank_and_world(),
+        image_dtype=getattr(model, "dtype", None),
     )
 
 

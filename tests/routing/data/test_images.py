@@ -7,10 +7,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoProcessor, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from peft_sieve import profile_routing
+from peft_sieve import SieveLoraConfig, profile_routing
 from peft_sieve.errors import SieveError
 from peft_sieve.routing.data.batches import calibration_batches
 from tests.architectures.recount import recounted
@@ -153,9 +154,13 @@ def test_the_processor_comes_from_the_model(tmp_path):
     assert {path: count.tolist() for path, count in counts.items()} == {
         path: count.tolist() for path, count in whole.counts.items()
     }
+    model.to(torch.bfloat16)  # its vision tower takes no other type then
+    assert profile_routing(model, rows, progress=False).num_tokens == whole.num_tokens
+    config = SieveLoraConfig(r=2, calib_dataset=rows, calib_tokenizer=processor)
+    assert get_peft_model(model, config).peft_config["default"].calibration["tokens"] == whole.num_tokens
     tokenizer.add_tokens(["<new>"])  # the saved processor does not have it
     with pytest.raises(SieveError, match="Pass the model's processor"):
-        profile_routing(model, rows, tokenizer=tokenizer, progress=False)
+        calibration_batches(rows, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize(
