@@ -5,7 +5,7 @@ PEFT saves them under the names of the base model's own weights, and loads them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -95,20 +95,33 @@ def live_embeddings(base: PreTrainedModel, base_name: str) -> Embeddings:
         base_name: path or Hub id of the base model, "" if not known.
 
     Raises:
-        SieveError: the adapter is merged into them.
+        SieveError: an adapter is merged into them, or another weight of the base model is trainable, too.
     """
     before, now = _vocabulary_of(base_name, base.config), getattr(base.config.get_text_config(), "vocab_size", None)
     resized = None not in (before, now) and before != now
-    found: Embeddings = {}
-    for path, module in embedding_modules(base).items():
-        if resized or module.weight.requires_grad:
-            if getattr(base.get_submodule(path), "merged", False):
-                raise SieveError(
-                    f"An adapter is merged into {path}, whose weight belongs to the adapter, too. Call "
-                    "unmerge_adapter() first."
-                )
-            found[path] = module.weight.detach()
+    modules = embedding_modules(base)
+    found = {path: m.weight.detach() for path, m in modules.items() if resized or m.weight.requires_grad}
+    for path in found:
+        if getattr(base.get_submodule(path), "merged", False):
+            raise SieveError(
+                f"An adapter is merged into {path}, whose weight belongs to the adapter, too. Call unmerge_adapter() "
+                "first."
+            )
+    known = {id(module.weight) for module in modules.values()}
+    for name, weight in _weights_of_base(base):
+        if weight.requires_grad and id(weight) not in known:
+            raise SieveError(
+                f"{name} of the base model is trainable, and an adapter does not hold it. Call merge_and_unload() and "
+                "save the model, or freeze it if it was not trained."
+            )
     return found
+
+
+def _weights_of_base(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a model that belong to no adapter."""
+    yield from ((f"{path}{name}", weight) for name, weight in module.named_parameters(recurse=False))
+    for name, child in module.named_children():
+        yield from _weights_of_base(_bare(child), f"{path}{name}.")
 
 
 def _bare(module: nn.Module) -> nn.Module:
