@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import SieveError
 from .skeleton import Maker
@@ -135,9 +135,35 @@ def _resized(model: PreTrainedModel, rows: int) -> PreTrainedModel:
     return model
 
 
-def _vocabulary_of(name: str, like: Any) -> int | None:
+def _vocabulary_of(name: str, config: PreTrainedConfig) -> int | None:
     """The size of the vocabulary in the configuration of a checkpoint, None if not known."""
-    if name:
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            return int(type(like).from_pretrained(name).get_text_config().vocab_size)
+    if not name:
+        return None
+    with suppress(OSError, ValueError):
+        part, _ = PreTrainedConfig.get_config_dict(name)
+        for inner in path_of_text(part, config):
+            part = part.get(inner, {})
+        return part.get("vocab_size")
+    return None
+
+
+def path_of_text(content: dict[str, Any], config: PreTrainedConfig) -> list[str]:
+    """Where a configuration has that of the text model.
+
+    Args:
+        content: as it is written.
+        config: of the model that has the adapter, which may be the text model of a larger one.
+    """
+    if content.get("model_type", config.model_type) != config.model_type:
+        parts = {name: part.get("model_type") for name, part in content.items() if isinstance(part, dict)}
+        return [next((name for name, model_type in parts.items() if model_type == config.model_type), "text_config")]
+    return _path_inside(config, config.get_text_config()) or []
+
+
+def _path_inside(config: PreTrainedConfig, wanted: PreTrainedConfig) -> list[str] | None:
+    if config is wanted:
+        return []
+    for name, part in vars(config).items():
+        if isinstance(part, PreTrainedConfig) and (inside := _path_inside(part, wanted)) is not None:
+            return [name, *inside]
     return None
