@@ -5,7 +5,7 @@ PEFT saves them under the names of the base model's own weights, and loads them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import SieveError
 from .skeleton import Maker
@@ -95,20 +95,33 @@ def live_embeddings(base: PreTrainedModel, base_name: str) -> Embeddings:
         base_name: path or Hub id of the base model, "" if not known.
 
     Raises:
-        SieveError: the adapter is merged into them.
+        SieveError: an adapter is merged into them, or another weight of the base model is trainable, too.
     """
     before, now = _vocabulary_of(base_name, base.config), getattr(base.config.get_text_config(), "vocab_size", None)
     resized = None not in (before, now) and before != now
-    found: Embeddings = {}
-    for path, module in embedding_modules(base).items():
-        if resized or module.weight.requires_grad:
-            if getattr(base.get_submodule(path), "merged", False):
-                raise SieveError(
-                    f"An adapter is merged into {path}, whose weight belongs to the adapter, too. Call "
-                    "unmerge_adapter() first."
-                )
-            found[path] = module.weight.detach()
+    modules = embedding_modules(base)
+    found = {path: m.weight.detach() for path, m in modules.items() if resized or m.weight.requires_grad}
+    for path in found:
+        if getattr(base.get_submodule(path), "merged", False):
+            raise SieveError(
+                f"An adapter is merged into {path}, whose weight belongs to the adapter, too. Call unmerge_adapter() "
+                "first."
+            )
+    known = {id(module.weight) for module in modules.values()}
+    for name, weight in _weights_of_base(base):
+        if weight.requires_grad and id(weight) not in known:
+            raise SieveError(
+                f"{name} of the base model is trainable, and an adapter does not hold it. Call merge_and_unload() and "
+                "save the model, or freeze it if it was not trained."
+            )
     return found
+
+
+def _weights_of_base(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a model that belong to no adapter."""
+    yield from ((f"{path}{name}", weight) for name, weight in module.named_parameters(recurse=False))
+    for name, child in module.named_children():
+        yield from _weights_of_base(_bare(child), f"{path}{name}.")
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -122,9 +135,35 @@ def _resized(model: PreTrainedModel, rows: int) -> PreTrainedModel:
     return model
 
 
-def _vocabulary_of(name: str, like: Any) -> int | None:
+def _vocabulary_of(name: str, config: PreTrainedConfig) -> int | None:
     """The size of the vocabulary in the configuration of a checkpoint, None if not known."""
-    if name:
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            return int(type(like).from_pretrained(name).get_text_config().vocab_size)
+    if not name:
+        return None
+    with suppress(OSError, ValueError):
+        part, _ = PreTrainedConfig.get_config_dict(name)
+        for inner in path_of_text(part, config):
+            part = part.get(inner, {})
+        return part.get("vocab_size")
+    return None
+
+
+def path_of_text(content: dict[str, Any], config: PreTrainedConfig) -> list[str]:
+    """Where a configuration has that of the text model.
+
+    Args:
+        content: as it is written.
+        config: of the model that has the adapter, which may be the text model of a larger one.
+    """
+    if content.get("model_type", config.model_type) != config.model_type:
+        parts = {name: part.get("model_type") for name, part in content.items() if isinstance(part, dict)}
+        return [next((name for name, model_type in parts.items() if model_type == config.model_type), "text_config")]
+    return _path_inside(config, config.get_text_config()) or []
+
+
+def _path_inside(config: PreTrainedConfig, wanted: PreTrainedConfig) -> list[str] | None:
+    if config is wanted:
+        return []
+    for name, part in vars(config).items():
+        if isinstance(part, PreTrainedConfig) and (inside := _path_inside(part, wanted)) is not None:
+            return [name, *inside]
     return None

@@ -190,6 +190,15 @@ def test_whatever_else_a_file_holds_is_refused_by_name(action: str, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("action", ACTIONS)
+def test_other_trained_weights_of_a_live_model_are_refused(action: str, tmp_path: Path) -> None:
+    model = trained(tmp_path, ordinary=action == "narrow").model
+    model.get_base_model().model.norm.requires_grad_()
+    with pytest.raises(SieveError, match="model.norm.weight of the base model is trainable"):
+        ACTIONS[action](model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_tied_embeddings_that_differ_are_refused(tmp_path: Path) -> None:
     adapter = trained(tmp_path, rows=144, tied=True)
     path = with_tensor(adapter, tmp_path / "other", "base_model.model.lm_head.weight", torch.ones(144, 32))

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from ...errors import SieveError
 from ..reading import OpenedAdapter
 from ..skeleton import maker_of
+from ..vocabulary import path_of_text
 
 
 def write_vocabulary_size(config: dict[str, Any], opened: OpenedAdapter, rows: int, folder: Path) -> None:
@@ -23,7 +23,7 @@ def write_vocabulary_size(config: dict[str, Any], opened: OpenedAdapter, rows: i
     """
     changed = copy.deepcopy(config)
     part = changed
-    for name in _path_of_text(changed, opened.base.config):
+    for name in path_of_text(changed, opened.base.config):
         part = part.setdefault(name, {})
     part["vocab_size"] = rows
     (folder / CONFIG_NAME).write_text(json.dumps(changed, indent=2) + "\n")
@@ -46,25 +46,3 @@ def refuse_other_weights_of_that_size(opened: OpenedAdapter, rows: int) -> None:
                 f"The vocabulary was resized to {rows}, and {name} still has the size of the former one. transformers "
                 "cannot load such a checkpoint: train without resizing."
             )
-
-
-def _path_of_text(content: dict[str, Any], config: PreTrainedConfig) -> list[str]:
-    """Where a configuration has that of the text model.
-
-    Args:
-        content: as it is written.
-        config: of the model that has the adapter, which may be the text model of a larger one.
-    """
-    if content.get("model_type", config.model_type) != config.model_type:
-        parts = {name: part.get("model_type") for name, part in content.items() if isinstance(part, dict)}
-        return next(([name] for name, model_type in parts.items() if model_type == config.model_type), [])
-    return _path_inside(config, config.get_text_config()) or []
-
-
-def _path_inside(config: PreTrainedConfig, wanted: PreTrainedConfig) -> list[str] | None:
-    if config is wanted:
-        return []
-    for name, part in vars(config).items():
-        if isinstance(part, PreTrainedConfig) and (inside := _path_inside(part, wanted)) is not None:
-            return [name, *inside]
-    return None

@@ -46,6 +46,8 @@ def larger_model(base: PreTrainedModel, base_name: str, new_skeleton: Maker) -> 
         new_skeleton: makes it without adapters.
     """
     own = base.config.model_type
+    if not base_name:
+        return None
     with suppress(OSError, ValueError, KeyError):
         config = AutoConfig.from_pretrained(base_name, trust_remote_code=False)
         if config.model_type != own and config.get_text_config().model_type == own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..skeleton import Maker
 
 # (experts-module path, projection, expert)
 Matrix = tuple[str, str, int]
+
+_OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 # What Unsloth says in `adapter_config.json` of the columns of B: PEFT's order, or the one that it had itself before.
 _LAYOUT, _OF_PEFT, _GROUPED = "lora_B_layout", "rank_major", "grouped_by_expert"
@@ -37,7 +40,7 @@ def with_absent_experts(
     Returns:
         The tensors, and the matrices that have zeros.
     """
-    if not any(".experts." in key for key in tensors):
+    if not any(_OF_AN_EXPERT.search(key) for key in tensors):
         return tensors, set()
     matrices = matrix_names(new_skeleton(), layers)
     adapted = {path.replace(".base_layer", "") for path, _ in lora_layers(model.get_base_model(), "default")}
