@@ -1,4 +1,4 @@
-"""One adapter trains a module whole (`modules_to_save`), another one is beside it: each as when it is alone, or refused."""
+"""One adapter trains a module whole (`modules_to_save`) beside another: each as when it is alone, or refused."""
 
 from __future__ import annotations
 

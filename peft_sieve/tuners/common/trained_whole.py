@@ -61,20 +61,17 @@ def refuse_training_whole(model: nn.Module, configs: Mapping[str, Any], adapter_
                     )
 
 
-def _trained_whole(model: nn.Module, config: Any, standing: Iterable[str]) -> dict[str, list[str]]:
+def _trained_whole(model: Any, config: Any, standing: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     """Setting -> paths of what it wraps, found as PEFT finds them."""
     tokens = getattr(config, "trainable_token_indices", None)
-    embeddings = model.get_input_embeddings() if tokens and hasattr(model, "get_input_embeddings") else None
-    by_setting: dict[str, list[str]] = {
-        "modules_to_save": list(getattr(config, "modules_to_save", None) or []),
-        "trainable_token_indices": list(tokens) if isinstance(tokens, dict) else [],
+    names = {
+        "modules_to_save": tuple(getattr(config, "modules_to_save", None) or ()),
+        "trainable_token_indices": tuple(tokens) if isinstance(tokens, dict) else (),
     }
-    found = {
-        setting: [path for path in standing if path.endswith(tuple(names))] for setting, names in by_setting.items()
-    }
+    found = {setting: [path for path in standing if path.endswith(ends)] for setting, ends in names.items()}
     if tokens and not isinstance(tokens, dict):
-        names = standing_modules(model)
-        found["trainable_token_indices"] += [path for path, module in names if module is embeddings]
+        embeddings = model.get_input_embeddings()
+        found["trainable_token_indices"] = [path for path, module in standing.items() if module is embeddings]
     return found
 
 
