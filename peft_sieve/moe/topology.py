@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from ..errors import SieveError
@@ -105,17 +107,19 @@ def find_moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """`named_modules` as the model has them without adapters and wrappers: they are replaced by what they wrap."""
-    modules: dict[str, nn.Module] = {}
+    """`named_modules` as the model has them without adapters and wrappers: they are replaced by what they wrap.
 
-    def visit(path: str, module: nn.Module) -> None:
-        module = _unadapted(module)
-        modules[path] = module
-        for name, child in module.named_children():
-            visit(f"{path}.{name}" if path else name, child)
+    PEFT's wrappers around what is trained whole are replaced by what a forward now uses, which is an adapter's own copy
+    where that is active.
+    """
+    return {path: _unadapted(module) for path, module in standing_modules(model)}
 
-    visit("", model)
-    return modules
+
+def standing_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path in the base model, what stands there now) for all modules of the base model."""
+    yield path, model
+    for name, child in _unadapted(model).named_children():
+        yield from standing_modules(child, f"{path}.{name}" if path else name)
 
 
 def read_weights(model: nn.Module, layers: list[MoELayer]) -> list[str]:
@@ -129,7 +133,19 @@ def read_weights(model: nn.Module, layers: list[MoELayer]) -> list[str]:
 
 def _unadapted(module: nn.Module) -> nn.Module:
     module = inside(module)
-    return inside(module.get_base_layer()) if isinstance(module, BaseTunerLayer) else module
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _unadapted(_in_use(module))
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return base if base is module else _unadapted(base)  # those of PERFT wrap nothing
+
+
+def _in_use(wrapper: AuxiliaryTrainingWrapper) -> nn.Module:
+    if isinstance(wrapper, ModulesToSaveWrapper) and not wrapper.disable_adapters:
+        for name in wrapper.active_adapters:
+            if name in wrapper.modules_to_save:
+                return wrapper.modules_to_save[name]
+    original: nn.Module = wrapper.original_module
+    return original
 
 
 def _routers(modules: dict[str, nn.Module], block: str, family: MoEFamily) -> tuple[Router, ...]:

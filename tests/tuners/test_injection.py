@@ -42,7 +42,7 @@ def state(model: nn.Module) -> Any:
 def with_extras() -> PreTrainedModel:
     """Of its modules PEFT can wrap the head, and then not the list."""
     model = tiny_model("olmoe")
-    model.extras = nn.ModuleList([nn.Linear(2, 2)])
+    model.extras = nn.ModuleList([nn.LayerNorm(2)])
     return model
 
 

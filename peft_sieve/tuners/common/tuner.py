@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.initialization import no_init_weights
@@ -15,10 +16,12 @@ from transformers.initialization import no_init_weights
 from ...errors import SieveError
 from ...hf.deletion import delete_adapter
 from ...hf.injection import injecting, values_follow
+from ...moe.topology import standing_modules
 from ...moe.wrappers import compiled_in_place, plain_name, refuse_wrapped
 from .bookkeeping import checked_by
 from .loading import by_own_keys, check_bookkeeping, check_loaded, check_state_dict, in_peft_model
 from .names import check_adapter_names, check_not_there
+from .trained_whole import refuse_adapting, refuse_training_whole
 
 
 class MethodTuner(BaseTuner):
@@ -54,10 +57,18 @@ class MethodTuner(BaseTuner):
                 self.peft_config[adapter_name].base_model_name_or_path = vars(plain).get("name_or_path") or None
                 model = plain
             check_adapter_names(model, self.peft_config)
+            refuse_training_whole(model, self.peft_config, adapter_name)
             # PEFT's own layers, too, draw values that the saved ones replace.
             with no_init_weights() if values_follow() else nullcontext():
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             checked_by(model)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        # The first hook of PEFT's after the targets are known.
+        probe = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
+        paths = (path for path, _ in standing_modules(model) if path)
+        refuse_adapting(model, (path for path in paths if check_target_module_exists(probe, path)))
+        super()._prepare_model(peft_config, model)
 
     def _updated(self, layer: Any, adapter_name: str, *args: Any) -> Any:
         """A new layer with its first adapter, for which `update_layer` gets the other arguments."""

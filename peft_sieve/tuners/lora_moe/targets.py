@@ -12,7 +12,7 @@ from ...checks import shown
 from ...errors import SieveError
 from ...moe.families.registry import family_of
 from ...moe.linear import is_linear
-from ...moe.topology import base_modules, find_moe_layers, read_weights
+from ...moe.topology import base_modules, find_moe_layers, read_weights, standing_modules
 from .config import LoraMoeConfig
 
 CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -69,7 +69,7 @@ def _heads(config: LoraMoeConfig, model: nn.Module, modules: dict[str, nn.Module
 def _all_linears(model: nn.Module, modules: dict[str, nn.Module]) -> set[str]:
     """All linear layers that are called and learn, but the output layer, routers, and what is inside routed experts."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    left_out = {path for path, module in modules.items() if module is output}
+    left_out = {path for path, module in standing_modules(model) if module is output}
     is_moe = any(family_of(module) is not None for module in modules.values())
     layers = find_moe_layers(model) if is_moe else []
     # In a layer whose weight is read instead of being called an adapter would not be seen.

@@ -19,7 +19,7 @@ from ...errors import SieveError
 from ...hf.injection import injecting, values_follow
 from ...moe.placement import onloaded
 from ...moe.storage import linear_quantisation, refuse_storage
-from ...moe.topology import MoELayer, find_moe_layers, read_weights
+from ...moe.topology import MoELayer, base_modules, find_moe_layers, read_weights
 from ...routing.distributed import check_agreement, on_every_rank
 from ..common.calibrate import calibrate
 from ..common.exact_unmerge import ExactLinear, exact_layer
@@ -32,6 +32,7 @@ from ..common.patterns import UNMATCHED_IN_PEFT, by_pattern, expert_names, warn_
 from ..common.process_agreement import ProcessAgreement
 from ..common.targets import resolve_targets, router_parameters, wanted_layers
 from ..common.tied import mark_shared_weights, refuse_shared_modules
+from ..common.trained_whole import refuse_adapting
 from ..common.tuner import MethodTuner, refuse_if
 from .combination import COMBINATION_TYPES
 from .config import SieveLoraConfig
@@ -87,7 +88,9 @@ class SieveLoraModel(MethodTuner, LoraModel):
             refuse_storage(layer.experts, layer.path, layer.family.dequantises)
         if config.selected_experts is not None:
             check_mask(config, layers)
-        return layers, wanted_layers(config, layers)
+        wanted = wanted_layers(config, layers)
+        refuse_adapting(self.model, _adapted_paths(config, self.model, wanted))
+        return layers, wanted
 
     # Injection
 
@@ -289,6 +292,13 @@ class SieveLoraModel(MethodTuner, LoraModel):
         if any(getattr(module, "merged", False) for module in self.modules()):
             self.unmerge_adapter()
         return super().unload()
+
+
+def _adapted_paths(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer]) -> list[str]:
+    """What an adapter on the experts of `layers` is on or around, and routers."""
+    experts = tuple(layer.path for layer in layers)
+    inside = [path for path in base_modules(model) if path.startswith(experts)]
+    return [*inside, *(router.path for router in router_parameters(config, layers))]
 
 
 def _names_in_patterns(model: nn.Module, adapter_name: str) -> Iterator[str]:
