@@ -33,10 +33,6 @@ def check_values(item: Any, where: str) -> None:
             raise must_be(f"`{name}` of {where}", "a dense tensor with values", kind)
         if name == "input_ids" and array and (torch.as_tensor(value).is_complex() or "bool" in str(value.dtype)):
             raise must_be(f"`{name}` of {where}", "integers", value.dtype)
-        if name in ("attention_mask", "position_ids") and not (array and value.ndim) and not _may_lack(value):
+        kinds = list | tuple | str if name == "position_ids" else list | tuple
+        if name in ("attention_mask", "position_ids") and (isinstance(value, kinds) or (array and value.ndim == 0)):
             raise must_be(f"`{name}` of {where}", "a tensor with a number for each token", value)
-
-
-def _may_lack(value: Any) -> bool:
-    """Nothing at all, or masks for kinds of layers."""
-    return value is None or isinstance(value, Mapping)
