@@ -85,7 +85,7 @@ def test_a_folder_with_weights_that_would_stay_is_refused(adapter: Adapter, tmp_
     merge_checkpoint(adapter.path, adapter.base_path, tmp_path / "merged")
     merge_checkpoint(adapter.path, adapter.base_path, tmp_path / "merged")  # the same files again
     assert_merged(adapter, tmp_path / "merged")
-    for name in (INDEX, "adapter_config.json", "pytorch_model.bin"):
+    for name in (INDEX, "adapter_config.json", "model-00001-of-00002.safetensors"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("{}")
         with pytest.raises(SieveError, match=f"holds {name}, which would be taken for a part of the checkpoint"):
