@@ -85,7 +85,7 @@ def test_a_folder_with_weights_that_would_stay_is_refused(adapter: Adapter, tmp_
     merge_checkpoint(adapter.path, adapter.base_path, tmp_path / "merged")
     merge_checkpoint(adapter.path, adapter.base_path, tmp_path / "merged")  # the same files again
     assert_merged(adapter, tmp_path / "merged")
-    for name in (INDEX, "adapter_config.json", "pytorch_model.bin"):
+    for name in (INDEX, "adapter_config.json", "model-00001-of-00002.safetensors"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("{}")
         with pytest.raises(SieveError, match=f"holds {name}, which would be taken for a part of the checkpoint"):
@@ -106,6 +106,8 @@ LEFT = {
     "pytorch_model.bin.index.json": "{}",
     "model.fp16.safetensors": "",
     "consolidated.safetensors": "",
+    "model.safetensors.index.json": '{"weight_map": {"lm_head.weight": "model-1-of-2.safetensors"}}',
+    "model-1-of-2.safetensors": "",
     "runs/Jan01/events.out.tfevents.1": "",
     "checkpoint-5/config.json": "{}",
     "checkpoint-5/tokenizer.json": "{}",
@@ -144,7 +146,7 @@ def test_what_belongs_to_the_checkpoint_goes_along(
             hub.add("me/base", {name: (base / name).read_bytes() for name in files_in(base) if name[0] != "."})
             merge_checkpoint(adapter.path, "me/base", tmp_path / "merged")
             asked = " ".join(call.path for call in hub.log)
-        assert not any(name in asked for name in ("optimizer.pt", "consolidated", "checkpoint-5/model"))
+        assert not any(name in asked for name in ("optimizer.pt", "consolidated", "1-of-2", "checkpoint-5/model"))
     assert files_in(tmp_path / "merged") == own | {"README.md"}
     assert_merged(adapter, tmp_path / "merged")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")

@@ -255,12 +255,14 @@ def test_the_tokenizer_beside_the_adapter_goes_into_the_merged_checkpoint(tmp_pa
     tokenizer.save_pretrained(adapter.base_path)
     (adapter.base_path / "chat_template.jinja").write_text("of the base")
     tokenizer.add_tokens(["<of the adapter>"])
-    tokenizer.save_pretrained(adapter.path)
-    merge_checkpoint(adapter.path, None, tmp_path / "merged")
-    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
-    assert merged.get_vocab() == tokenizer.get_vocab()
-    assert "<of the adapter>" in merged.get_vocab()
-    assert merged.chat_template == tokenizer.chat_template
+    for template in (None, "of the adapter"):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(adapter.path)
+        merge_checkpoint(adapter.path, None, tmp_path / "merged")
+        merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+        assert merged.get_vocab() == tokenizer.get_vocab()
+        assert "<of the adapter>" in merged.get_vocab()
+        assert merged.chat_template == (template or "of the base")
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     merge_checkpoint(adapter.model, adapter.base_path, tmp_path / "of_model")
     assert "<of the adapter>" not in AutoTokenizer.from_pretrained(tmp_path / "of_model").get_vocab()

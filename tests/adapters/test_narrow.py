@@ -191,6 +191,12 @@ def test_factors_of_some_experts_only(name: str, tmp_path: Path) -> None:
     message = f"not have factors for all selected experts of {second} \\(none for 7, 1 such in all\\)"
     refused(message, some, tmp_path / "out", {first: mask[first], second: [*mask[second], 7]})
 
+    def another_rank(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: t[:2].clone() if "experts.3" in key and "lora_A" in key else t for key, t in tensors.items()}
+
+    broken = rewritten(tmp_path / "all", tmp_path / "broken", another_rank)
+    refused("PEFT cannot stack the factors of the experts", broken, tmp_path / "out", mask)
+
 
 def in_unsloths_order(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """B of stacks as (out, experts, ranks)."""

@@ -18,28 +18,29 @@ from transformers.utils import CONFIG_NAME
 
 from .base_files import OTHER_FORMATS, BaseFiles
 
-# Of a trainer, and the card, which would tell of the base model.
-_LEFT = ("README.md", "trainer_state.json", "zero_to_fp32.py", "runs/*")
+# Of an adapter or a trainer, and the card, which would tell of the base model.
+_LEFT = (ADAPTER_CONFIG_NAME, "README.md", "trainer_state.json", "zero_to_fp32.py", "runs/*")
 # A folder with one of these is another checkpoint, or an adapter.
 _OTHERS = (CONFIG_NAME, ADAPTER_CONFIG_NAME, "trainer_state.json")
 _TOKENIZER = "tokenizer_config.json"
+_TEMPLATES = ("chat_template.*", "additional_chat_templates/*")
 # Without which a tokenizer may do, so that those of another must not stay.
-_OPTIONAL = ("special_tokens_map.json", "added_tokens.json", "chat_template.*", "additional_chat_templates/*")
+_OPTIONAL = ("special_tokens_map.json", "added_tokens.json")
 _OF_TOKENIZER = (
     *("tokenizer.json", _TOKENIZER, "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken"),
-    *("spiece.model", "sentencepiece.bpe.model", *_OPTIONAL),
+    *("spiece.model", "sentencepiece.bpe.model", *_OPTIONAL, *_TEMPLATES),
 )
 
 
-def is_weights_or_adapter(name: str) -> bool:
-    """Whether a file of that name beside a checkpoint's may be read in its place, or says what is."""
-    return name == ADAPTER_CONFIG_NAME or name.endswith((".safetensors", ".index.json", *OTHER_FORMATS))
+def is_read_too(name: str) -> bool:
+    """Whether transformers or a server reads a file of that name beside a checkpoint in safetensors."""
+    return name == ADAPTER_CONFIG_NAME or name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def copy_the_rest(files: BaseFiles, folder: Path) -> None:
     """Copy all that a checkpoint has besides weights."""
     for path in _inside(files.folder):
-        if not _matches(path, _LEFT) and not is_weights_or_adapter(path.name):
+        if not _matches(path, _LEFT) and not path.name.endswith((".safetensors", ".index.json", *OTHER_FORMATS)):
             _copy(files.folder, path, folder)
 
 
@@ -70,12 +71,15 @@ def copy_tokenizer(adapter: Any, folder: Path) -> None:
             source = Path(snapshot_download(os.fspath(adapter), allow_patterns=list(_OF_TOKENIZER)))
     if not (source / _TOKENIZER).is_file():
         return
+    own = [path for path in _inside(source) if _matches(path, _OF_TOKENIZER)]
+    has_template = (
+        any(_matches(path, _TEMPLATES) for path in own) or "chat_template" in (source / _TOKENIZER).read_text()
+    )
     for path in list(_inside(folder)):
-        if _matches(path, _OPTIONAL):
+        if _matches(path, (*_OPTIONAL, *_TEMPLATES) if has_template else _OPTIONAL):
             (folder / path).unlink()
-    for path in _inside(source):
-        if _matches(path, _OF_TOKENIZER):
-            _copy(source, path, folder)
+    for path in own:
+        _copy(source, path, folder)
 
 
 def _inside(folder: Path) -> Iterator[Path]:

@@ -16,7 +16,7 @@ from ...tuners.sieve.config import SieveLoraConfig
 from ..new_card import write_card
 from ..reading import open_adapter, refuse_settings
 from .base_files import BaseFiles, base_files, refuse_quantised
-from .copying import copy_index, copy_the_rest, copy_tokenizer, is_weights_or_adapter
+from .copying import copy_index, copy_the_rest, copy_tokenizer, is_read_too
 from .edits import edits_of
 from .embeddings import replaced_embeddings
 from .in_place import Edit, copy_file, edit_file, read_tensor, refuse_other_types, tensors_in_file
@@ -99,7 +99,7 @@ def _checked_output(output_dir: str | os.PathLike[str], base: BaseFiles) -> Path
         raise SieveError(f"output_dir {str(output)!r} is a file, or the base model itself. Pass another folder.")
     replaced = {*base.weights, base.index}
     for path in sorted(output.glob("*")):
-        if is_weights_or_adapter(path.name) and Path(path.name) not in replaced:
+        if is_read_too(path.name) and Path(path.name) not in replaced:
             raise SieveError(
                 f"output_dir {str(output)!r} holds {path.name}, which would be taken for a part of the checkpoint. "
                 "Pass an empty folder."

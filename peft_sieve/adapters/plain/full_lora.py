@@ -106,9 +106,15 @@ def open_full_lora(lora: Any, base_model: Any, paths: Iterable[str], check: Call
         ) from error
     tensors = in_pefts_order(tensors, model, saved_settings(path))
     tensors, absent = with_absent_experts(tensors, model, make, find_moe_layers(make()))
-    # Files with a pair of factors per expert and projection become those of PEFT's parameters, as in its own loading.
-    embeddings = assign(model, convert_peft_adapter_state_dict_for_transformers(model, config, tensors))
-    return FullLora(model, make, base_name, embeddings, frozenset(absent))
+    try:
+        # Files with a pair of factors per expert and projection become those of PEFT's parameters, as in its loading.
+        tensors = convert_peft_adapter_state_dict_for_transformers(model, config, tensors)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise SieveError(
+            f"PEFT cannot stack the factors of the experts in {path!r} ({first_line(error)}). Pass a LoRA of one rank, "
+            "with A and B of each projection that PEFT keeps in one stack."
+        ) from error
+    return FullLora(model, make, base_name, assign(model, tensors), frozenset(absent))
 
 
 def read_factors(full: FullLora, layers: dict[str, MoELayer]) -> tuple[ExpertPairs, dict[str, LoraLayer]]:
