@@ -34,14 +34,14 @@ def _wrap_in_place(function: Any, wrapper: Callable[..., Any]) -> None:
 
     The function stays the same object: a script may have imported it before this package.
     """
-    if not hasattr(function, "__wrapped__"):
+    if not hasattr(function, "_peft_sieve_original"):
         original = FunctionType(
             function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
         )
         original.__kwdefaults__ = function.__kwdefaults__
-        function.__wrapped__ = original
+        function._peft_sieve_original = function.__wrapped__ = original
         function.__code__, function.__defaults__ = _call.__code__, None
-    function.__kwdefaults__ = {"_wrapper": partial(wrapper, function.__wrapped__)}
+    function.__kwdefaults__ = {"_wrapper": partial(wrapper, function._peft_sieve_original)}
 
 
 def _create_loraplus_optimizer(original: Callable[..., Optimizer], model: Any, *args: Any, **kwargs: Any) -> Optimizer:

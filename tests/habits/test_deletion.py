@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_sieve import EpngConfig, LoraMoeConfig, PerftConfig, SieveLoraConfig
+from peft_sieve import EpngConfig, LoraMoeConfig, PerftConfig, SieveError, SieveLoraConfig
 from tests.models import tiny_model, token_batch
 
 BOTH = {f"model.layers.{layer}.mlp.experts": [1, 6] for layer in range(2)}
@@ -119,6 +119,14 @@ def test_one_that_is_not_active_takes_nothing_along(method: str, whole: dict[str
     model.delete_adapter("second")
     assert_active(model, ["first"])
     assert torch.equal(logits(model), expected) and trained(model) == set()
+
+
+def test_nothing_is_told_of_an_active_one_where_none_is() -> None:
+    for method, question in (("epng", "ledger"), ("lora_moe", "expert_utilization")):
+        model = adapted({"first": CONFIGS[method]()})
+        model.delete_adapter("first")
+        with pytest.raises(SieveError, match="adapter ''"):
+            getattr(model, question)()
 
 
 def test_one_that_was_loaded_for_inference_stays_frozen(tmp_path: Path) -> None:

@@ -131,6 +131,6 @@ def test_a_second_adapter_and_their_sum() -> None:
 
 
 def test_experts_are_not_named_by_parameters() -> None:
-    for names in (["gate.weight", "mlp.experts.down_proj"], ["gate.weight", "mlp.foo"], ["q_proj.weight"]):
+    for names in (["gate.weight", "mlp.experts.down_proj"], ["gate.weight", "mlp.foo"], ["q_proj.weight"], ["weight"]):
         with pytest.raises(SieveError, match="target_parameters must be None or name weights of routers"):
             get_peft_model(tiny_model("olmoe"), config(target_parameters=names))

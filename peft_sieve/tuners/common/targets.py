@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import re
 from typing import Any
 
@@ -70,7 +69,7 @@ def resolve_targets(config: Any, model: nn.Module, layers: list[MoELayer]) -> No
         SieveError: the config names other parameters than its mask and its switches do, weights of routers left out.
     """
     experts = {name for layer in layers if _in_mask(config, layer) for name in _expert_parameters(config, layer)}
-    named = None if experts & set(config.target_parameters or ()) else _named_routers(config, layers)
+    named = None if experts & set(config.target_parameters or ()) else _named_routers(config, model, layers)
     if config.target_modules is None:
         paths = {*_always_active(config, model, layers), *(named or ())}
         config.target_modules = exactly(paths, config, model)
@@ -106,14 +105,14 @@ def _in_mask(config: Any, layer: MoELayer) -> bool:
     return bool((config.selected_experts or {}).get(layer.path))
 
 
-def _named_routers(config: Any, layers: list[MoELayer]) -> set[str] | None:
+def _named_routers(config: Any, model: nn.Module, layers: list[MoELayer]) -> set[str] | None:
     """Paths of the routers whose weights `target_parameters` names; None if it names anything else."""
-    routers = [router for layer in layers for router in layer.routers]
-    found = {name: set[str]() for name in config.target_parameters or ()}
-    for name, router in itertools.product(found, routers):
-        if f".{router.path}.{router.parameter or 'weight'}".endswith(f".{name}"):
-            found[name].add(router.path)
-    return set().union(*found.values()) if all(found.values()) else None
+    routers = {f"{r.path}.{r.parameter or 'weight'}": r.path for layer in layers for r in layer.routers}
+    names = [f"{path}.{name}" for path, module in base_modules(model).items() for name in module._parameters]
+    found = {n: {name for name in names if f".{name}".endswith(f".{n}")} for n in config.target_parameters or ()}
+    if not all(matched and matched <= routers.keys() for matched in found.values()):
+        return None
+    return {routers[name] for matched in found.values() for name in matched}
 
 
 def _always_active(config: Any, model: nn.Module, layers: list[MoELayer]) -> list[str]:

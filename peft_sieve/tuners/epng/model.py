@@ -86,7 +86,7 @@ class EpngModel(SieveLoraModel):
         Args:
             adapter_name: None for the active one.
         """
-        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        name = next(iter(self.active_adapters), "") if adapter_name is None else adapter_name
         layers = {path: layer for path, layer in epng_layers(self.model).items() if name in layer.plans}
         if not layers:
             raise SieveError(

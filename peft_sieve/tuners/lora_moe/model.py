@@ -125,7 +125,7 @@ class LoraMoeModel(BalancedTuner):
         Raises:
             SieveError: there is no such adapter.
         """
-        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        name = next(iter(self.active_adapters), "") if adapter_name is None else adapter_name
         if name not in self.peft_config:
             raise SieveError(f"There is no adapter {name!r}, only {listed(sorted(self.peft_config))}.")
         found = {}
