@@ -13,12 +13,15 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import fields
 from typing import Any
 
 import peft.utils.hotswap
 from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
+from peft.utils import load_peft_weights
 from transformers.integrations.peft import PeftAdapterMixin
+from transformers.modeling_utils import LoadStateDictInfo
 
 from ..errors import SieveError
 from ..files import replaced_when_done
@@ -27,9 +30,13 @@ from ..moe.wrappers import inside
 from .adapter_files import check_config_file, explained, finish_interrupted_saves, unmap
 from .card import add_to_card
 from .deletion import delete_adapter
+from .hotswap import swap_adapter
 from .injection import loading
 from .methods import adapters_of_package, has_adapters, method_of
 from .optimizers import wrap_optimizers
+
+# How to download, as all loaders call it.
+_HUB = ("subfolder", "revision", "cache_dir", "token")
 
 
 def wrap_peft() -> None:
@@ -157,6 +164,8 @@ def _load_adapter(original: Callable[..., Any], self: PeftModel, model_id: str, 
 def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
     """Missing: a hook for checking what is loaded, which transformers assigns without asking."""
     given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    if _is_swap(self, given):
+        return _swap_in_transformers(self, given)
     path = given.get("peft_model_id") or "the state dict"
     source = (path, given.get("peft_config"), given.get("adapter_kwargs") or {})
     with _placed_as_it_is(self, lambda: _is_ours(*source), told=True), loading() as current:
@@ -172,7 +181,7 @@ def _load_adapter_in_transformers(original: Callable[..., Any], self: Any, *args
 def _is_ours(model_id: Any, config: Any, download: Mapping[str, Any]) -> bool:
     if config is not None:
         return method_of((config if isinstance(config, Mapping) else vars(config)).get("peft_type")) is not None
-    hub = {name: download[name] for name in ("subfolder", "revision", "cache_dir", "token") if name in download}
+    hub = {name: download[name] for name in _HUB if name in download}
     try:
         return method_of(PeftConfig._get_peft_type(model_id, **hub)) is not None
     except (ValueError, KeyError):
@@ -221,11 +230,37 @@ def _delete_adapter_in_transformers(original: Callable[..., Any], self: Any, ada
 def _hotswap_adapter_from_state_dict(
     original: Callable[..., Any], model: Any, state_dict: Any, adapter_name: str, config: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Missing: a hook for checking. Values are swapped where they are, so they must belong to the same experts."""
+    """Missing: a hook for checking, and for what is swapped beside factors: other parameters, the configuration."""
     method = method_of(config)
-    if method is not None and method.check_hotswap is not None:
-        method.check_hotswap(model, adapter_name, config, state_dict)
-    return original(model, state_dict, adapter_name, config, *args, **kwargs)
+    if method is None or method.check_hotswap is None:
+        return original(model, state_dict, adapter_name, config, *args, **kwargs)
+    return swap_adapter(model, method, adapter_name, config, state_dict)
+
+
+def _is_swap(model: Any, given: Mapping[str, Any]) -> bool:
+    """Whether transformers' `load_adapter` is to swap one of our adapters, which it does for LoRA alone."""
+    asked, name = given.get("hotswap", "auto"), given.get("adapter_name")
+    held = method_of(getattr(model, "peft_config", {}).get(name))
+    wanted = getattr(model, "_hotswap_enabled", False) if asked == "auto" else asked
+    return bool(wanted) and held is not None and held.check_hotswap is not None
+
+
+def _swap_in_transformers(model: Any, given: Mapping[str, Any]) -> LoadStateDictInfo:
+    path: Any = given.get("peft_model_id")
+    name = given["adapter_name"]
+    download = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
+    download = {key: download[key] for key in (*_HUB, "force_download") if key in download}
+    if given.get("local_files_only"):
+        download["local_files_only"] = True
+    config, weights = given.get("peft_config"), given.get("adapter_state_dict")
+    with explained(path):
+        config = PeftConfig.from_pretrained(path, **download) if config is None else config
+        weights = load_peft_weights(path, device="cpu", **download) if weights is None else weights
+    method = method_of(model.peft_config[name])
+    assert method is not None
+    swap_adapter(model, method, name, config, weights)
+    empty: dict[str, Any] = {"error_msgs": [], "conversion_errors": {}}
+    return LoadStateDictInfo(**{field.name: empty.get(field.name, set()) for field in fields(LoadStateDictInfo)})
 
 
 def _prepare_model_for_compiled_hotswap(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:

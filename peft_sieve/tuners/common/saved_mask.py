@@ -16,7 +16,7 @@ from ...errors import SieveError
 from ...moe.wrappers import plain_name
 from .bookkeeping import scale_of
 from .experts.factors import BOOKKEEPING_KEY, SLOTS_KEY, experts_in, no_map, slots_of
-from .loading import check_state_dict, in_base_model, in_peft_model
+from .loading import in_base_model, in_peft_model
 
 # With or without the adapter's name.
 _SLOTS = re.compile(rf"{re.escape(BOOKKEEPING_KEY)}([^.]+\.)?slots$")
@@ -65,11 +65,11 @@ def _experts_of(slots: torch.Tensor, expected: Any) -> list[int] | None:
 
 
 def check_hotswap(model: nn.Module, adapter_name: str, config: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Refuse to put weights in the place of an adapter's when they have other experts, sizes or modules.
+    """Refuse to put weights in the place of an adapter's where one scaling everywhere does not say what they mean.
 
     Args:
         config: of the weights.
-        state_dict: the weights, keys with adapter names.
+        state_dict: the weights.
 
     Raises:
         SieveError: and nothing was swapped.
@@ -84,11 +84,3 @@ def check_hotswap(model: nn.Module, adapter_name: str, config: Any, state_dict: 
             "Hot-swapping is not supported with a rank_pattern or an alpha_pattern: it sets one scaling everywhere. "
             f"{advice}"
         )
-    inserted = re.compile(rf"(\.lora_\w+)\.{re.escape(adapter_name)}(?=\.|$)")
-    given = {in_base_model(inserted.sub(r"\1", key)): value for key, value in state_dict.items()}
-    try:
-        check_state_dict(model, adapter_name, given, "lora_")
-    except SieveError as error:
-        raise SieveError(
-            f"The weights to swap in have other experts, ranks or modules than adapter '{adapter_name}'. {advice}"
-        ) from error

@@ -97,12 +97,18 @@ def router_parameters(config: Any, layers: list[MoELayer]) -> list[Router]:
         for router in layer.routers
         if router.parameter is not None
         and is_wanted(config, router.path)
-        and ((config.train_router and _in_mask(config, layer)) or check_target_module_exists(config, router.path))
+        and ((config.train_router and _in_mask(config, layer)) or _is_named(config, router.path))
     ]
 
 
 def _in_mask(config: Any, layer: MoELayer) -> bool:
-    return bool((config.selected_experts or {}).get(layer.path))
+    """Whether experts of a layer are selected; before calibration, whether they may be."""
+    mask = config.selected_experts
+    return mask is None or bool(mask.get(layer.path))
+
+
+def _is_named(config: Any, path: str) -> bool:
+    return config.target_modules is not None and bool(check_target_module_exists(config, path))
 
 
 def _named_routers(config: Any, model: nn.Module, layers: list[MoELayer]) -> set[str] | None:
