@@ -14,7 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 from torch import nn
 
+from ..checks import shown
 from ..errors import SieveError
+from ..moe.wrappers import inside
 from .methods import Method
 
 _PREFIX = "base_model.model."
@@ -36,7 +38,7 @@ def swap_adapter(
     Raises:
         SieveError: it cannot take them; nothing was swapped.
     """
-    model = getattr(model, "_orig_mod", model)  # a compiled one
+    model = inside(model)
     held = model.peft_config[adapter_name]
     _check_settings(held, config, adapter_name)
     _check_unmerged(model, adapter_name)
@@ -68,7 +70,8 @@ def _check_settings(held: Any, config: Any, adapter_name: str) -> None:
         own, other = getattr(held, name, None), getattr(config, name, None)
         if _comparable(own) != _comparable(other):
             raise SieveError(
-                f"The adapter to swap in has {name}={other!r}, and adapter '{adapter_name}' has {own!r}. {_ADVICE}"
+                f"The adapter to swap in has {name}={shown(other)}, and adapter '{adapter_name}' has {shown(own)}. "
+                f"{_ADVICE}"
             )
 
 

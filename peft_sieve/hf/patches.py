@@ -218,9 +218,9 @@ def _delete_adapter_in_transformers(original: Callable[..., Any], self: Any, ada
     if has_adapters(self) and set(names) <= set(self.peft_config):
         for name in names:
             method = method_of(self.peft_config[name])
-            assert method is not None
             left = {known: config for known, config in self.peft_config.items() if known == name or known not in names}
-            delete_adapter(self, name, self.active_adapters(), left, method.model.tuner_layer_cls)
+            if method is not None:
+                delete_adapter(self, name, self.active_adapters(), left, method.model.tuner_layer_cls)
     return original(self, adapter_names)
 
 
