@@ -19,7 +19,7 @@ from ...hf.injection import injecting, values_follow
 from ...moe.topology import standing_modules
 from ...moe.wrappers import compiled_in_place, plain_name, refuse_wrapped
 from .bookkeeping import checked_by
-from .loading import by_own_keys, check_bookkeeping, check_loaded, check_state_dict, in_peft_model
+from .loading import by_own_keys, check_biases, check_bookkeeping, check_loaded, check_state_dict, in_peft_model
 from .names import check_adapter_names, check_not_there
 from .trained_whole import refuse_adapting, refuse_training_whole
 
@@ -139,6 +139,8 @@ class MethodTuner(BaseTuner):
         check_bookkeeping(model, adapter_name, given)
         with cls._fitted(model, config, adapter_name, given):
             check_state_dict(model, adapter_name, given, cls.prefix)
+            biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+            check_biases(given, (cls._remove_adapter_name_from_key(key, adapter_name) for key in biases))
             prefixed = {in_peft_model(key): value for key, value in given.items()}
             mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, prefixed)
         if all(plain_name(name) == name for name in _names(model)):
