@@ -123,8 +123,12 @@ def _with_plain_mask(sample: dict[str, Any]) -> dict[str, Any]:
     """One sample with a mask of zeros and ones, if that says the same."""
     mask = sample.get("attention_mask")
     attends = attended(mask)
-    if attends is not None:
-        if not torch.equal(attends, torch.ones_like(attends).tril()):
+    if isinstance(mask, Tensor) and attends is not None:
+        causal = torch.ones_like(mask, dtype=torch.bool).tril()
+        # Additive masks may hold more than what is masked, such as distances, and heads may differ.
+        if not torch.equal(attends, causal[:, 0]) or not torch.equal(
+            mask if mask.dtype == torch.bool else mask == 0, causal
+        ):
             return sample
         mask = None
     if isinstance(mask, Mapping):

@@ -43,11 +43,10 @@ class ModelBatches:
             if not is_model_batch(item):
                 raise must_be(where, "a dict with 2-D `input_ids` like those before it", item)
             for part in apart(_as_inputs(item, where), where):
-                batch = cut(part, slice(missing)) or part  # whole, if one of its inputs is not laid out by rows
-                if missing <= 0 or batch["input_ids"].numel() == 0:
-                    continue
-                taken.append(batch)
-                missing -= len(batch["input_ids"])
+                if missing > 0 and part["input_ids"].numel() > 0:
+                    # Whole, if one of its inputs is not laid out by rows.
+                    taken.append(cut(part, slice(missing)) or part)
+                    missing -= len(taken[-1]["input_ids"])
             if missing <= 0:
                 break
         return taken
