@@ -14,7 +14,7 @@ from .families.registry import family_of
 from .linear import is_linear, is_state_space
 from .storage import refuse_packed
 from .unadaptable import why_not
-from .wrappers import inside
+from .wrappers import innermost
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,8 @@ def read_weights(model: nn.Module, layers: list[MoELayer]) -> list[str]:
 
 
 def _unadapted(module: nn.Module) -> nn.Module:
-    module = inside(module)
-    return inside(module.get_base_layer()) if isinstance(module, BaseTunerLayer) else module
+    module = innermost(module)
+    return innermost(module.get_base_layer()) if isinstance(module, BaseTunerLayer) else module
 
 
 def _routers(modules: dict[str, nn.Module], block: str, family: MoEFamily) -> tuple[Router, ...]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...checks import must_be
-from ..masks import check_mask, token_mask
-from .cutting import cut
-from .packed import apart
+from ..masks import check_readable, token_mask
+from .cutting import part_of
+from .packed import separated
 
 
 def is_model_batch(item: Any) -> bool:
@@ -42,10 +42,10 @@ class ModelBatches:
             where = f"item {position} of the calibration data"
             if not is_model_batch(item):
                 raise must_be(where, "a dict with 2-D `input_ids` like those before it", item)
-            for part in apart(_as_inputs(item, where), where):
+            for part in separated(_as_inputs(item, where), where):
                 if missing > 0 and part["input_ids"].numel() > 0:
                     # Whole, if one of its inputs is not laid out by rows.
-                    taken.append(cut(part, slice(missing)) or part)
+                    taken.append(part_of(part, slice(missing)) or part)
                     missing -= len(taken[-1]["input_ids"])
             if missing <= 0:
                 break
@@ -75,14 +75,14 @@ def _as_inputs(item: Mapping[str, Any], where: str) -> dict[str, Any]:
         if "position_ids" not in batch:
             batch["attention_mask"] = torch.ones_like(input_ids)
     else:
-        check_mask(mask, tuple(input_ids.shape), f"`attention_mask` of {where}")
+        check_readable(mask, tuple(input_ids.shape), f"`attention_mask` of {where}")
         if isinstance(mask, Tensor) and mask.ndim == 2:
             batch["attention_mask"] = mask.to(torch.int64)
     of_decoder, decoder_ids = batch.get("decoder_attention_mask"), batch.get("decoder_input_ids")
     # One of two dimensions may be longer, and tell which of the encoder's tokens are seen.
     if isinstance(decoder_ids, Tensor) and not (isinstance(of_decoder, Tensor) and of_decoder.ndim == 2):
         name = f"`decoder_attention_mask` of {where}"
-        check_mask(of_decoder, tuple(decoder_ids.shape), name, "decoder_input_ids")
+        check_readable(of_decoder, tuple(decoder_ids.shape), name, "decoder_input_ids")
     return batch
 
 
