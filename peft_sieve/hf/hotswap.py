@@ -16,7 +16,7 @@ from torch import nn
 
 from ..checks import shown
 from ..errors import SieveError
-from ..moe.wrappers import inside
+from ..moe.wrappers import innermost
 from .methods import Method
 
 _PREFIX = "base_model.model."
@@ -38,7 +38,7 @@ def swap_adapter(
     Raises:
         SieveError: it cannot take them; nothing was swapped.
     """
-    model = inside(model)
+    model = innermost(model)
     held = model.peft_config[adapter_name]
     _check_settings(held, config, adapter_name)
     _check_unmerged(model, adapter_name)

@@ -26,7 +26,7 @@ from transformers.modeling_utils import LoadStateDictInfo
 from ..errors import SieveError
 from ..files import replaced_when_done
 from ..moe.placement import computes_on, is_offloaded, left_offloaded
-from ..moe.wrappers import inside
+from ..moe.wrappers import innermost
 from .adapter_files import check_config_file, explained, finish_interrupted_saves, unmap
 from .card import add_to_card
 from .deletion import delete_adapter
@@ -140,7 +140,7 @@ def _from_pretrained(original: Callable[..., Any], cls: type, model: Any, *args:
         given = inspect.signature(original).bind(cls, model, *args, **kwargs).arguments
         return _is_ours(given["model_id"], given.get("config"), given.get("kwargs", {}))
 
-    placed = _placed_as_it_is(model, is_ours) if "hf_device_map" in vars(inside(model)) else nullcontext()
+    placed = _placed_as_it_is(model, is_ours) if "hf_device_map" in vars(innermost(model)) else nullcontext()
     with placed, loading(values_follow=True):
         return original(cls, model, *args, **kwargs)
 

@@ -16,7 +16,7 @@ from .families.registry import family_of
 from .linear import is_linear, is_state_space
 from .storage import refuse_packed
 from .unadaptable import why_not
-from .wrappers import inside
+from .wrappers import innermost
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def read_weights(model: nn.Module, layers: list[MoELayer]) -> list[str]:
 
 
 def _unadapted(module: nn.Module) -> nn.Module:
-    module = inside(module)
+    module = innermost(module)
     if isinstance(module, AuxiliaryTrainingWrapper):
         return _unadapted(_in_use(module))
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

@@ -25,7 +25,7 @@ def plain_name(name: str) -> str:
     return _WORDS.sub("", name).removesuffix(".") if _WORDS.search(name) else name
 
 
-def inside(module: nn.Module) -> nn.Module:
+def innermost(module: nn.Module) -> nn.Module:
     """What is inside of wrappers; a module that is not one is itself."""
     while (name := next((word for word in (_COMPILED, _CHECKPOINTED) if word in module._modules), None)) is not None:
         inner = module._modules[name]

@@ -74,7 +74,7 @@ def _real(attends: Tensor) -> Tensor:
     return itself & (others.any(-1) | others.any(-2)) & ~(attends.all(-1) & one_sided)
 
 
-def check_mask(mask: Any, shape: tuple[int, ...], name: str, tokens: str = "input_ids") -> None:
+def check_readable(mask: Any, shape: tuple[int, ...], name: str, tokens: str = "input_ids") -> None:
     """Refuse a mask of which nobody can tell which tokens are real.
 
     Args:
@@ -87,7 +87,7 @@ def check_mask(mask: Any, shape: tuple[int, ...], name: str, tokens: str = "inpu
     """
     if isinstance(mask, Mapping):
         for kind, of_layers in mask.items():
-            check_mask(of_layers, shape, f"{name}[{kind!r}]", tokens)
+            check_readable(of_layers, shape, f"{name}[{kind!r}]", tokens)
         known = [real for real in map(real_tokens, mask.values()) if real is not None]
         if any(not torch.equal(real.expand(shape), known[0].expand(shape)) for real in known):
             raise SieveError(f"The masks of {name} do not agree on which tokens are padding. Make them agree.")

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checks import must_be
 from ..errors import SieveError
-from ..moe.wrappers import inside, uncompiled
+from ..moe.wrappers import innermost, uncompiled
 
 
 def check_model(model: Any) -> None:
@@ -26,7 +26,7 @@ def check_model(model: Any) -> None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside the wrappers of PEFT, `torch.compile` and data parallelism; adapter layers stay in
     it."""
-    inner = inside(model)
+    inner = innermost(model)
     if isinstance(inner, PeftModel):
         inner = inner.base_model
     elif isinstance(inner, BaseTuner):

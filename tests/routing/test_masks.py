@@ -86,6 +86,23 @@ def test_masks_for_kinds_of_layers() -> None:
         profile_routing(model, [{"input_ids": ids, "attention_mask": masks}])
 
 
+def test_what_a_mask_adds_stays() -> None:
+    """Distances, as ALiBi has them; another slope in each head."""
+    model = tiny_model("olmoe")
+    ids, samples = rows_of_samples()
+    place = torch.arange(WIDTH)
+    distances = (place[:, None] - place).clamp(min=0)[None, None] * torch.tensor([0.5, 1.0, 2.0, 4.0]).view(1, 4, 1, 1)
+    mask = additive(block_diagonal(), -1e9) - distances
+    profile = profile_routing(model, [{"input_ids": ids, "attention_mask": mask}])
+    alone = []
+    for sample in samples:
+        later = torch.full((len(sample), len(sample)), -1e9).triu(1)
+        own = later - distances[..., : len(sample), : len(sample)]
+        alone.append({"input_ids": sample[None], "attention_mask": own})
+    same(profile, profile_routing(model, alone))
+    assert profile != one_by_one(model, samples)
+
+
 def test_what_attends_in_both_directions_keeps_its_mask() -> None:
     model = tiny_model("olmoe")
     ids, samples = rows_of_samples()

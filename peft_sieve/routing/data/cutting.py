@@ -11,7 +11,7 @@ from ..masks import token_mask
 _ALL = slice(None)
 
 
-def cut(batch: Mapping[str, Any], rows: slice, tokens: slice = _ALL) -> dict[str, Any] | None:
+def part_of(batch: Mapping[str, Any], rows: slice, tokens: slice = _ALL) -> dict[str, Any] | None:
     """The inputs of these rows, and of these tokens of them; None if one of the inputs is not laid out by rows.
 
     Args:
@@ -19,13 +19,13 @@ def cut(batch: Mapping[str, Any], rows: slice, tokens: slice = _ALL) -> dict[str
         rows, tokens: which.
     """
     shape = tuple(batch["input_ids"].shape)
-    parts = {key: _cut(key, value, shape, rows, tokens) for key, value in batch.items()}
+    parts = {key: _piece(key, value, shape, rows, tokens) for key, value in batch.items()}
     return None if any(part is NotImplemented for part in parts.values()) else parts
 
 
-def _cut(key: str, value: Any, shape: tuple[int, ...], rows: slice, tokens: slice) -> Any:
+def _piece(key: str, value: Any, shape: tuple[int, ...], rows: slice, tokens: slice) -> Any:
     if type(value) is dict:  # masks for kinds of layers
-        parts = {kind: _cut(key, item, shape, rows, tokens) for kind, item in value.items()}
+        parts = {kind: _piece(key, item, shape, rows, tokens) for kind, item in value.items()}
         return NotImplemented if any(part is NotImplemented for part in parts.values()) else parts
     if not isinstance(value, Tensor):
         if not isinstance(value, list | tuple):
@@ -46,14 +46,14 @@ def _cut(key: str, value: Any, shape: tuple[int, ...], rows: slice, tokens: slic
 
 
 def rows_alone(batch: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The rows of a batch, one by one and without the padding around them; None as for `cut`."""
+    """The rows of a batch, one by one and without the padding around them; None as for `part_of`."""
     ids = batch["input_ids"]
     real = token_mask(batch.get("attention_mask"), batch)
     rows = []
     for row, used in enumerate(torch.ones_like(ids) if real is None else real.view_as(ids)):
         places = used.nonzero().flatten().tolist()
         if places:
-            rows.append(cut(batch, slice(row, row + 1), slice(places[0], places[-1] + 1)))
+            rows.append(part_of(batch, slice(row, row + 1), slice(places[0], places[-1] + 1)))
     known = [row for row in rows if row is not None]
     return known if len(known) == len(rows) else None
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from ...errors import SieveError
 from ..encoder_decoder import IGNORED
 from ..masks import attended, real_tokens
-from .cutting import cut, has_only_tokens
+from .cutting import has_only_tokens, part_of
 
 # What says where samples lie, besides the mask and the positions.
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "seq_lengths")
@@ -54,7 +54,7 @@ def _without_last(real: list[int], positions: Sequence[int], ids: Sequence[int])
     return real[:stop] if len(real) - stop > 1 else real
 
 
-def apart(batch: dict[str, Any], where: str) -> list[dict[str, Any]]:
+def separated(batch: dict[str, Any], where: str) -> list[dict[str, Any]]:
     """A batch that is ready for the model; if its rows are packed, batches of their samples: one per row, padded on the
     right, and none with more tokens than the one that came.
 
@@ -76,7 +76,7 @@ def apart(batch: dict[str, Any], where: str) -> list[dict[str, Any]]:
         return [batch]
     inputs = {key: value for key, value in batch.items() if key not in _PACKING}
     places = [(slice(row, row + 1), tokens) for row, samples in enumerate(found) for tokens in samples]
-    parts = [cut(inputs, row, tokens) for row, tokens in places] if has_only_tokens(inputs) else [None]
+    parts = [part_of(inputs, row, tokens) for row, tokens in places] if has_only_tokens(inputs) else [None]
     samples = [_with_plain_mask(part) for part in parts if part is not None]
     if len(samples) < len(parts):
         if isinstance(mask, Tensor) and mask.ndim == 2 and int(mask.max()) > 1:
@@ -123,14 +123,17 @@ def _with_plain_mask(sample: dict[str, Any]) -> dict[str, Any]:
     """One sample with a mask of zeros and ones, if that says the same."""
     mask = sample.get("attention_mask")
     attends = attended(mask)
-    if attends is not None:
-        if not torch.equal(attends, torch.ones_like(attends).tril()):
+    if isinstance(mask, Tensor) and attends is not None:
+        causal = torch.ones_like(mask, dtype=torch.bool).tril()
+        # Additive masks may hold more than what is masked, such as distances, and heads may differ.
+        plain = mask if mask.dtype == torch.bool else mask == 0
+        if not (torch.equal(attends, causal[:, 0]) and torch.equal(plain, causal)):
             return sample
         mask = None
     if isinstance(mask, Mapping):
         return sample
-    plain = torch.ones_like(sample["input_ids"]) if mask is None else (mask != 0).long()
-    return {**sample, "attention_mask": plain}
+    real = torch.ones_like(sample["input_ids"]) if mask is None else (mask != 0).long()
+    return {**sample, "attention_mask": real}
 
 
 def _together(samples: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ...checks import must_be
-from ..masks import check_mask, token_mask
+from ..masks import check_readable, token_mask
 from .batch_values import check_values
-from .cutting import cut
-from .packed import apart
+from .cutting import part_of
+from .packed import separated
 
 
 def is_model_batch(item: Any) -> bool:
@@ -44,12 +44,11 @@ class ModelBatches:
             check_values(item, where)
             if not is_model_batch(item):
                 raise must_be(where, "a dict with 2-D `input_ids` like those before it", item)
-            for part in apart(_as_inputs(item, where), where):
-                batch = cut(part, slice(missing)) or part  # whole, if one of its inputs is not laid out by rows
-                if missing <= 0 or batch["input_ids"].numel() == 0:
-                    continue
-                taken.append(batch)
-                missing -= len(batch["input_ids"])
+            for part in separated(_as_inputs(item, where), where):
+                if missing > 0 and part["input_ids"].numel() > 0:
+                    # Whole, if one of its inputs is not laid out by rows.
+                    taken.append(part_of(part, slice(missing)) or part)
+                    missing -= len(taken[-1]["input_ids"])
             if missing <= 0:
                 break
         return taken
@@ -78,14 +77,14 @@ def _as_inputs(item: Mapping[str, Any], where: str) -> dict[str, Any]:
         if "position_ids" not in batch:
             batch["attention_mask"] = torch.ones_like(input_ids)
     else:
-        check_mask(mask, tuple(input_ids.shape), f"`attention_mask` of {where}")
+        check_readable(mask, tuple(input_ids.shape), f"`attention_mask` of {where}")
         if isinstance(mask, Tensor) and mask.ndim == 2:
             batch["attention_mask"] = mask.to(torch.int64)
     of_decoder, decoder_ids = batch.get("decoder_attention_mask"), batch.get("decoder_input_ids")
     # One of two dimensions may be longer, and tell which of the encoder's tokens are seen.
     if isinstance(decoder_ids, Tensor) and not (isinstance(of_decoder, Tensor) and of_decoder.ndim == 2):
         name = f"`decoder_attention_mask` of {where}"
-        check_mask(of_decoder, tuple(decoder_ids.shape), name, "decoder_input_ids")
+        check_readable(of_decoder, tuple(decoder_ids.shape), name, "decoder_input_ids")
     return batch
 
 
