@@ -133,7 +133,7 @@ def randomize_adapter(model: nn.Module, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, module in sorted(model.named_modules()):
         for key, parameter in module.named_parameters(recurse=False):
-            if ".default." in f"{name}.{key}":
+            if ".default." in f"{name}.{key}.":
                 parameter.data.normal_(std=0.1, generator=generator)
         if getattr(module, "kept", None) is not None:
             module.weight.data.mul_(module.kept)

@@ -19,6 +19,7 @@ from ..errors import SieveError
 from ..files import finish_interrupted_save
 from .methods import method_of, methods
 
+_IN_PEFT_MODEL = "base_model.model."
 _AGAIN = "Save or download the adapter again."
 
 
@@ -130,6 +131,8 @@ def explained(path: Any, is_ours: Callable[[], bool] = lambda: True) -> Iterator
 def _explanation(error: Exception, path: Any) -> SieveError | None:
     if isinstance(error, SafetensorError):
         return broken_weights(path, error)
+    if isinstance(error, KeyError) and str(error.args[0]).startswith(_IN_PEFT_MODEL):  # what is trained whole
+        return SieveError(f"The weights in {path} have no {error.args[0]}. {_AGAIN}")
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
     if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, name)) for name in names):
         return SieveError(f"{path} holds no {SAFETENSORS_WEIGHTS_NAME} beside {CONFIG_NAME}. {_AGAIN}")

@@ -144,3 +144,33 @@ def test_a_tensor_under_two_names_is_refused(saved: Saved, tmp_path: Path) -> No
     model = get_peft_model(copy.deepcopy(saved[0]), PeftConfig.from_pretrained(saved[1]))
     with pytest.raises(SieveError, match=r"lora_down_A.weight twice"):
         set_peft_model_state_dict(model, {**tensors, key.removeprefix(PREFIX): tensors[key] + 1})
+
+
+MISSING: list[Any] = [
+    (settings, part, way)
+    for settings, part, ways in (
+        ({"modules_to_save": ["lm_head"]}, "lm_head", [by_peft, into_an_adapter, by_transformers]),
+        ({"trainable_token_indices": [5]}, "trainable_tokens_delta", [by_peft, into_an_adapter, by_transformers]),
+        # transformers does not say which biases are missing.
+        ({"bias": "all"}, "k_proj.base_layer.bias", [by_peft, into_an_adapter]),
+    )
+    for way in ways
+]
+
+
+@pytest.mark.parametrize(("settings", "part", "way"), MISSING)
+def test_what_is_trained_beside_factors_has_to_be_there(
+    settings: dict[str, Any], part: str, way: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    base = tiny_model("olmoe", attention_bias="bias" in settings)
+    get_peft_model(copy.deepcopy(base), CONFIGS["sieve"](**settings)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    kept = {key: value for key, value in tensors.items() if part not in key}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    before = [name for name, _ in base.named_modules()]
+    with pytest.raises(SieveError, match=part) as refusal:
+        way(base, tmp_path)
+    assert_plain(str(refusal.value))
+    if way is not into_an_adapter:
+        assert [name for name, _ in base.named_modules()] == before

@@ -6,6 +6,7 @@ such as which experts have an adapter, a layer checks itself in `check_saved`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from ...errors import SieveError
 from .bookkeeping import Bookkeeping, settled
 
 _PREFIX = "base_model.model."
+# In the keys of what is trained whole.
+_WHOLE = re.compile(r"\.(modules_to_save|trainable_tokens_delta)\.")
 _ADVICE = "Load weights under the configuration and the base model that they were saved with."
 
 
@@ -137,6 +140,21 @@ def check_state_dict(model: nn.Module, adapter_name: str, given: Mapping[str, to
     refuse_foreign(given, expected, adapter_name, prefix)
 
 
+def check_biases(given: Mapping[str, torch.Tensor], expected: Iterable[str]) -> None:
+    """Refuse weights without a bias that was trained.
+
+    Args:
+        given: by keys of the base model.
+        expected: keys of biases that a save would hold.
+
+    Raises:
+        SieveError: one is not there.
+    """
+    missing = [key for key in expected if in_base_model(key) not in given]
+    if missing:
+        raise SieveError(f"The checkpoint has no {missing[0]}, a bias that the adapter trains. {_ADVICE}")
+
+
 def saved_in(given: Mapping[str, torch.Tensor], path: str, own: Iterable[str]) -> dict[str, torch.Tensor]:
     """Of saved weights those of one layer, by attribute and key.
 
@@ -166,7 +184,8 @@ def check_loaded(
     model: nn.Module, adapter_name: str, missing: Iterable[str], unexpected: Iterable[str], prefix: str
 ) -> None:
     """Refuse what was loaded without asking; see `MethodTuner.check_loaded`."""
-    keys = [key for key in (*missing, *unexpected) if _is_adapter_key(key, prefix)]
+    whole = [key for key in missing if _WHOLE.search(key)]
+    keys = [*whole, *(key for key in (*missing, *unexpected) if _is_adapter_key(key, prefix))]
     if keys:
         raise SieveError(
             f"The checkpoint and adapter '{adapter_name}' do not have {keys[0]} in common ({len(keys)} such tensors in "

@@ -16,7 +16,7 @@ from ...errors import SieveError
 from ...hf.injection import injecting, values_follow
 from ...moe.topology import standing_modules
 from .bookkeeping import checked_by
-from .loading import by_own_keys, check_loaded, check_state_dict, in_peft_model
+from .loading import by_own_keys, check_biases, check_loaded, check_state_dict, in_peft_model
 from .names import check_adapter_names, check_not_there
 from .trained_whole import refuse_adapting, refuse_training_whole
 
@@ -79,6 +79,8 @@ class MethodTuner(BaseTuner):
         given = by_own_keys(model, adapter_name, state_dict, cls._remove_adapter_name_from_key)
         with cls._fitted(model, config, adapter_name, given):
             check_state_dict(model, adapter_name, given, cls.prefix)
+            biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+            check_biases(given, (cls._remove_adapter_name_from_key(key, adapter_name) for key in biases))
             prefixed = {in_peft_model(key): value for key, value in given.items()}
             return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, prefixed)
 
