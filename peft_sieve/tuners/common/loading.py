@@ -7,7 +7,8 @@ such as which experts have an adapter, a layer checks itself in `check_saved`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -81,6 +82,21 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, A
             yield in_base_model(path), layer
 
 
+def layers_for(model: nn.Module, adapter_name: str, given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """As `adapter_layers`, for weights that are to be loaded: a layer that is in several places has the first, which
+    files keep, and those that the weights name.
+
+    Args:
+        given: the weights, by keys of the base model.
+    """
+    found: dict[str, Any] = {}
+    for path, layer in adapter_layers(model, adapter_name):
+        is_first = all(layer is not other for other in found.values())
+        if is_first or any(f"{path}.{name}" in given for name, _ in tensors_in(layer, adapter_name)):
+            found[path] = layer
+    return found
+
+
 def _outside_wrappers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """As `named_modules`, without what PEFT trains whole: that has keys of its own, which PEFT compares."""
     yield path, module
@@ -131,7 +147,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, given: Mapping[str, to
     Raises:
         SieveError: and nothing was loaded.
     """
-    layers = dict(adapter_layers(model, adapter_name))
+    layers = layers_for(model, adapter_name, given)
     expected: set[str] = set()
     for path, layer in layers.items():
         own = {f"{path}.{name}": value for name, value in tensors_in(layer, adapter_name)}
@@ -208,6 +224,7 @@ def check_loaded(
     model: nn.Module, adapter_name: str, missing: Iterable[str], unexpected: Iterable[str], prefix: str
 ) -> None:
     """Refuse what was loaded without asking; see `MethodTuner.check_loaded`."""
+    missing = _loaded_nowhere(model, set(missing))
     whole = [key for key in missing if _WHOLE.search(key)]
     keys = [*whole, *(key for key in (*missing, *unexpected) if _is_adapter_key(key, prefix))]
     if keys:
@@ -221,6 +238,15 @@ def check_loaded(
             layer.check_saved(adapter_name, settled(held, integers_in(layer, adapter_name)))
         for _, part in _bookkeeping_in(layer, adapter_name):
             part.restore()
+
+
+def _loaded_nowhere(model: nn.Module, missing: Collection[str]) -> list[str]:
+    """Of missing keys those whose tensor was not loaded by another name either, as that of a layer in two places is."""
+    if not missing:
+        return []
+    tensors = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+    loaded = {id(tensor) for name, tensor in tensors.items() if name not in missing}
+    return sorted(key for key in missing if id(tensors.get(key)) not in loaded)
 
 
 def _is_adapter_key(key: str, prefix: str) -> bool:

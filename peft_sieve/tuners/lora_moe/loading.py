@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...errors import SieveError
-from ..common.loading import adapter_layers, refuse_foreign, saved_in, tensors_in
+from ..common.loading import layers_for, refuse_foreign, saved_in, tensors_in
 from .config import LoraMoeConfig
 from .layer import LoraMoeLayer
 
@@ -32,7 +32,7 @@ def fit_to_weights(
     Raises:
         SieveError: the weights belong to other layers, ranks or numbers of experts; nothing was changed.
     """
-    layers = dict(adapter_layers(model, adapter_name))
+    layers = layers_for(model, adapter_name, given)
     own = {path: [f"{path}.{name}" for name, _ in tensors_in(layer, adapter_name)] for path, layer in layers.items()}
     found = {
         path: _checked(path, layer, adapter_name, saved_in(given, path, own[path])) for path, layer in layers.items()
