@@ -36,8 +36,9 @@ def config(base: nn.Module, ids: list[int], **settings: Any) -> SieveLoraConfig:
 
 
 def pair(base: nn.Module, **second: Any) -> PeftModel:
-    """Expert 4 is in both masks."""
-    model = get_peft_model(copy.deepcopy(base), config(base, [1, 4, 6]), "first")
+    """Expert 4 is in both masks. Either both train tokens, or none does."""
+    tokens = {name: value for name, value in second.items() if name == "trainable_token_indices"}
+    model = get_peft_model(copy.deepcopy(base), config(base, [1, 4, 6], **tokens), "first")
     model.add_adapter("second", config(base, [0, 4], **second))
     randomize_adapters(model, seed=3)
     return model.eval()
@@ -216,7 +217,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"svd_rank": 0}, r"svd_rank .*\b0\b"),
     ({}, {"svd_clamp": 0.9}, "svd_clamp"),
     ({"modules_to_save": ["lm_head"]}, {}, r"'second' has modules_to_save=\['lm_head'\]"),
-    ({"trainable_token_indices": [3]}, {}, r"'second' has trainable_token_indices=\[3\]"),
+    ({"trainable_token_indices": [3]}, {}, r"'first' has trainable_token_indices=\[3\]"),
     ({"bias": "lora_only"}, {}, "'second' has bias='lora_only'"),
 ]
 
