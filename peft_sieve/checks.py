@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable
 from numbers import Integral, Real
 from typing import Any
 
-import torch
-
 from .errors import SieveError
 
 _LARGEST = (2 - 2**-23) * 2.0**127  # of floats in 32 bits
@@ -128,11 +126,6 @@ def listed(names: Iterable[Any]) -> str:
     """As `quoted`, but the first three and the number of the others."""
     names = list(names)
     return quoted(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a machine ran out of memory, which no input is to blame for."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def one_line(error: BaseException) -> str:

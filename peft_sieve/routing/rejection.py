@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.distributed import DistError
 
-from ..checks import one_line, out_of_memory
-from ..errors import SieveError
+from ..checks import one_line
+from ..errors import SieveError, out_of_memory
 from .distributed import rank_and_world
 
 # What wrong names, types, shapes and values of inputs lead to.

@@ -10,8 +10,8 @@ from typing import Any, TypeGuard
 import torch
 from transformers import AutoProcessor
 
-from ...checks import one_line, out_of_memory, quoted
-from ...errors import SieveError
+from ...checks import one_line, quoted
+from ...errors import SieveError, out_of_memory
 from .chats import ChatRenderer
 from .conversations import Conversation
 from .tokenizer_settings import settings_restored

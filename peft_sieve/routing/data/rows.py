@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ...checks import must_be, one_line, out_of_memory, quoted, shown
-from ...errors import SieveError
+from ...checks import must_be, one_line, quoted, shown
+from ...errors import SieveError, out_of_memory
 from .conversations import MESSAGES, Conversation, conversation, is_message, read_tools, tool_names
 from .images import IMAGE_COLUMNS, Captioned, images_of, wants_images, with_images
 from .packed import samples_of

@@ -17,8 +17,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ...checks import one_line, out_of_memory, quoted, shown
-from ...errors import SieveError
+from ...checks import one_line, quoted, shown
+from ...errors import SieveError, out_of_memory
 from .local_files import data_suffix, read_file
 from .ready_batches import ModelBatches, is_model_batch
 from .rows import fits_a_form, is_read

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ...checks import must_be, one_line, out_of_memory
-from ...errors import SieveError
+from ...checks import must_be, one_line
+from ...errors import SieveError, out_of_memory
 from .chats import ChatRenderer
 from .conversations import Conversation
 from .rows import Sample, TokenIds
