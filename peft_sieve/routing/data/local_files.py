@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ...checks import one_line, out_of_memory
-from ...errors import SieveError
+from ...checks import one_line
+from ...errors import SieveError, out_of_memory
 
 # Number of rows -> positions of those to keep, ascending.
 Chooser = Callable[[int], Sequence[int]]
