@@ -36,10 +36,11 @@ def whole(
     """
     if optional and value is None:
         return None
-    if not is_whole(value) or (least is not None and value < least) or (most is not None and value > most):
+    if not is_whole(value) or (least is not None and value < least):
         kind = {None: "a whole number", 1: "a positive whole number"}.get(least, f"a whole number of at least {least}")
-        kind += "" if most is None else f" of at most {most}"
         raise must_be(name, kind + (" or None" if optional else ""), value, advice)
+    if most is not None and value > most:
+        raise must_be(name, f"at most {most}", value, advice)
     return int(value)
 
 

@@ -69,25 +69,28 @@ def _remove_abandoned(target: Path) -> None:
 
 
 @contextmanager
-def replaced_when_done(directory: str | os.PathLike[str]) -> Iterator[str]:
+def replaced_when_done(directory: str | os.PathLike[str], what: str) -> Iterator[str]:
     """A staging folder whose files take their places in `directory` when the block ends without an exception.
 
     Renaming the finished staging folder is the moment of commitment: before it the old files count, after it the new
     ones, and `finish_interrupted_save` moves what a crash left behind.
+
+    Args:
+        what: names the files in an error.
 
     Raises:
         SieveError: nothing can be written there. What the block raises is passed on as it is.
     """
     target = Path(directory)
     finish_interrupted_save(target)
-    with writing("files", target):
+    with writing(what, target):
         target.mkdir(parents=True, exist_ok=True)
         for abandoned in target.glob(f"{STAGING}*"):
             shutil.rmtree(abandoned, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target))
     try:
         yield str(staging)
-        with writing("files", target):
+        with writing(what, target):
             for path in _files(staging):
                 _flush(path)
             staging.rename(target / COMPLETE)

@@ -65,7 +65,7 @@ def test_a_save_whose_files_cannot_be_moved_is_told_of(tmp_path: Path) -> None:
     (tmp_path / COMPLETE).mkdir()
     (tmp_path / COMPLETE / "file").write_bytes(b"new")
     (tmp_path / "file").mkdir()  # which no file can replace
-    for act in (finish_interrupted_save, lambda folder: replaced_when_done(folder).__enter__()):
+    for act in (finish_interrupted_save, lambda folder: replaced_when_done(folder, "test").__enter__()):
         with pytest.raises(SieveError, match=r"holds a complete save.*cannot be moved into .* \(Is a directory\)"):
             act(tmp_path)
     assert (tmp_path / COMPLETE / "file").read_bytes() == b"new"
@@ -74,7 +74,7 @@ def test_a_save_whose_files_cannot_be_moved_is_told_of(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with (
-        pytest.raises(SieveError, match="cannot be written to .*adapter .Not a directory"),
-        replaced_when_done(tmp_path / "file" / "adapter"),
+        pytest.raises(SieveError, match="The test cannot be written to .*adapter .Not a directory"),
+        replaced_when_done(tmp_path / "file" / "adapter", "test"),
     ):
         pass

@@ -86,7 +86,7 @@ def _save_pretrained(
         )
     if not given.get("is_main_process", True) or os.path.isfile(save_directory):
         return original(self, save_directory, *args, **kwargs)
-    with replaced_when_done(save_directory) as staging, _card_is_saved():
+    with replaced_when_done(save_directory, "adapter") as staging, _card_is_saved():
         card = os.path.join(save_directory, "README.md")
         if os.path.isfile(card):  # PEFT updates the one that it finds
             shutil.copyfile(card, os.path.join(staging, "README.md"))

@@ -139,7 +139,7 @@ def write_report(
             on_progress(len(pictures), len(every) * len(_THEMES))
     page = template.render(_contents(profiles, selections, plots, pictures, options))
     target = Path(folder)
-    with writing("report", target), replaced_when_done(target) as staging:
+    with writing("report", target), replaced_when_done(target, "report") as staging:
         for name, data in pictures.items():
             Path(staging, name).write_bytes(data)
         Path(staging, PAGE).write_text(page, encoding="utf-8")

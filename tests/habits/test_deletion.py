@@ -97,10 +97,10 @@ def test_layers_with_other_adapters_choose_no_other(method: str) -> None:
     assert torch.equal(logits(model), expected)
 
 
-@pytest.mark.parametrize(("method", "whole"), WHOLE)
-def test_of_several_the_others_stay_active(method: str, whole: dict[str, Any]) -> None:
+@pytest.mark.parametrize("method", CONFIGS)
+def test_of_several_the_others_stay_active(method: str) -> None:
     adapters = {name: CONFIGS[method]() for name in ("first", "second", "third")}
-    model = adapted({**adapters, "first": CONFIGS[method](**whole)})
+    model = adapted({**adapters, "first": CONFIGS[method](**HEAD)})
     model.base_model.set_adapter(["second", "third"])
     model.set_requires_grad("third", False)
     expected, names = logits(model), trained(model)

@@ -75,7 +75,7 @@ def merge_checkpoint(
     for key, additions in edits_of(opened, CheckpointKeys(shapes, prefix)).items():
         edits.setdefault(key, []).extend(additions)
     refuse_other_types({key: stored[key] for key in edits})
-    with replaced_when_done(output) as staging:
+    with replaced_when_done(output, "checkpoint") as staging:
         folder = Path(staging)
         copy_the_rest(base, folder)
         copy_tokenizer(adapter, folder)

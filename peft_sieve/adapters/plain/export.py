@@ -109,7 +109,7 @@ def export_lora(
     _refuse_routers_read_by_weight(layers, others)
     plain, chosen = _laid_out(layouts, opened, layers, others)
     rank = plain.config.r
-    with replaced_when_done(output) as staging:
+    with replaced_when_done(output, "LoRA") as staging:
         tensors = {key: make().contiguous() for key, (_, make) in plain.tensors.items()}
         save_file(tensors, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
         _write_config(plain.config, Path(staging, CONFIG_NAME))

@@ -53,7 +53,7 @@ class MethodConfig(PeftConfig):
 
         The file appears whole or not at all: it is written beside its place and then moved there.
         """
-        with replaced_when_done(save_directory) as staging:
+        with replaced_when_done(save_directory, "configuration") as staging:
             super().save_pretrained(staging, **kwargs)
             path = Path(staging, CONFIG_NAME)
             path.write_text(_compact_lists(path.read_text()) + "\n")
