@@ -181,17 +181,24 @@ def saved_settings(adapter: str) -> dict[str, Any]:
 
 
 def saved_weights(adapter: str) -> dict[str, torch.Tensor]:
-    """The tensors of a saved adapter, on the CPU.
+    """The tensors of a saved adapter, on the CPU, by keys with PEFT's prefix, which files may lack.
 
     Raises:
-        SieveError: they cannot be read.
+        SieveError: they cannot be read, or one is there with and without the prefix.
     """
     try:
-        return load_peft_weights(adapter, device="cpu")
+        tensors = load_peft_weights(adapter, device="cpu")
     except (OSError, ValueError, SafetensorError) as error:
         raise SieveError(
             f"The weights of {adapter!r} cannot be read ({first_line(error)}). Save or download the adapter again."
         ) from error
+    prefixed = {KEY_PREFIX + key.removeprefix(KEY_PREFIX): value for key, value in tensors.items()}
+    if len(prefixed) < len(tensors):
+        raise SieveError(
+            f"The weights of {adapter!r} have a tensor twice, with and without the prefix {KEY_PREFIX!r}. Save or "
+            "download the adapter again."
+        )
+    return prefixed
 
 
 def assign(model: PeftModel, tensors: dict[str, torch.Tensor]) -> Embeddings:
@@ -218,8 +225,7 @@ def assign(model: PeftModel, tensors: dict[str, torch.Tensor]) -> Embeddings:
             raise _mixed(f"have {key} of shape {tuple(value.shape)}, where the model has {own[key]}")
     # Assigned, not copied: the factors replace those without values, and the base stays on the meta device.
     model.load_state_dict(state, strict=False, assign=True)
-    # The names of an adapter's own tensors have the adapter's name in them.
-    foreign = {key.removeprefix(KEY_PREFIX): value for key, value in state.items() if key in tensors}
+    foreign = {key.removeprefix(KEY_PREFIX): value for key, value in state.items() if ".lora_" not in key}
     base = model.get_base_model()
     assert isinstance(base, PreTrainedModel)
     return saved_embeddings(base, foreign)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,20 @@ def test_plain_lora_carries_them(adapter: Adapter, layout: str, tmp_path: Path) 
         assert relative_difference(on_the_base(adapter, tmp_path / name), adapter.logits()) < 1e-5
     weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("live", "saved")]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["without the prefix", "with the adapter's name"])
+def test_plain_lora_carries_those_of_files_with_other_keys(named: bool, tmp_path: Path) -> None:
+    """Keys that loading takes, reading takes, too, and loses nothing by them."""
+    adapter = trained(tmp_path, rows=144)
+    file = adapter.path / "adapter_model.safetensors"
+
+    def other(key: str) -> str:
+        return re.sub(r"(\.lora_\w+)\.", r"\1.default.", key) if named else key.removeprefix("base_model.model.")
+
+    save_file({other(key): value for key, value in load_file(file).items()}, file)
+    export_lora(adapter.path, tmp_path / "plain")
+    assert relative_difference(on_the_base(adapter, tmp_path / "plain"), adapter.logits()) < 1e-5
 
 
 def test_a_merged_checkpoint_has_them(adapter: Adapter, tmp_path: Path) -> None:
