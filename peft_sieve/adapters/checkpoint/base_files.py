@@ -54,7 +54,7 @@ def base_files(name: str | os.PathLike[str], revision: str | None) -> BaseFiles:
     weights = [first] if index is None else sorted(set(_weight_map(folder / index).values()))
     fetch(allow_patterns=weights)
     for weight in weights:
-        if ".." in Path(weight).parts or not (folder / weight).is_file():
+        if Path(weight).is_absolute() or ".." in Path(weight).parts or not (folder / weight).is_file():
             raise SieveError(
                 f"{str(folder)!r} has no {weight}, so it is not a whole checkpoint in safetensors. Download it again."
             )
