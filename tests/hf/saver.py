@@ -1,20 +1,16 @@
-"""Saves an adapter again and again until it is killed, each version with its number in configuration and weights.
-
-python -m tests.hf.saver METHOD FOLDER
-"""
+"""A configuration of every method, and a process that saves an adapter until it is killed."""
 
 from __future__ import annotations
 
-import sys
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 
 from peft_sieve import EpngConfig, LoraMoeConfig, PerftConfig, SieveLoraConfig
 from tests.hf.toy_method import ToyConfig
-from tests.models import tiny_model
 
 MASK = {"model.layers.0.mlp.experts": [1, 6]}
 # Method -> a configuration of it, and the number in one that says which version was saved.
@@ -32,19 +28,16 @@ def factors(model: PeftModel) -> list[Any]:
     return [parameter for name, parameter in model.named_parameters() if ".default." in name]
 
 
-def main(method: str, folder: str) -> None:
-    make, field = METHODS[method]
-    model = get_peft_model(tiny_model("olmoe"), make())
-    version = 0
-    while True:
-        version += 1
-        setattr(model.peft_config["default"], field, float(version))
+def save_again_and_again(model: PeftModel, method: str, folder: str, saved: Callable[[], object]) -> None:
+    """Save an adapter, each version with its number in configuration and weights, until the process is killed.
+
+    Args:
+        saved: called after each save.
+    """
+    for version in itertools.count(1):
+        setattr(model.peft_config["default"], METHODS[method][1], float(version))
         with torch.no_grad():
             for parameter in factors(model):
                 parameter.fill_(version)
         model.save_pretrained(folder)
-        print(version, flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        saved()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from peft import PeftConfig, PeftModel, get_peft_model
 
 from peft_sieve import SieveError, SieveLoraConfig, register_score
 from peft_sieve.hf.methods import method_of, methods
-from tests.hf.saver import MASK, METHODS, factors
+from tests.hf.saver import MASK, METHODS, factors, save_again_and_again
 from tests.models import tiny_model, token_batch
+from tests.tuners.test_save_load import needs_fork
 
 
 def test_all_methods_are_here() -> None:
@@ -32,20 +35,28 @@ def check_whole(method: str, folder: Path) -> None:
     assert factors(model) and all(bool((factor == version).all()) for factor in factors(model))
 
 
+@needs_fork
 @pytest.mark.parametrize("method", METHODS)
 def test_saves_survive_kills(method: str, tmp_path: Path) -> None:
     """Killed at random moments, a save leaves the old version or the new one, and never a mixture that loads."""
     generator = random.Random(method)
-    for _ in range(3):
-        words = [sys.executable, "-W", "ignore", "-m", "tests.hf.saver", method, str(tmp_path)]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert process.stdout is not None
+    model = get_peft_model(tiny_model("olmoe"), METHODS[method][0]())
+    for _ in range(5):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(60)
+                save_again_and_again(model, method, str(tmp_path), partial(os.write, writing, b"."))
+            finally:
+                os._exit(1)
+        os.close(writing)
         for _ in range(2):  # whole saves
-            assert process.stdout.readline()
+            assert os.read(reading, 1), "the child failed"
         time.sleep(generator.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        os.close(reading)
         check_whole(method, tmp_path)
 
 

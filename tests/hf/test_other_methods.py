@@ -28,7 +28,7 @@ PASSES_ON = {
         "loading",
         "__init__",
     ),
-    *("explained", "_placed_as_it_is", "is_offloaded", "_is_swap"),
+    *("explained", "_placed_as_it_is", "is_offloaded", "_is_swap", "innermost"),
 }
 
 

@@ -142,6 +142,7 @@ OF_A_METHOD: dict[tuple[str, str], tuple[Callable[[Path], Any], str]] = {
     ("sieve", "a number for tokens"): (setting("trainable_token_indices", 1.5), "trainable_token_indices must be"),
     ("sieve", "no tokens"): (setting("trainable_token_indices", []), "trainable_token_indices must be"),
     ("sieve", "a negative token"): (setting("trainable_token_indices", [-1]), "trainable_token_indices must be"),
+    ("sieve", "tokens of experts"): (setting("trainable_token_indices", {"mlp.experts": [1]}), "has no embeddings"),
     ("sieve", "a switch for a mapping"): (setting("kasa_config", 0), "`KasaConfig` must be"),
     ("sieve", "an alpha"): (setting("alpha_pattern", {"x": 10**400}), "alpha_pattern.* must be"),
 }

@@ -33,6 +33,7 @@ CASES: list[tuple[tuple[type, ...], dict[str, Any], str]] = [
     (SIEVE, {"velora_config": {}}, "velora_config={}"),
     (SIEVE, {"use_bdlora": {}}, "use_bdlora={}"),
     (SIEVE, {"train_router": "false"}, "train_router .*True or False.*'false'"),
+    (SIEVE, {"use_rslora": "false"}, "use_rslora .*True or False.*'false'"),
     (SIEVE, {"train_attention": 1}, "train_attention .*True or False.*1"),
     (SIEVE, {"expert_projections": 3}, "expert_projections .*3"),
     (SIEVE, {"lora_alpha": float("nan")}, "lora_alpha .*nan"),

@@ -77,6 +77,10 @@ def _trained_whole(model: Any, config: Any, standing: Mapping[str, nn.Module]) -
 
 def _refuse_tokens(paths: list[str], standing: Mapping[str, nn.Module], others: Iterable[str]) -> None:
     """PEFT neither saves nor loads an adapter without trained tokens beside one that has some."""
+    for path in paths:
+        if not hasattr(standing[path], "weight"):
+            kind = type(standing[path]).__name__
+            raise SieveError(f"trainable_token_indices names {path or 'the model'}, a {kind}, which has no embeddings.")
     held = {path: module for path, module in standing.items() if isinstance(module, TrainableTokensWrapper)}
     for other in others:
         for path in {*paths, *held}:

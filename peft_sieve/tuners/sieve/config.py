@@ -106,7 +106,7 @@ class SieveLoraConfig(SelectionConfig, LoraConfig):
         self.r = rank("r", self.r)
         check_names(self)
         check_patterns(self)
-        flags(self, ("train_attention", "train_router", "train_shared_experts"))
+        flags(self, ("train_attention", "train_router", "train_shared_experts", "use_rslora"))
         choice("bias", self.bias, ("none", "all", "lora_only"))
         number("lora_alpha", self.lora_alpha, lambda alpha: alpha != 0, "a finite, non-zero number")
         number("lora_dropout", self.lora_dropout, lambda p: 0 <= p < 1, "a number in [0, 1)")
