@@ -41,7 +41,7 @@ def test_saves_survive_kills(method: str, tmp_path: Path) -> None:
     """Killed at random moments, a save leaves the old version or the new one, and never a mixture that loads."""
     generator = random.Random(method)
     model = get_peft_model(tiny_model("olmoe"), METHODS[method][0]())
-    for _ in range(5):
+    for _ in range(15):
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
