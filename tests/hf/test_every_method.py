@@ -19,6 +19,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 
 from peft_sieve import SieveError, SieveLoraConfig, register_score
 from peft_sieve.hf.methods import method_of, methods
+from peft_sieve.routing import scores
 from tests.hf.saver import MASK, METHODS, factors, save_again_and_again
 from tests.models import tiny_model, token_batch
 from tests.tuners.test_save_load import needs_fork
@@ -101,8 +102,9 @@ torch.save(model.eval()(**token_batch(model)).logits, sys.argv[2])
 """
 
 
-def test_a_score_is_needed_for_calibrating_only(tmp_path: Path) -> None:
+def test_a_score_is_needed_for_calibrating_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter whose experts were selected by a registered score loads where nobody registered it."""
+    monkeypatch.setattr(scores, "_SCORES", dict(scores._SCORES))  # other tests see the package's own
     register_score("of_this_test", lambda profile, layer: profile.counts[layer])
     base = tiny_model("olmoe")
     config = SieveLoraConfig(r=2, score="of_this_test", calib_dataset=[token_batch(base)], init_lora_weights=False)
