@@ -110,9 +110,9 @@ class ChatRenderer:
             role, turn = conversation.roles[piece.turn], f"turn {piece.turn} of {conversation.where}"
             if piece.turn not in shown and not (role in _SYSTEM and self._asks_for(role)):
                 raise SieveError(
-                    f"The chat template shows nothing of {turn}, which has the role {role!r} and {piece.key!r}. Use a "
-                    "role and a form that the template knows, or leave such turns out with a calib_formatting_func "
-                    "that returns messages."
+                    f"The chat template shows nothing of {turn} (role {role!r}, key {piece.key!r}). Use a role and a "
+                    "form that the template knows, or leave such turns out with a calib_formatting_func that returns "
+                    "messages."
                 )
             self.left_out.append(f"`{piece.key}` of {turn} ({role})")
         missing = [name for name in tool_names(conversation.template_kwargs.get("tools")) if name not in text]

@@ -59,8 +59,8 @@ def with_images(conversation: Conversation, images: list[Any]) -> Conversation:
     places = sum(map(_is_placeholder, _all_parts(messages)))
     if places != len(images):
         raise SieveError(
-            f"{conversation.where} has {len(images)} images in its columns {quoted(IMAGE_COLUMNS)}, but {places} parts "
-            "of its messages want one. There must be one for each."
+            f"{conversation.where} has {len(images)} images in its columns {quoted(IMAGE_COLUMNS)}, and its messages "
+            f"have {places} placeholders for images. The numbers must be the same."
         )
     left = iter(images)
     for i, message in enumerate(messages):

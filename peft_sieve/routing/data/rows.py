@@ -234,8 +234,8 @@ def _ends(row: Mapping[str, Any], ids: list[int], where: str) -> list[int]:
     lengths = _expect_ints(given, "seq_lengths", where)
     if sum(lengths) != len(ids) or min(lengths, default=0) < 0:
         raise SieveError(
-            f"`seq_lengths` of {where} is {shown(lengths)} and `input_ids` has the length {len(ids)}. Pass lengths "
-            "whose sum that is."
+            f"`seq_lengths` of {where} is {shown(lengths)}, and `input_ids` has {len(ids)} tokens. The lengths must "
+            "add up to the number of tokens."
         )
     return list(accumulate(lengths))
 

@@ -95,17 +95,17 @@ def test_what_templates_do_to_a_turn_is_no_loss(strict_tokenizer):
     [
         (
             {"messages": [*CHAT, {"role": "observation", "content": "sunny"}]},
-            "shows nothing of turn 2 of row 0 of the calibration data, which has the role 'observation' and 'content'.",
+            "shows nothing of turn 2 of row 0 of the calibration data (role 'observation', key 'content').",
         ),
-        ({"conversations": [{"from": "narrator", "value": "Once."}]}, "which has the role 'narrator'"),
-        ({"prompt": CHAT[:1], "completion": [{"role": "model", "content": "4"}]}, "which has the role 'model'"),
+        ({"conversations": [{"from": "narrator", "value": "Once."}]}, "(role 'narrator'"),
+        ({"prompt": CHAT[:1], "completion": [{"role": "model", "content": "4"}]}, "(role 'model'"),
         (
             {"messages": [{"role": "function", "tool_calls": [{"function": CALL}]}]},
-            "which has the role 'function' and 'tool_calls'",
+            "(role 'function', key 'tool_calls')",
         ),
         (
             {"messages": [{"role": "user", "text": "hi"}]},
-            "which has the role 'user' and 'text'",
+            "(role 'user', key 'text')",
         ),
         ({"messages": [{"role": 3, "content": "hi"}]}, "The role in turn 0 of row 0 of the calibration data must be a"),
         (
@@ -144,7 +144,7 @@ def test_a_template_that_knows_the_roles_and_not_the_form(tokenizer):
         "{% for m in messages %}{% if m['role'] in ['user', 'assistant', 'tool'] %}<{{ m['role'] }}>"
         "{% if m['content'] is string %}{{ m['content'] }}{% endif %}{% endif %}{% endfor %}"
     )
-    called = "nothing of turn 1 of row 0 of the calibration data, which has the role 'function_call' and 'tool_calls'."
+    called = "nothing of turn 1 of row 0 of the calibration data (role 'function_call', key 'tool_calls')."
     assert_refused([{"conversations": AGENT}], called, tokenizer)
     parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, *CHAT]
     assert_refused([{"messages": parts}], "nothing of turn 0 of row 0 of the calibration data", tokenizer)

@@ -162,10 +162,13 @@ def test_the_processor_comes_from_the_model(tmp_path):
     [
         (
             {"messages": [TURN, ANSWER]},
-            "has 0 images in its columns 'images', 'image', but 1 parts of its messages want",
+            "has 0 images in its columns 'images', 'image', and its messages have 1 placeholders",
         ),
         ({"messages": [TURN], "images": [picture(0), picture(1)]}, "has 2 images in its columns"),
-        ({"messages": CHAT[1:], "images": [picture(0)]}, "has 1 images in its columns 'images', 'image', but 0 parts"),
+        (
+            {"messages": CHAT[1:], "images": [picture(0)]},
+            "has 1 images in its columns 'images', 'image', and its messages have 0 placeholders",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "has a part of the type 'image_url', which calibration does not read.",
