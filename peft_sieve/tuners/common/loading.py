@@ -90,10 +90,11 @@ def layers_for(model: nn.Module, adapter_name: str, given: Mapping[str, torch.Te
         given: the weights, by keys of the base model.
     """
     found: dict[str, Any] = {}
+    seen: set[int] = set()
     for path, layer in adapter_layers(model, adapter_name):
-        is_first = all(layer is not other for other in found.values())
-        if is_first or any(f"{path}.{name}" in given for name, _ in tensors_in(layer, adapter_name)):
+        if id(layer) not in seen or any(f"{path}.{name}" in given for name, _ in tensors_in(layer, adapter_name)):
             found[path] = layer
+        seen.add(id(layer))
     return found
 
 

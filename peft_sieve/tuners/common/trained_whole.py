@@ -29,7 +29,7 @@ def refuse_adapting(model: nn.Module, paths: Iterable[str]) -> None:
         SieveError: one is such a module, or in one.
     """
     whole = {path: module for path, module in standing_modules(model) if isinstance(module, AuxiliaryTrainingWrapper)}
-    for path in paths:
+    for path in paths if whole else ():
         for other, wrapper in whole.items():
             if _is_in(path, other):
                 raise SieveError(

@@ -139,8 +139,9 @@ class MethodTuner(BaseTuner):
         check_bookkeeping(model, adapter_name, given)
         with cls._fitted(model, config, adapter_name, given):
             check_state_dict(model, adapter_name, given, cls.prefix)
-            biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
-            check_biases(given, (cls._remove_adapter_name_from_key(key, adapter_name) for key in biases))
+            if getattr(config, "bias", "none") != "none":
+                biases = cls._get_learnable_bias_state_dict(model, model.state_dict(), config)
+                check_biases(given, (cls._remove_adapter_name_from_key(key, adapter_name) for key in biases))
             prefixed = {in_peft_model(key): value for key, value in given.items()}
             mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, prefixed)
         if all(plain_name(name) == name for name in _names(model)):

@@ -294,11 +294,11 @@ class SieveLoraModel(MethodTuner, LoraModel):
         return super().unload()
 
 
-def _adapted_paths(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer]) -> list[str]:
+def _adapted_paths(config: SieveLoraConfig, model: nn.Module, layers: list[MoELayer]) -> Iterator[str]:
     """What an adapter on the experts of `layers` is on or around, and routers."""
     experts = tuple(layer.path for layer in layers)
-    inside = [path for path in base_modules(model) if path.startswith(experts)]
-    return [*inside, *(router.path for router in router_parameters(config, layers))]
+    yield from (path for path in base_modules(model) if path.startswith(experts))
+    yield from (router.path for router in router_parameters(config, layers))
 
 
 def _names_in_patterns(model: nn.Module, adapter_name: str) -> Iterator[str]:
