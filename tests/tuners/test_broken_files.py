@@ -54,6 +54,16 @@ def by_transformers(base: Any, folder: Path) -> None:
     base.load_adapter(str(folder))
 
 
+def assert_refused(load: Callable[..., Any], folder: Path, text: str) -> None:
+    """It is refused in plain words, and the model is as it was."""
+    base = tiny_model("olmoe")
+    before = state(base)
+    with pytest.raises(SieveError, match=text) as caught:
+        load(base, folder)
+    assert_plain(str(caught.value))
+    assert state(base) == before
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Adapters by method, saved once."""
@@ -80,12 +90,7 @@ def test_is_refused(saved: Callable[[str], Path], method: str, edit: str, load: 
     folder = saved(method)
     change, text = EDITS[edit]
     change(folder)
-    base = tiny_model("olmoe")
-    before = state(base)
-    with pytest.raises(SieveError, match=text) as caught:
-        load(base, folder)
-    assert_plain(str(caught.value))
-    assert state(base) == before
+    assert_refused(load, folder, text)
 
 
 # What no save writes: refused before a layer is made, or where it is compared, and by a loader into an adapter, too
@@ -165,12 +170,7 @@ def test_a_setting_that_no_save_writes_is_refused(
 ) -> None:
     folder = saved(method)
     edit(folder)
-    base = tiny_model("olmoe")
-    before = state(base)
-    with pytest.raises(SieveError, match=expected) as caught:
-        load(base, folder)
-    assert_plain(str(caught.value))
-    assert state(base) == before
+    assert_refused(load, folder, expected)
 
 
 def stand_for_numbers(folder: Path, ending: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -210,12 +210,7 @@ def test_bookkeeping_of_another_kind_is_refused(
     folder = saved(method)
     stand_for_numbers(folder, name, KINDS[kind])
     for load in (by_peft, by_transformers):
-        base = tiny_model("olmoe")
-        before = state(base)
-        with pytest.raises(SieveError) as caught:
-            load(base, folder)
-        assert_plain(str(caught.value))
-        assert state(base) == before
+        assert_refused(load, folder, "")
     with pytest.raises(SieveError):
         into_an_adapter(tiny_model("olmoe"), folder, method)
 
