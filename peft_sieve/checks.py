@@ -14,6 +14,7 @@ from typing import Any
 from .errors import SieveError
 
 _LARGEST = (2 - 2**-23) * 2.0**127  # of floats in 32 bits
+_QUOTED = 400  # characters of another error's text
 
 
 def is_whole(value: Any) -> bool:
@@ -130,11 +131,11 @@ def listed(names: Iterable[Any]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text as a part of a sentence; its type's name if it has none."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    """An error's text as a part of a sentence, cut short; its type's name if it has none."""
+    return shortened(" ".join(str(error).split()).rstrip("."), _QUOTED) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text as a part of a sentence; its type's name if it has none."""
+    """The first line of an error's text as a part of a sentence, cut short; its type's name if it has none."""
     text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return shortened(text.splitlines()[0].rstrip("."), _QUOTED) if text else type(error).__name__

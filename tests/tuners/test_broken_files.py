@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_sieve import SieveError
+from peft_sieve import SieveError, export_lora
 from tests.models import tiny_model
 from tests.tuners.errors import assert_plain
 from tests.tuners.test_injection import CONFIGS, state
@@ -224,3 +224,11 @@ def test_factors_of_whole_numbers_are_refused(
     stand_for_numbers(folder, "_A.weight", lambda t: t.to(torch.int8))
     with pytest.raises(SieveError, match="not in a floating-point type"):
         load(tiny_model("olmoe"), folder)
+
+
+def test_a_type_that_nobody_knows_is_not_repeated_whole(saved: Callable[[str], Path]) -> None:
+    folder = saved("sieve")
+    (folder / CONFIG).write_text(json.dumps({"peft_type": "x" * 9000}))
+    with pytest.raises(SieveError, match="No adapter can be read") as caught:
+        export_lora(folder, folder / "out")
+    assert_plain(str(caught.value))

@@ -15,7 +15,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME
 
-from ...checks import must_be, one_line, share, shortened, shown, whole
+from ...checks import must_be, one_line, share, shown, whole
 from ...errors import SieveError
 from ...files import replaced_when_done
 from ...moe.wrappers import plain_name
@@ -42,7 +42,7 @@ class MethodConfig(PeftConfig):
         except SieveError:
             raise
         except (TypeError, ValueError) as error:  # PEFT's own checks
-            raise SieveError(f"{shortened(one_line(error), 400)}.") from error
+            raise SieveError(f"{one_line(error)}.") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The serialisable fields; sets as sorted lists, so that saving twice gives the same file."""
