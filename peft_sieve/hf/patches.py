@@ -21,7 +21,7 @@ from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.utils import load_peft_weights
 from transformers.integrations.peft import PeftAdapterMixin
-from transformers.modeling_utils import LoadStateDictInfo
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from ..errors import SieveError
 from ..files import replaced_when_done
