@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .errors import SieveError
 
-# Seconds after which a scratch file whose writer has not finished it counts as left behind.
+# A scratch file that is older than this, in seconds, was left by a process that was killed.
 _ABANDONED = 3600
 # A folder of this name holds a complete save whose files were not all moved to their places yet,
 COMPLETE = ".peft_sieve_saved"
