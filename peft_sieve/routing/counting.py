@@ -118,8 +118,8 @@ def see_mask(
         counters: by the path of their layer.
         in_decoder: paths of the layers that read what a decoder reads.
         batch: the call's keyword arguments.
-        given: whether the user passed the batch: then one without a mask has no padding. Of what the model itself passes
-            on, only masks of two dimensions are read: it makes those of four for attention, not to mark padding.
+        given: whether the user passed the batch: then one without a mask has no padding. Of what the model itself
+            passes on, only masks of two dimensions are read: it makes those of four for attention, not to mark padding.
     """
     masks = [
         token_mask(mask, batch) if given or (isinstance(mask, torch.Tensor) and mask.dim() == 2) else None
