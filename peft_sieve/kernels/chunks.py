@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,16 +28,19 @@ class Chunk:
     groups: Groups
 
 
-def loop_chunks(counts: Tensor, chunk_rows: int = CHUNK_ROWS) -> list[Chunk]:
+def loop_chunks(counts: Tensor, chunk_rows: int = CHUNK_ROWS, order: Iterable[int] | None = None) -> list[Chunk]:
     """Chunks of at least `chunk_rows` rows, except for the last; waits for the device.
 
     Args:
         counts: rows of each expert, (num_experts,).
+        order: in which the experts come; None is ascending.
     """
+    rows_of = counts.tolist()
     chunks: list[Chunk] = []
     spans: list[tuple[int, int, int]] = []
     first = end = 0
-    for expert, count in enumerate(counts.tolist()):
+    for expert in range(len(rows_of)) if order is None else order:
+        count = rows_of[expert]
         if count:
             spans.append((expert, end - first, end - first + count))
             end += count

@@ -8,7 +8,7 @@ Triton is imported at the top: import this module only where Triton is known to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .groups import PLAIN, Groups, ProductOptions
+from .groups import PLAIN, Groups, Late, ProductOptions, Slots
 from .triton_kernels import multiply_kernel, outer_kernel
 
 
@@ -27,19 +27,35 @@ class DeviceGroups(Groups):
     Attributes:
         starts: first row of each group, int32, (groups,); ascending.
         ends: the row after the last of each group, int32, (groups,). Groups do not overlap.
+        own: how many groups have a matrix of their own; the others use the one after those. None for all.
     """
 
     starts: Tensor
     ends: Tensor
+    own: int | None = None
 
-    def select(self, slots: Mapping[int, int], ids: Tensor) -> DeviceGroups:
-        return DeviceGroups(self.starts[ids], self.ends[ids])
+    def select(self, slots: Slots) -> DeviceGroups:
+        return DeviceGroups(self.starts[slots.ids], self.ends[slots.ids], slots.own if slots.shared else None)
+
+    def _parts(self, matrices: Tensor) -> Iterator[tuple[DeviceGroups, Tensor]]:
+        """The groups that have a matrix each, with those, and the others, with the one that they share, once for all."""
+        if self.own is None:
+            yield self, matrices
+            return
+        if self.own:
+            yield DeviceGroups(self.starts[: self.own], self.ends[: self.own]), matrices[: self.own]
+        yield DeviceGroups(self.starts[self.own :], self.ends[self.own :]), matrices[self.own :]
 
     def project(self, x: Tensor, matrices: Tensor) -> Tensor:
         return F.grouped_mm(x, matrices, offs=self.ends)
 
     def multiply(self, x: Tensor, matrices: Tensor, out: Tensor, options: ProductOptions = PLAIN) -> None:
         """As `Groups.multiply`; `out` must not overlap the operands, and matrices are rounded to the type of `x`."""
+        for part, own in self._parts(matrices):
+            # One matrix for several groups has stride zero between them.
+            part._multiply(x, own if part is self else own.expand(part.starts.numel(), -1, -1), out, options)
+
+    def _multiply(self, x: Tensor, matrices: Tensor, out: Tensor, options: ProductOptions) -> None:
         groups = self.starts.numel()
         (rows, k), n = x.shape, out.shape[1]
         self._require_shapes(("matrices", matrices, (groups, k, n)), ("out", out, (rows, n)))
@@ -74,8 +90,24 @@ class DeviceGroups(Groups):
                 **blocks,
             )
 
-    def outer(self, x: Tensor, y: Tensor, out: Tensor, options: ProductOptions = PLAIN) -> None:
-        """As `Groups.outer`, whatever `out` holds to begin with; `y` is rounded to the type of `x`."""
+    def outer(
+        self, x: Tensor, y: Tensor, out: Tensor, options: ProductOptions = PLAIN, late: Late | None = None
+    ) -> None:
+        """As `Groups.outer`, whatever `out` holds to begin with; `y` is rounded to the type of `x`.
+
+        All rows are in one chunk here, so nothing is added late.
+        """
+        for part, own in self._parts(out):
+            if part.starts.numel() == len(own):
+                part._outer(x, y, own, options)
+            else:
+                # A sum for each group, and those summed up: one program for all rows of a matrix would keep the others
+                # waiting.
+                sums = own.new_empty((part.starts.numel(), *own.shape[1:]), dtype=torch.float32)
+                part._outer(x, y, sums, options)
+                own.copy_(sums.sum(0, keepdim=True))
+
+    def _outer(self, x: Tensor, y: Tensor, out: Tensor, options: ProductOptions) -> None:
         groups = self.starts.numel()
         (rows, m), n = x.shape, y.shape[1]
         self._require_shapes(("y", y, (rows, n)), ("out", out, (groups, m, n)))

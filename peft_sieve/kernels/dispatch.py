@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ class Dispatch:
     Attributes:
         order: position of each sorted pair in the unsorted, flattened dispatch, (pairs,).
         tokens: token of each pair, (pairs,).
-        expert_ids: expert of each pair, ascending, (pairs,).
+        expert_ids: expert of each pair, those of an expert side by side, (pairs,).
         counts: pairs per expert, (num_experts,).
         top_k: pairs per token.
         rank_major: whether the dispatch was flattened as (top_k, tokens).
@@ -63,20 +64,32 @@ class Dispatch:
         return fits and rows.device.type == "cpu" and rows.dtype == torch.float32
 
 
-def sort_by_expert(expert_ids: Tensor, num_experts: int, rank_major: bool = False) -> Dispatch:
+def sort_by_expert(
+    expert_ids: Tensor, num_experts: int, rank_major: bool = False, order: Sequence[int] | None = None
+) -> Dispatch:
     """Sort the pairs of a dispatch by expert, without waiting for the device.
 
     Args:
         expert_ids: (tokens, top_k).
         num_experts: how many there are.
         rank_major: flatten as (top_k, tokens), and keep that order within an expert.
+        order: in which the experts come, all of them; None is ascending.
     """
     num_tokens, top_k = expert_ids.shape
     flat = (expert_ids.T if rank_major else expert_ids).reshape(-1)
     # Stable only where an order within an expert is to be met; otherwise the same call as the stock forward.
-    sorted_ids, order = torch.sort(flat, stable=rank_major)
-    tokens = order % num_tokens if rank_major else order // top_k
+    sorted_ids, positions = torch.sort(flat if order is None else _places(flat, order), stable=rank_major)
+    sorted_ids = sorted_ids if order is None else flat.index_select(0, positions)
+    tokens = positions % num_tokens if rank_major else positions // top_k
     # histc, not bincount: no copy to the host. It takes no integers on the CPU.
     values = sorted_ids.int() if sorted_ids.is_cuda else sorted_ids.float()
     counts = torch.histc(values, bins=num_experts, min=0, max=num_experts - 1).to(torch.int64)
-    return Dispatch(order, tokens, sorted_ids, counts, top_k, rank_major)
+    return Dispatch(positions, tokens, sorted_ids, counts, top_k, rank_major)
+
+
+def _places(expert_ids: Tensor, order: Sequence[int]) -> Tensor:
+    """Where each expert comes in an order; ids of no expert stay behind all of them."""
+    place = torch.empty(len(order), dtype=expert_ids.dtype)
+    place[list(order)] = torch.arange(len(order), dtype=expert_ids.dtype)
+    known = place.to(expert_ids.device)[expert_ids.clamp(max=len(order) - 1)]
+    return torch.where(expert_ids < len(order), known, expert_ids)

@@ -49,3 +49,15 @@ def dropped_positions(dropout: Dropout, stream: int, count: int) -> Tensor:
         last = int(found[-1][-1])
     positions = np.concatenate(found) if len(found) > 2 else found[-1]
     return torch.from_numpy(positions[: np.searchsorted(positions, count)])
+
+
+def drop(dropout: Dropout | None, x: Tensor) -> Tensor:
+    """A matrix with the elements zeroed that its mask leaves out, not scaled; for one seed always the same elements."""
+    if dropout is None:
+        return x
+    if x.device.type == "cpu":
+        x = x.clone(memory_format=torch.contiguous_format)
+        x.view(-1).index_fill_(0, dropped_positions(dropout, 0, x.numel()), 0)
+        return x
+    generator = torch.Generator(x.device).manual_seed(dropout.seed)
+    return x * (torch.rand(x.shape, generator=generator, device=x.device) >= dropout.p)

@@ -20,12 +20,12 @@ from torch.autograd.function import once_differentiable
 
 from .activation import replay
 from .chunks import Chunk
-from .delta import Delta, ProductBackward
+from .delta import Delta, Layer, Product, ProductBackward
 from .dispatch import Dispatch
 from .groups import Groups
 from .stacks import ExpertStacks
 from .token_sums import TokenSums
-from .workers import for_each
+from .workers import InOrder, for_each, largest_first
 
 
 @dataclass
@@ -57,9 +57,12 @@ class ExpertPlan:
     def _groups(self, adapters: Sequence[Delta]) -> list[list[tuple[Delta, Groups]]]:
         """For each chunk, the adapters and their ranges in it; made once, since ranges remember what they dropped."""
         return [
-            [(adapter, chunk.groups.select(adapter.slots, adapter.ids)) for adapter in adapters]
-            for chunk in self.chunks
+            [(adapter, chunk.groups.select(adapter.slots)) for adapter in adapters] for chunk in self.chunks
         ]
+
+    @property
+    def adapters(self) -> list[Delta]:
+        return [*self.first_adapters, *self.down_adapters]
 
 
 class ExpertFunction(torch.autograd.Function):
@@ -85,26 +88,32 @@ class ExpertFunction(torch.autograd.Function):
             weights = dispatch.sort(expert_weights)
             sum_dtype = hidden_states.dtype if stacks.one_by_one else torch.promote_types(dtype, weights.dtype)
             total = TokenSums(dispatch, hidden_states, sum_dtype, len(plan.chunks))
+            layer = Layer(dispatch, hidden_states.to(dtype), weights, factors_used)
+            held = [adapter.begin(layer) for adapter in plan.adapters]
+            held_first, held_down = held[: len(plan.first_adapters)], held[len(plan.first_adapters) :]
             kept: list[Tensor] = []
             for chunk, first, down in zip(plan.chunks, plan.first_groups, plan.down_groups, strict=True):
-                rows = chunk.rows
-                x = hidden_states.index_select(0, dispatch.tokens[rows]).to(dtype)  # (rows, hidden)
+                rows, tokens = chunk.rows, dispatch.tokens[chunk.rows]
+                x = layer.hidden_states.index_select(0, tokens)  # (rows, hidden)
                 up = _project(x, stacks.first, stacks.first_bias, chunk, dispatch)
-                inners = [adapter.add(x, up, g, factors_used, adapter.last) for adapter, g in first]
+                inners = _add(first, held_first, Product(x, up, rows, tokens, factors_used), consume=True)
                 del x
                 act = stacks.activation(up)  # (rows, intermediate)
                 out = _project(act, [stacks.down], stacks.down_bias, chunk, dispatch)  # (rows, hidden)
                 spare = act is not up
-                inners += [adapter.add(act, out, g, factors_used, adapter.last and spare) for adapter, g in down]
+                inners += _add(down, held_down, Product(act, out, rows, tokens, factors_used), consume=spare)
                 if plan.keep:
                     kept += [up, *inners] if stacks.post_norm is None else [up, *inners, out]
                 normed = out if stacks.post_norm is None else stacks.post_norm(out)
                 total.add(chunk, normed, weights[rows])
+            result = total.result()
+            for adapter, own in zip(plan.adapters, held, strict=True):
+                adapter.end(layer, own, result)
         if plan.keep:
             ctx.plan, ctx.num_factors, ctx.layout = plan, len(factors), (dispatch.top_k, dispatch.rank_major)
             # Tensors only here, where autograd lets go of them after the backward.
-            ctx.save_for_backward(*dispatch.tensors(), hidden_states, expert_weights, *factors, *kept)
-        return total.result().to(hidden_states.dtype)
+            ctx.save_for_backward(*dispatch.tensors(), hidden_states, expert_weights, *factors, *held, *kept)
+        return result.to(hidden_states.dtype)
 
     @staticmethod
     @once_differentiable
@@ -112,7 +121,8 @@ class ExpertFunction(torch.autograd.Function):
         plan: ExpertPlan = ctx.plan
         order, tokens, expert_ids, counts, hidden_states, expert_weights, *saved = ctx.saved_tensors
         dispatch = Dispatch(order, tokens, expert_ids, counts, *ctx.layout)
-        factors, kept = saved[: ctx.num_factors], saved[ctx.num_factors :]
+        factors, saved = saved[: ctx.num_factors], saved[ctx.num_factors :]
+        held, kept = saved[: len(plan.adapters)], saved[len(plan.adapters) :]
         _, _, _, needs_hidden, needs_weights, *needs_factors = ctx.needs_input_grad
         # Made before any chunk, since those may come from several threads.
         with torch.autocast(hidden_states.device.type, enabled=False), plan.stacks_again() as stacks:
@@ -121,35 +131,38 @@ class ExpertFunction(torch.autograd.Function):
             # Added one after the other, half precision would round each time.
             sum_dtype = torch.promote_types(dtype, torch.float32) if stacks.one_by_one else dtype
             step = plan.kept_per_chunk(stacks)
+            gradients = _zeros_for(factors, needs_factors, plan.adapters)
+            layer = Layer(dispatch, hidden_states.to(dtype), weights, [f.to(dtype) for f in factors], gradients)
+            grad = grads[0]
+            sizes = [chunk.rows.stop - chunk.rows.start for chunk in plan.chunks]
+            in_threads = not stacks.one_by_one and hidden_states.device.type == "cpu"
             run = _Backward(
                 plan=plan,
                 stacks=stacks,
-                dispatch=dispatch,
-                hidden_states=hidden_states,
-                weights=weights,
+                layer=layer,
                 kept=[kept[i : i + step] for i in range(0, len(kept), step)],
-                factors=[factor.to(dtype) for factor in factors],
-                grad=grads[0],
-                grad_factors=[
-                    torch.zeros_like(factor) if needed else None
-                    for factor, needed in zip(factors, needs_factors, strict=True)
-                ],
+                held=held,
+                made=[a.begin_gradients(layer, h, grad.to(dtype)) for a, h in zip(plan.adapters, held, strict=True)],
+                grad=grad,
+                late=InOrder(largest_first(sizes) if in_threads else range(len(sizes))),
                 grad_weights=torch.zeros_like(weights, dtype=torch.promote_types(weights.dtype, torch.float32)),
                 grad_hidden=TokenSums(dispatch, hidden_states, sum_dtype, len(plan.chunks)) if needs_hidden else None,
             )
-            sizes = [chunk.rows.stop - chunk.rows.start for chunk in plan.chunks]
-            if stacks.one_by_one or hidden_states.device.type != "cpu":
+            if in_threads:
+                for_each(run, sizes)
+            else:
                 for index in range(len(sizes)):
                     run(index)
-            else:
-                for_each(run, sizes)
+            grad_hidden = None if run.grad_hidden is None else run.grad_hidden.result(stock_bits=False)
+            for adapter, made in zip(plan.adapters, run.made, strict=True):
+                adapter.end_gradients(layer, made, grad_hidden)
         return (
             None,
             None,
             None,
-            run.grad_hidden.result(stock_bits=False).to(hidden_states.dtype) if run.grad_hidden is not None else None,
+            None if grad_hidden is None else grad_hidden.to(hidden_states.dtype),
             dispatch.unsort(run.grad_weights).to(expert_weights.dtype) if needs_weights else None,
-            *run.grad_factors,
+            *(None if g is None else g.to(f.dtype) for f, g in zip(factors, gradients, strict=True)),
         )
 
 
@@ -158,33 +171,37 @@ class _Backward:
     """The backward of one chunk after the other: each call writes the rows and factors of its own experts only.
 
     Attributes:
-        weights: of the sorted pairs, (pairs,).
         kept: what the forward of each chunk left.
-        factors: in the type of the stacks.
+        held, made: what each adapter has of all pairs, see `Delta`.
         grad: of the layer's output, (tokens, hidden).
-        grad_factors, grad_weights, grad_hidden: written to; None where not wanted.
+        late: adds up what several chunks have of a gradient.
+        grad_weights, grad_hidden: written to; None where not wanted.
     """
 
     plan: ExpertPlan
     stacks: ExpertStacks
-    dispatch: Dispatch
-    hidden_states: Tensor
-    weights: Tensor
+    layer: Layer
     kept: Sequence[Sequence[Tensor]]
-    factors: Sequence[Tensor]
+    held: Sequence[Tensor]
+    made: Sequence[Tensor]
     grad: Tensor
-    grad_factors: Sequence[Tensor | None]
+    late: InOrder
     grad_weights: Tensor
     grad_hidden: TokenSums | None
 
     def __call__(self, index: int) -> None:
-        plan, dispatch, stacks = self.plan, self.dispatch, self.stacks
-        dtype = stacks.down.dtype
+        plan, dispatch, stacks = self.plan, self.layer.dispatch, self.stacks
+        dtype, factors, gradients = stacks.down.dtype, self.layer.factors, self.layer.gradients
         chunk, first, down = plan.chunks[index], plan.first_groups[index], plan.down_groups[index]
         rows, groups, tokens = chunk.rows, chunk.groups, dispatch.tokens[chunk.rows]
         up, *inners = self.kept[index]
+        late: list[tuple[Tensor, Tensor]] = []
+
+        def add_late(target: Tensor, value: Tensor) -> None:
+            late.append((target, value))
+
         grad_out = self.grad.index_select(0, tokens)  # (rows, hidden)
-        pair_weights = self.weights[rows].unsqueeze(-1)
+        pair_weights = self.layer.weights[rows].unsqueeze(-1)
         scale: Tensor | None = pair_weights
         if stacks.post_norm is not None:
             normed, grad_norm = replay(stacks.post_norm, inners.pop())
@@ -194,8 +211,8 @@ class _Backward:
         act, grad_activation = stacks.replay_activation(up)
         # Not yet multiplied by the pair's weight: its product with act is the gradient of that weight.
         grad_act = groups.project(grad_out, stacks.down.transpose(1, 2))
-        product = ProductBackward(grad_out, act, grad_act, self.factors, self.grad_factors, scale)
-        _add_gradients(down, inners[len(first) :], product, consume=False)
+        product = ProductBackward(grad_out, act, grad_act, rows, tokens, factors, gradients, add_late, scale)
+        self._add_gradients(len(first), down, inners, product, consume=False)
         if scale is not None:
             self.grad_weights[rows] = _row_dot(grad_act, act)
             if stacks.down_bias is not None:
@@ -206,13 +223,55 @@ class _Backward:
         del grad_out, act, grad_act, product
         grad_x = _project_back(grad_up, stacks.first, groups)
         if any(not ranges.is_empty for _, ranges in first):
-            x = self.hidden_states.index_select(0, tokens).to(dtype)
-            product = ProductBackward(grad_up, x, grad_x, self.factors, self.grad_factors)
-            _add_gradients(first, inners[: len(first)], product, consume=True)
+            is_read = any(adapter.reads_input and not ranges.is_empty for adapter, ranges in first)
+            x = self.layer.hidden_states.index_select(0, tokens) if is_read else None
+            product = ProductBackward(grad_up, x, grad_x, rows, tokens, factors, gradients, add_late)
+            self._add_gradients(0, first, inners, product, consume=True)
         if self.grad_hidden is not None:
             self.grad_hidden.add(chunk, grad_x)
+        self.late.add(index, late)
         for _, ranges in (*first, *down):
             ranges.forget()
+
+    def _add_gradients(
+        self,
+        start: int,
+        adapters: Sequence[tuple[Delta, Groups]],
+        inners: Sequence[Tensor],
+        product: ProductBackward,
+        consume: bool,
+    ) -> None:
+        """The backward of what adapters, numbered from `start` on, added to one product.
+
+        Args:
+            consume: the last of them may overwrite the product's input.
+        """
+        for number, (adapter, ranges) in enumerate(adapters, start=start):
+            held, made = self.held[number], self.made[number]
+            adapter.add_gradients(product, ranges, inners[number], held, made, consume and adapter.last)
+
+
+def _zeros_for(
+    factors: Sequence[Tensor], needed: Sequence[bool], adapters: Sequence[Delta]
+) -> list[Tensor | None]:
+    """What the gradients of the factors are written to; None where they are not wanted."""
+    # Added up chunk after chunk, half precision would round each time.
+    wide = any(adapter.slots.shared for adapter in adapters)
+    dtypes = [torch.promote_types(factor.dtype, torch.float32) if wide else factor.dtype for factor in factors]
+    return [
+        torch.zeros_like(factor, dtype=dtype) if wanted else None
+        for factor, dtype, wanted in zip(factors, dtypes, needed, strict=True)
+    ]
+
+
+def _add(
+    adapters: Sequence[tuple[Delta, Groups]], held: Sequence[Tensor], product: Product, consume: bool
+) -> list[Tensor]:
+    """What adapters add to one product, whose input the last of them may overwrite if `consume`."""
+    return [
+        adapter.add(product, ranges, own, consume and adapter.last)
+        for (adapter, ranges), own in zip(adapters, held, strict=True)
+    ]
 
 
 def _project(x: Tensor, stacks: Sequence[Tensor], bias: Tensor | None, chunk: Chunk, dispatch: Dispatch) -> Tensor:
@@ -229,14 +288,6 @@ def _project_back(grad: Tensor, stacks: Sequence[Tensor], groups: Groups) -> Ten
     for part, stack in zip(parts[1:], stacks[1:], strict=True):
         total += groups.project(part.contiguous(), stack.transpose(1, 2))
     return total
-
-
-def _add_gradients(
-    adapters: Sequence[tuple[Delta, Groups]], inners: Sequence[Tensor], product: ProductBackward, consume: bool
-) -> None:
-    """The backward of what adapters added to one product, whose input the last of them may overwrite if `consume`."""
-    for (adapter, ranges), inner in zip(adapters, inners, strict=True):
-        adapter.add_gradients(product, inner, ranges, consume and adapter.last)
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .delta import Delta, ProductBackward
+from .delta import Delta, Product, ProductBackward
 from .groups import Groups
 
 
@@ -21,7 +20,7 @@ class FullDelta(Delta):
 
     delta: int
 
-    def add(self, x: Tensor, out: Tensor, groups: Groups, factors: Sequence[Tensor], consume: bool) -> Tensor:
+    def add(self, product: Product, groups: Groups, held: Tensor, consume: bool) -> Tensor:
         """As `Delta.add`.
 
         Returns:
@@ -29,13 +28,16 @@ class FullDelta(Delta):
         """
         if not groups.is_empty:
             for part in self.parts:
-                matrices = factors[self.delta][:, part.ranks].transpose(1, 2)
-                groups.multiply(x, matrices, out[:, part.columns], part.added)
-        return x.new_empty(0, 0)
+                matrices = product.factors[self.delta][:, part.ranks].transpose(1, 2)
+                groups.multiply(product.x, matrices, product.out[:, part.columns], part.added)
+        return product.x.new_empty(0, 0)
 
-    def add_gradients(self, product: ProductBackward, inner: Tensor, groups: Groups, consume: bool) -> None:
+    def add_gradients(
+        self, product: ProductBackward, groups: Groups, inner: Tensor, held: Tensor, made: Tensor, consume: bool
+    ) -> None:
         if groups.is_empty:
             return
+        assert product.x is not None
         gradient = product.gradients[self.delta]
         for part in self.parts:
             rows = product.grad_out[:, part.columns]

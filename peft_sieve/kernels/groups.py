@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -41,18 +42,37 @@ class ProductOptions(NamedTuple):
 
 PLAIN = ProductOptions()
 
+# Takes (where to, what): a sum to which several chunks add.
+Late = Callable[[Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Which of some packed matrices each expert uses.
+
+    Attributes:
+        of: expert -> its matrix.
+        ids: these experts on the device, those with a matrix of their own first, in the order of the matrices,
+            (experts,).
+        own: how many have one of their own. The others use the one after those, together.
+    """
+
+    of: Mapping[int, int]
+    ids: Tensor
+    own: int
+
+    @property
+    def shared(self) -> bool:
+        """Whether some experts use one matrix together."""
+        return len(self.of) > self.own
+
 
 class Groups(ABC):
     """Ranges of rows, one matrix each. Rows in no range are neither read nor written."""
 
     @abstractmethod
-    def select(self, slots: Mapping[int, int], ids: Tensor) -> Groups:
-        """The ranges of some matrices only, under other numbers.
-
-        Args:
-            slots: matrix -> its new number.
-            ids: the matrices in the order of their new numbers, (slots,), on the device.
-        """
+    def select(self, slots: Slots) -> Groups:
+        """The ranges of some experts only, for packed matrices."""
 
     @property
     def is_empty(self) -> bool:
@@ -78,7 +98,9 @@ class Groups(ABC):
         """
 
     @abstractmethod
-    def outer(self, x: Tensor, y: Tensor, out: Tensor, options: ProductOptions = PLAIN) -> None:
+    def outer(
+        self, x: Tensor, y: Tensor, out: Tensor, options: ProductOptions = PLAIN, late: Late | None = None
+    ) -> None:
         """Write the transposed rows of `x` times the same rows of `y`, for each range.
 
         Args:
@@ -86,4 +108,5 @@ class Groups(ABC):
             y: (rows, n); what dropout is applied to.
             out: (groups, m, n), zeros to begin with.
             options: `accumulate` and `drop_output` do not apply.
+            late: adds to the matrix that several experts use; None adds at once.
         """

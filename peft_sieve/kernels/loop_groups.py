@@ -5,14 +5,14 @@ For any device and type. On the CPU nothing is faster: there `torch.nn.functiona
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .dropout import Dropout, dropped_positions
-from .groups import PLAIN, Groups, ProductOptions
+from .groups import PLAIN, Groups, Late, ProductOptions, Slots
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,12 @@ class LoopGroups(Groups):
     Attributes:
         spans: (matrix, start, end), the ranges that have rows.
         first_row: which row of the whole dispatch row 0 is, for dropout.
+        shared: the matrix that may have several ranges, here and in other chunks; None for none.
     """
 
     spans: Sequence[tuple[int, int, int]]
     first_row: int = 0
+    shared: int | None = None
     # What the forward drew, for the backward. Drawing again would give the same.
     _drawn: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
@@ -36,8 +38,16 @@ class LoopGroups(Groups):
     def forget(self) -> None:
         self._drawn.clear()
 
-    def select(self, slots: Mapping[int, int], ids: Tensor) -> LoopGroups:
-        return LoopGroups([(slots[g], start, end) for g, start, end in self.spans if g in slots], self.first_row)
+    def select(self, slots: Slots) -> LoopGroups:
+        spans: list[tuple[int, int, int]] = []
+        for expert, start, end in self.spans:
+            slot = slots.of.get(expert)
+            if slot is None:
+                continue
+            if spans and spans[-1][0] == slot and spans[-1][2] == start:
+                start = spans.pop()[1]  # neighbours with one matrix make one product
+            spans.append((slot, start, end))
+        return LoopGroups(spans, self.first_row, slots.own if slots.shared else None)
 
     def project(self, x: Tensor, matrices: Tensor) -> Tensor:
         out = x.new_empty(x.shape[0], matrices.shape[2])
@@ -61,14 +71,22 @@ class LoopGroups(Groups):
                 rows = self._dropped(rows, dropout, start, options.consume)
                 target.addmm_(rows, matrices[group], beta=beta, alpha=alpha)
 
-    def outer(self, x: Tensor, y: Tensor, out: Tensor, options: ProductOptions = PLAIN) -> None:
+    def outer(
+        self, x: Tensor, y: Tensor, out: Tensor, options: ProductOptions = PLAIN, late: Late | None = None
+    ) -> None:
         alpha, dropout = options.factor, options.dropout
         for group, start, end in self.spans:
             rows = y[start:end]
             if dropout is not None:
                 rows = self._dropped(rows, dropout, start, options.consume)
-            # By value: the gradient of a float32 factor may come from operands in half precision.
-            out[group] = (x[start:end].T @ rows).mul_(alpha)
+            product = (x[start:end].T @ rows).mul_(alpha)
+            if group != self.shared:
+                # By value: the gradient of a float32 factor may come from operands in half precision.
+                out[group] = product
+            elif late is not None:
+                late(out[group], product)
+            else:
+                out[group] += product
 
     def _dropped(self, rows: Tensor, dropout: Dropout, start: int, consume: bool) -> Tensor:
         """Rows with zeros where they are dropped, not yet scaled."""

@@ -10,11 +10,12 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _lock = threading.Lock()
@@ -32,7 +33,7 @@ def for_each(work: Callable[[int], None], sizes: Sequence[int]) -> None:
     Args:
         sizes: how much each call has to do; the largest ones are begun first.
     """
-    order = iter(sorted(range(len(sizes)), key=lambda i: -sizes[i]))
+    order = iter(largest_first(sizes))
     threads = min(torch.get_num_threads(), len(sizes))
     if threads < 2 or not _may_divide():
         _take(work, order)
@@ -42,6 +43,35 @@ def for_each(work: Callable[[int], None], sizes: Sequence[int]) -> None:
     errors = [error for future in running if (error := future.exception()) is not None]
     if errors:
         raise errors[0]
+
+
+def largest_first(sizes: Sequence[int]) -> list[int]:
+    """The order in which `for_each` begins its calls."""
+    return sorted(range(len(sizes)), key=lambda i: -sizes[i])
+
+
+class InOrder:
+    """Sums to which several threads add, in an order that does not depend on who is first: equal inputs give equal bits.
+
+    Args:
+        order: of the calls of `add`, each index once. What comes early waits, which is little if calls are begun in
+            this order.
+    """
+
+    def __init__(self, order: Iterable[int]) -> None:
+        self._order = iter(order)
+        self._next = next(self._order, None)
+        self._waiting: dict[int, Sequence[tuple[Tensor, Tensor]]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, index: int, additions: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add to tensors: (where to, what) for each."""
+        with self._lock:
+            self._waiting[index] = additions
+            while self._next in self._waiting:
+                for target, value in self._waiting.pop(self._next):
+                    target.add_(value)
+                self._next = next(self._order, None)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 
 from peft_sieve.kernels.chunks import device_chunks, loop_chunks
 from peft_sieve.kernels.dropout import Dropout
-from peft_sieve.kernels.groups import ProductOptions
+from peft_sieve.kernels.groups import ProductOptions, Slots
 from peft_sieve.kernels.loop_groups import LoopGroups
 from tests.reference import assert_same
 
@@ -117,7 +117,7 @@ def test_project_covers_all_rows() -> None:
 
 
 def test_select_renumbers() -> None:
-    chosen = {2: 0, 3: 1}
-    assert LoopGroups(SPANS).select(chosen, torch.tensor([2, 3])).spans == [(0, 4, 9), (1, 10, 11)]
-    device = ranges("device").select(chosen, torch.tensor([2, 3]))
+    chosen = Slots({2: 0, 3: 1}, torch.tensor([2, 3]), own=2)
+    assert LoopGroups(SPANS).select(chosen).spans == [(0, 4, 9), (1, 10, 11)]
+    device = ranges("device").select(chosen)
     assert (device.starts.tolist(), device.ends.tolist()) == ([4, 10], [9, 11])

@@ -41,7 +41,7 @@ def calibrate(config: Any, model: nn.Module, layers: list[MoELayer]) -> None:
     total = summed(profile)
     check_reached(total)
     selection = select_experts(total, **options)
-    mask = config.selected_experts = {path: ids for path, ids in selection.to_dict().items() if ids}
+    mask = config.selected_experts = {path: ids for path, ids in selection.to_dict().items() if config.adapts(ids)}
     if found:
         found["stability"] = {path: round(found["stability"][path], 4) for path in mask}
     config.calibration = provenance(

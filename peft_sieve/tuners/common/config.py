@@ -155,7 +155,7 @@ class SelectionConfig(MethodConfig):
     def _check_selection(self, *runtime: Any) -> None:
         """Check the fields, and take the values of `RUNTIME_ONLY`."""
         vars(self).update(zip(RUNTIME_ONLY, runtime, strict=True))
-        self.selected_experts = checked_mask(self.selected_experts)
+        self.selected_experts = checked_mask(self.selected_experts, may_be_empty=self.adapts([]))
         self.expert_shapes = _checked_shapes(self.expert_shapes)
         self.calib_seed = whole("calib_seed", self.calib_seed, least=None)
         # A saved mask needs no score: that may be one which only the process that calibrated knew.
@@ -167,6 +167,10 @@ class SelectionConfig(MethodConfig):
         self.calib_stability = share("calib_stability", self.calib_stability, optional=True)
         if not isinstance(self.calibration, dict | None):
             raise must_be("calibration", "the mapping that calibration fills in, or None", self.calibration, BY_HAND)
+
+    def adapts(self, experts: Sequence[int]) -> bool:
+        """Whether a layer in which these experts are selected gets an adapter."""
+        return bool(experts)
 
     def selection_options(self) -> dict[str, Any]:
         """The arguments of `select_experts`."""
@@ -200,8 +204,11 @@ class SelectionConfig(MethodConfig):
         return state
 
 
-def checked_mask(mask: Any) -> dict[str, list[int]] | None:
+def checked_mask(mask: Any, may_be_empty: bool = False) -> dict[str, list[int]] | None:
     """A mask as sorted lists of ids.
+
+    Args:
+        may_be_empty: every list of ids may be.
 
     Raises:
         SieveError: not a mapping from paths to non-negative, unrepeated whole numbers.
@@ -220,7 +227,7 @@ def checked_mask(mask: Any) -> dict[str, list[int]] | None:
         if isinstance(ids, str | Mapping) or not isinstance(ids, Iterable):
             raise must_be(f"selected_experts[{path!r}]", "a list of expert ids", ids)
         checked[path] = _checked_ids(path, list(ids))
-    if not any(checked.values()):
+    if not any(checked.values()) and not (may_be_empty and checked):
         raise SieveError(f"selected_experts does not name a single expert. {example}")
     return checked
 

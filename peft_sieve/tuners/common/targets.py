@@ -40,7 +40,7 @@ def wanted_layers(config: Any, layers: list[MoELayer]) -> list[MoELayer]:
         SieveError: none is left.
     """
     mask = config.selected_experts
-    named = [layer for layer in layers if mask is None or mask.get(layer.path)]
+    named = [layer for layer in layers if mask is None or _in_mask(config, layer)]
     kept = [
         layer
         for layer in named
@@ -102,9 +102,9 @@ def router_parameters(config: Any, layers: list[MoELayer]) -> list[Router]:
 
 
 def _in_mask(config: Any, layer: MoELayer) -> bool:
-    """Whether experts of a layer are selected; before calibration, whether they may be."""
+    """Whether experts of a layer are adapted; before calibration, whether they may be."""
     mask = config.selected_experts
-    return mask is None or bool(mask.get(layer.path))
+    return mask is None or (layer.path in mask and config.adapts(mask[layer.path]))
 
 
 def _is_named(config: Any, path: str) -> bool:

@@ -21,6 +21,8 @@ _WHOLE_NUMBERS = {
     "update_until": (0, True),
     "max_rank": (1, True),
 }
+# Options of the sieve that leave no ranks to move.
+_ONLY = {"expert_tuning": "lora", "hellori_density": None, "cold_experts": "frozen", "share_outer": False}
 
 
 @dataclass
@@ -75,7 +77,7 @@ class EpngConfig(SieveLoraConfig):
     def __post_init__(self, calib_dataset: Any, calib_tokenizer: Any, calib_formatting_func: Any) -> None:
         super().__post_init__(calib_dataset, calib_tokenizer, calib_formatting_func)
         self.peft_type = PeftType("SIEVE_EPNG")
-        for name, only in (("expert_tuning", "lora"), ("hellori_density", None)):
+        for name, only in _ONLY.items():
             if getattr(self, name) != only:
                 advice = "Only ranks move: leave it out, or make a SieveLoraConfig."
                 raise must_be(name, f"{only!r} for EPnG", getattr(self, name), advice)

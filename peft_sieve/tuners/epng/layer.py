@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import SieveError
+from ...kernels.groups import Slots
 from ...moe.topology import MoELayer
 from ...routing.counting import DispatchCounter
 from ..common.experts.factors import AdapterPlan, ExpertSlots, Pack, initialize
@@ -154,7 +155,7 @@ class EpngExpertLayer(SieveExpertLayer):
         parts = zip(*(weight.split(rows) for weight in weights), strict=True)
         ids = self.slots_module(adapter_name).placed(weights[0].device)[1].split(counts)
         return [
-            Pack(places, own_ids, own_ranks, *(part.unflatten(0, (len(places), -1)) for part in own))
+            Pack(Slots(places, own_ids, len(places)), own_ranks, *(part.unflatten(0, (len(places), -1)) for part in own))
             for (_, places), own_ids, own_ranks, own in zip(plan.by_blocks, ids, ranks, parts, strict=True)
         ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,11 @@ class SieveLoraConfig(SelectionConfig, LoraConfig):
         train_shared_experts: adapt the shared experts.
         expert_tuning: "lora", or "full": the selected experts' own weights are trained, as a difference to the base's
             that has their shape and begins at zero; r, alpha and dropout do not apply to them (ESFT, arXiv 2407.01906).
+        cold_experts: what the experts outside the selection get: "frozen" is nothing, as in the paper; "shared" is one
+            adapter per layer that they all use, trained on all their tokens. An empty list of `selected_experts` then
+            has all experts of the layer use it.
+        share_outer: A of gate and up, which read the layer's input, and B of down, which writes its output, are one
+            per layer instead of one per expert (shared-outer LoRA). Only the inner factors stay per expert.
         hellori_density: HELLoRI (arXiv 2605.18795): A of the experts' adapters is frozen, and of B only this share, in
             (0, 1], drawn with `hellori_seed`, is trained, the rest being zero. None trains all of both.
         calib_dataset: what to profile the routing on: Hub id or local file, `datasets.Dataset`, list of strings or
@@ -84,6 +89,12 @@ class SieveLoraConfig(SelectionConfig, LoraConfig):
     train_router: bool = field(default=True, metadata={"help": "Adapt the router."})
     train_shared_experts: bool = field(default=True, metadata={"help": "Adapt the shared experts."})
     expert_tuning: str = field(default="lora", metadata={"help": "lora, or full for the experts' own weights."})
+    cold_experts: str = field(
+        default="frozen", metadata={"help": "Experts outside the selection: frozen, or shared for one adapter together."}
+    )
+    share_outer: bool = field(
+        default=False, metadata={"help": "One A of gate and up, and one B of down, per layer instead of per expert."}
+    )
     hellori_density: float | None = field(
         default=None, metadata={"help": "Train this share of the expert adapters' B, and nothing of their A (HELLoRI)."}
     )
@@ -97,6 +108,9 @@ class SieveLoraConfig(SelectionConfig, LoraConfig):
         self._check_expert_tuning()
         self.expert_projections = _checked_projections(self.expert_projections)
 
+    def adapts(self, experts: Sequence[int]) -> bool:
+        return bool(experts) or self.cold_experts == "shared"
+
     def _check_lora(self) -> None:
         for name, neutral in _REFUSED.items():
             value = getattr(self, name, neutral)
@@ -106,7 +120,8 @@ class SieveLoraConfig(SelectionConfig, LoraConfig):
         self.r = rank("r", self.r)
         check_names(self)
         check_patterns(self)
-        flags(self, ("train_attention", "train_router", "train_shared_experts", "use_rslora"))
+        flags(self, ("train_attention", "train_router", "train_shared_experts", "use_rslora", "share_outer"))
+        choice("cold_experts", self.cold_experts, ("frozen", "shared"))
         choice("bias", self.bias, ("none", "all", "lora_only"))
         number("lora_alpha", self.lora_alpha, lambda alpha: alpha != 0, "a finite, non-zero number")
         number("lora_dropout", self.lora_dropout, lambda p: 0 <= p < 1, "a number in [0, 1)")
@@ -114,13 +129,24 @@ class SieveLoraConfig(SelectionConfig, LoraConfig):
     def _check_expert_tuning(self) -> None:
         choice("expert_tuning", self.expert_tuning, ("lora", "full"))
         self.hellori_seed = whole("hellori_seed", self.hellori_seed, least=None)
+        if self.expert_tuning == "full":
+            for name, value, only in (
+                ("hellori_density", self.hellori_density, None),
+                ("cold_experts", self.cold_experts, "frozen"),
+                ("share_outer", self.share_outer, False),
+            ):
+                if value != only:
+                    raise SieveError(
+                        f"{name}={value!r} is not supported with expert_tuning='full', which has no factors. Leave "
+                        "one of them out."
+                    )
         if self.hellori_density is None:
             return
         self.hellori_density = share("hellori_density", self.hellori_density)
-        if self.expert_tuning == "full":
+        if self.share_outer:
             raise SieveError(
-                "hellori_density is not supported with expert_tuning='full', which has no factors. Leave one of them "
-                "out."
+                "hellori_density is not supported with share_outer=True: it trains a share of each expert's own B. "
+                "Leave one of them out."
             )
 
 

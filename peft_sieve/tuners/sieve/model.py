@@ -122,7 +122,7 @@ class SieveLoraModel(MethodTuner, LoraModel):
         injected = []
         with context():
             for layer in layers:
-                if mask.get(layer.path):
+                if layer.path in mask and peft_config.adapts(mask[layer.path]):
                     self._inject_experts(peft_config, model, adapter_name, layer)
                     injected.append(layer.path)
             for router in router_parameters(peft_config, layers):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,12 +14,14 @@ from torch import nn
 from ....errors import SieveError
 from ....kernels.backend import device_groups_usable
 from ....kernels.chunks import CHUNK_ROWS, device_chunks, loop_chunks
-from ....kernels.delta import PackedPart
+from ....kernels.delta import Delta, PackedPart
 from ....kernels.dispatch import sort_by_expert
 from ....kernels.dropout import Dropout
 from ....kernels.expert_function import ExpertFunction, ExpertPlan
 from ....kernels.full_delta import FullDelta
+from ....kernels.groups import Slots
 from ....kernels.low_rank import LowRank
+from ....kernels.shared_factors import SharedInput, SharedOutput
 from ....kernels.stacks import ExpertStacks
 from ....moe.families.fused import FusedExperts
 from ....moe.placement import onloaded
@@ -94,21 +96,23 @@ class FusedSieveExperts(SieveExpertLayer):
         adapters: list[str],
     ) -> torch.Tensor:
         factors: list[torch.Tensor] = []
-        first_adapters: list[list[LowRank | FullDelta]] = []
-        down_adapters: list[list[LowRank | FullDelta]] = []
+        first_adapters: list[list[Delta]] = []
+        down_adapters: list[list[Delta]] = []
         for name in adapters:
-            first_adapters.append(self._shares(name, "lora_gate_up", stacks.columns, factors))
-            down_adapters.append(self._shares(name, "lora_down", stacks.columns, factors))
+            first_adapters.append(self._shares(name, "lora_gate_up", stacks, factors))
+            down_adapters.append(self._shares(name, "lora_down", stacks, factors))
         first, down = _with_last_marked(first_adapters), _with_last_marked(down_adapters)
 
         # The stock forwards differ in how they multiply and in which order they sum. Following the one in use makes an
         # adapter that adds zero change nothing, to the bit.
         one_by_one = stacks.one_by_one
-        dispatch = sort_by_expert(expert_ids, self.shape.num_experts, rank_major=one_by_one)
-        if not one_by_one and device_groups_usable([*stacks.first, stacks.down]):
+        on_device = not one_by_one and device_groups_usable([*stacks.first, stacks.down])
+        order = None if one_by_one or on_device else self._order(adapters)
+        dispatch = sort_by_expert(expert_ids, self.shape.num_experts, rank_major=one_by_one, order=order)
+        if on_device:
             chunks = device_chunks(dispatch.counts, dispatch.order.numel())
         else:
-            chunks = loop_chunks(dispatch.counts, chunk_rows=1 if one_by_one else CHUNK_ROWS)
+            chunks = loop_chunks(dispatch.counts, chunk_rows=1 if one_by_one else CHUNK_ROWS, order=order)
         plan = ExpertPlan(chunks, stacks_again, first, down, keep=torch.is_grad_enabled())
         result: torch.Tensor = ExpertFunction.apply(plan, stacks, dispatch, hidden_states, expert_weights, *factors)
         if not stacks.passes_others:
@@ -116,30 +120,38 @@ class FusedSieveExperts(SieveExpertLayer):
         others = dispatch.order[dispatch.expert_ids >= self.shape.num_experts]
         return _add_unchanged(result, hidden_states, expert_weights, others)
 
+    def _order(self, adapters: Sequence[str]) -> list[int] | None:
+        """The experts in an order in which those that use one adapter together are neighbours; None if none do."""
+        cold = [set(self.plans[name].cold) for name in adapters]
+        if not any(cold):
+            return None
+        return sorted(range(self.shape.num_experts), key=lambda expert: [expert in those for those in cold])
+
     def _shares(
-        self,
-        adapter_name: str,
-        name: str,
-        columns: Mapping[str, slice],
-        factors: list[torch.Tensor],
-    ) -> list[LowRank | FullDelta]:
+        self, adapter_name: str, name: str, stacks: ExpertStacks, factors: list[torch.Tensor]
+    ) -> list[Delta]:
         """One adapter's share in one product, its tensors added to `factors`; none if it adapts no projection there."""
         plan = self.plans[adapter_name]
         if plan.full:
-            return self._full_delta(adapter_name, name, columns, factors)
+            return self._full_delta(adapter_name, name, stacks.columns, factors)
         packs = self.packs(adapter_name, name)
         # One mask for all: a row belongs to one expert, so to one pack.
         dropout = _drawn(self.lora_dropout[adapter_name]) if packs else None
-        found: list[LowRank | FullDelta] = []
+        kind: type[LowRank | SharedInput | SharedOutput] = LowRank
+        if plan.share_outer and name == "lora_gate_up":
+            kind = SharedInput
+        elif plan.share_outer and stacks.post_norm is None:
+            kind = SharedOutput
+        found: list[Delta] = []
         for pack in packs:
             factors += [pack.a, pack.b]
-            parts = self._parts(adapter_name, pack.ranks, columns)
-            found.append(LowRank(pack.slot_of, pack.ids, parts, dropout, a=len(factors) - 2, b=len(factors) - 1))
+            parts = self._parts(adapter_name, pack.ranks, stacks.columns)
+            found.append(kind(pack.slots, parts, dropout, a=len(factors) - 2, b=len(factors) - 1))
         return found
 
     def _full_delta(
         self, adapter_name: str, name: str, columns: Mapping[str, slice], factors: list[torch.Tensor]
-    ) -> list[LowRank | FullDelta]:
+    ) -> list[Delta]:
         """The same for an adapter that tunes its experts fully."""
         plan, held = self.plans[adapter_name], getattr(self, f"{name}_delta")
         if adapter_name not in held:
@@ -148,7 +160,7 @@ class FusedSieveExperts(SieveExpertLayer):
         ranks = {p: plan.ranks[p] for p in FACTOR_GROUPS[name] if p in plan.ranks}
         parts = self._parts(adapter_name, ranks, columns)
         _, ids = self.slots_module(adapter_name).placed(factors[-1].device)
-        return [FullDelta(plan.slot_of, ids, parts, len(factors) - 1)]
+        return [FullDelta(Slots(plan.slot_of, ids, len(plan.experts)), parts, len(factors) - 1)]
 
     def _parts(self, adapter_name: str, ranks: Mapping[str, int], columns: Mapping[str, slice]) -> list[PackedPart]:
         """Which rows of packed tensors belong to which columns of the product, for projections in the order packed."""
@@ -179,7 +191,7 @@ def _add_unchanged(
     return result.index_add(0, tokens, rows.to(result.dtype))
 
 
-def _with_last_marked(adapters: list[list[LowRank | FullDelta]]) -> list[LowRank | FullDelta]:
+def _with_last_marked(adapters: list[list[Delta]]) -> list[Delta]:
     """What each adapter adds, in order, that of the last one which adds anything marked as such."""
     groups = [group for group in adapters if group]
     groups[-1:] = [[replace(share, last=True) for share in group] for group in groups[-1:]]

@@ -9,23 +9,23 @@ import torch
 
 
 def random_share(
-    experts: Sequence[int], shape: tuple[int, int], density: float, *, seed: int, name: str
+    owners: Sequence[int | str], shape: tuple[int, int], density: float, *, seed: int, name: str
 ) -> torch.Tensor:
-    """Which entries are trained: bool, (experts, *shape), the same number for each expert.
+    """Which entries are trained: bool, (owners, *shape), the same number for each owner.
 
     It is not saved: it follows from the arguments. What an expert gets depends on the others in no way.
 
     Args:
-        experts: ids.
+        owners: ids of experts, or a name for those that use one factor together.
         shape: of one expert's factor.
         density: share of the entries, in (0, 1]; at least one entry.
         name: of the factor, with the path of its layer.
     """
     size = shape[0] * shape[1]
     count = max(1, round(density * size))
-    shares = torch.zeros(len(experts), size, dtype=torch.bool, device="cpu")
-    for slot, expert in enumerate(experts):
-        digest = hashlib.sha256(f"{seed}:{name}:{expert}".encode()).digest()
+    shares = torch.zeros(len(owners), size, dtype=torch.bool, device="cpu")
+    for slot, owner in enumerate(owners):
+        digest = hashlib.sha256(f"{seed}:{name}:{owner}".encode()).digest()
         generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         shares[slot, torch.randperm(size, generator=generator, device="cpu")[:count]] = True
-    return shares.view(len(experts), *shape)
+    return shares.view(len(owners), *shape)

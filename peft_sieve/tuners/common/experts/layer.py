@@ -11,6 +11,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ....errors import SieveError
+from ....kernels.groups import Slots
 from ....moe.families.family import PROJECTIONS
 from ....moe.placement import execution_device
 from ....moe.topology import MoELayer
@@ -18,11 +19,13 @@ from ..adapter_layer import AdapterLayer
 from ..patterns import ranks_and_alphas
 from .factors import (
     FACTOR_NAMES,
+    OUTER_FACTORS,
     AdapterPlan,
     ExpertDeltas,
     ExpertFactors,
     ExpertSlots,
     Pack,
+    cold_in,
     experts_in,
     initialize,
     no_map,
@@ -90,7 +93,10 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         ranks, alphas = ranks_and_alphas(config, self.path, self.family, self.shape, self.get_base_layer())
         scaling = _scaling(config.lora_alpha, config.r, config.use_rslora)
         relative = {n: _scaling(alphas[n], ranks[n], config.use_rslora) / scaling for n in ranks}
-        self.plans[adapter_name] = self._new_plan(AdapterPlan(tuple(experts), ranks, relative), config)
+        others = sorted(set(range(self.shape.num_experts)) - set(experts))
+        cold = tuple(others) if config.cold_experts == "shared" else ()
+        plan = AdapterPlan(tuple(experts), ranks, relative, cold=cold, share_outer=config.share_outer)
+        self.plans[adapter_name] = self._new_plan(plan, config)
         self.r[adapter_name] = config.r
         self.lora_alpha[adapter_name] = config.lora_alpha
         self.scaling[adapter_name] = scaling
@@ -113,7 +119,8 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         return plan
 
     def _new_slots(self, adapter_name: str, config: Any) -> ExpertSlots:
-        return ExpertSlots(self.shape.num_experts, self.plans[adapter_name].experts)
+        plan = self.plans[adapter_name]
+        return ExpertSlots(self.shape.num_experts, plan.experts, plan.cold)
 
     def _add_factors(self, adapter_name: str, name: str, init: bool | str, device: torch.device) -> None:
         group = FACTOR_GROUPS[name]
@@ -122,13 +129,19 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         if not ranks:
             return
         in_features, out_features = self.shape.projections[next(p for p in group if p in plan.ranks)]
-        factor_a = ExpertFactors(len(plan.experts), sum(ranks), in_features, device)
-        factor_b = ExpertFactors(len(plan.experts), sum(ranks), out_features, device)
+        factor_a, factor_b = (
+            ExpertFactors(self._num_slots(plan, f"{name}_{side}"), sum(ranks), features, device)
+            for side, features in (("A", in_features), ("B", out_features))
+        )
         # On the meta device, saved values follow: drawing some before them would take longer than reading those.
         if not factor_a.weight.is_meta:
             initialize(factor_a.weight.data, factor_b.weight.data, ranks, init)
         getattr(self, f"{name}_A")[adapter_name] = factor_a
         getattr(self, f"{name}_B")[adapter_name] = factor_b
+
+    @staticmethod
+    def _num_slots(plan: AdapterPlan, factor: str) -> int:
+        return 1 if plan.share_outer and factor in OUTER_FACTORS else plan.num_slots
 
     def _plan_full(self, adapter_name: str) -> None:
         """As planned, but with differences of full size, which neither rank nor alpha scales."""
@@ -154,12 +167,13 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
 
     def _train_a_share(self, adapter_name: str, density: float, seed: int) -> None:
         """HELLoRI: all of A is frozen, and all of B but a share (`random_share`)."""
-        experts = self.plans[adapter_name].experts
+        plan = self.plans[adapter_name]
+        owners = [*plan.experts, *(["cold"] if plan.cold else [])]
         for name in ("lora_gate_up", "lora_down"):
             if adapter_name in getattr(self, f"{name}_B"):
                 factor = getattr(self, f"{name}_B")[adapter_name]
                 shape = factor.weight.shape[1], factor.weight.shape[2]
-                factor.kept = random_share(experts, shape, density, seed=seed, name=f"{self.path}.{name}_B")
+                factor.kept = random_share(owners, shape, density, seed=seed, name=f"{self.path}.{name}_B")
                 if not factor.weight.is_meta:
                     factor.weight.data.mul_(factor.kept.to(factor.weight.device))
         # A new mapping: PEFT's is one for all layers.
@@ -220,6 +234,12 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
                 f"'{adapter_name}' selects {expected} of {of}. Resume with the configuration of the checkpoint "
                 "(its adapter_config.json), or start a new run."
             )
+        if cold_in(slots.cpu()) != list(self.plans[adapter_name].cold):
+            saved_with, has = ("shared", "frozen") if cold_in(slots.cpu()) else ("frozen", "shared")
+            raise SieveError(
+                f"The weights in {self.path} were saved with cold_experts='{saved_with}', and adapter '{adapter_name}' "
+                f"has cold_experts='{has}'. Load them under the configuration that they were saved with."
+            )
         for factor, value in saved.items():
             held = getattr(self, factor.removesuffix(".weight"), None) if factor.endswith(".weight") else None
             kept = held[adapter_name].kept if held is not None else None
@@ -232,7 +252,10 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
                 )
 
     def factors(self, adapter_name: str, projection: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-        """One projection's factors: A (slots, rank, in), B (slots, rank, out) and the scaling; None if not adapted."""
+        """One projection's factors: A (slots, rank, in), B (slots, rank, out) and the scaling; None if not adapted.
+
+        With `share_outer`, the outer one of the two has one slot.
+        """
         plan = self.plans[adapter_name]
         if projection not in plan.ranks or plan.full:
             return None
@@ -264,7 +287,8 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         if factors is None or slot is None:
             return None
         a, b, scaling = factors
-        return a[slot], b[slot], scaling
+        a, b = (factor[slot if len(factor) > 1 else 0] for factor in (a, b))
+        return a, b, scaling
 
     def packs(self, adapter_name: str, name: str) -> list[Pack]:
         """The factors of `lora_gate_up` or `lora_down` in packs of one rank; none if no projection is adapted there."""
@@ -274,7 +298,7 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         ranks = {p: plan.ranks[p] for p in FACTOR_GROUPS[name] if p in plan.ranks}
         a, b = (getattr(self, f"{name}_{side}")[adapter_name].used() for side in "AB")
         _, ids = self.slots_module(adapter_name).placed(a.device)
-        return [Pack(plan.slot_of, ids, ranks, a, b)]
+        return [Pack(Slots(plan.slot_of, ids, len(plan.experts)), ranks, a, b)]
 
     def with_deltas(self, projection: str, expert: int, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """What one projection of one expert gives with the active adapters.

@@ -82,7 +82,7 @@ class ExpertMerging:
 
     def _merge_one(self, adapter_name: str, safe_merge: bool) -> None:
         plan = self.plans[adapter_name]
-        slices = [(projection, expert) for projection in plan.ranks for expert in plan.experts]
+        slices = [(projection, expert) for projection in plan.ranks for expert in plan.adapted]
         if safe_merge:
             for key in slices:
                 self._check_finite(key, adapter_name)

@@ -31,8 +31,9 @@ class ModuleListSieveExperts(SieveExpertLayer):
 
     def update_layer(self, adapter_name: str, experts: Any, config: Any, without_values: bool = False) -> None:
         super().update_layer(adapter_name, experts, config, without_values)
-        for projection in self.plans[adapter_name].ranks:
-            for expert in experts:
+        plan = self.plans[adapter_name]
+        for projection in plan.ranks:
+            for expert in plan.adapted:
                 if (projection, expert) not in self._hooks:
                     linear = self.family.linear(self.base_layer, projection, expert)
                     # A partial of a bound method follows its layer through copy.deepcopy; a closure would not.
