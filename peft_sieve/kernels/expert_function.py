@@ -56,9 +56,7 @@ class ExpertPlan:
 
     def _groups(self, adapters: Sequence[Delta]) -> list[list[tuple[Delta, Groups]]]:
         """For each chunk, the adapters and their ranges in it; made once, since ranges remember what they dropped."""
-        return [
-            [(adapter, chunk.groups.select(adapter.slots)) for adapter in adapters] for chunk in self.chunks
-        ]
+        return [[(adapter, chunk.groups.select(adapter.slots)) for adapter in adapters] for chunk in self.chunks]
 
     @property
     def adapters(self) -> list[Delta]:
@@ -251,9 +249,7 @@ class _Backward:
             adapter.add_gradients(product, ranges, inners[number], held, made, consume and adapter.last)
 
 
-def _zeros_for(
-    factors: Sequence[Tensor], needed: Sequence[bool], adapters: Sequence[Delta]
-) -> list[Tensor | None]:
+def _zeros_for(factors: Sequence[Tensor], needed: Sequence[bool], adapters: Sequence[Delta]) -> list[Tensor | None]:
     """What the gradients of the factors are written to; None where they are not wanted."""
     # Added up chunk after chunk, half precision would round each time.
     wide = any(adapter.slots.shared for adapter in adapters)

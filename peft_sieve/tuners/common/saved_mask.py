@@ -15,7 +15,7 @@ from torch import nn
 from ...errors import SieveError
 from ...moe.wrappers import plain_name
 from .bookkeeping import scale_of
-from .experts.factors import BOOKKEEPING_KEY, SLOTS_KEY, experts_in, no_map, slots_of
+from .experts.factors import BOOKKEEPING_KEY, SLOTS_KEY, cold_in, experts_in, no_map, slots_of
 from .loading import in_base_model, in_peft_model
 
 # With or without the adapter's name.
@@ -38,8 +38,9 @@ def check_saved_mask(content: Mapping[str, Any], folder: Path) -> None:
     if not isinstance(mask, Mapping):
         return
     held = {in_base_model(_SLOTS.sub("", name)): value for name, value in slots.items()}
-    expected = {plain_name(path): ids for path, ids in mask.items() if ids}
-    found = {path: _experts_of(value, expected.get(path)) for path, value in held.items()}
+    shared = content.get("cold_experts") == "shared"
+    expected = {plain_name(path): ids for path, ids in mask.items() if ids or shared}
+    found = {path: _experts_of(value, expected.get(path), shared) for path, value in held.items()}
     for path in {**expected, **found}:
         if path not in found:
             raise SieveError(
@@ -48,20 +49,32 @@ def check_saved_mask(content: Mapping[str, Any], folder: Path) -> None:
             )
         if found[path] is None:
             raise no_map(weights)
-        if found[path] != expected.get(path):
+        if path not in expected or found[path] != expected[path]:
             raise SieveError(
                 f"{weights} holds weights of experts {found[path]} for {path}, and {CONFIG_NAME} beside it "
                 f"selects {expected.get(path, [])}. Take both files from one save."
             )
+        others = held[path].numel() - len(expected[path])
+        if experts_in(held[path]) is not None and len(cold_in(held[path])) != (others if shared else 0):
+            raise SieveError(
+                f"{weights} {'does not hold' if shared else 'holds'} an adapter that the other experts of {path} share, "
+                f"and {CONFIG_NAME} beside it has cold_experts='{'shared' if shared else 'frozen'}'. Take both files "
+                "from one save."
+            )
 
 
-def _experts_of(slots: torch.Tensor, expected: Any) -> list[int] | None:
-    """Expert ids by slot, also of an average of adapters of the `expected` experts; None if these are no slots."""
+def _experts_of(slots: torch.Tensor, expected: Any, shared: bool) -> list[int] | None:
+    """Expert ids by slot, also of an average of adapters of the `expected` experts; None if these are no slots.
+
+    Args:
+        shared: whether the others use one adapter together.
+    """
     found = experts_in(slots)
     if found is not None or not isinstance(expected, list):
         return found
     known = [expert for expert in expected if isinstance(expert, int) and 0 <= expert < slots.numel()]
-    return known if known == expected and scale_of(slots, slots_of(slots.numel(), known)) else None
+    others = set(range(slots.numel())) - set(known) if shared else ()
+    return known if known == expected and scale_of(slots, slots_of(slots.numel(), known, sorted(others))) else None
 
 
 def check_hotswap(model: nn.Module, adapter_name: str, config: Any, state_dict: Mapping[str, torch.Tensor]) -> None:

@@ -155,7 +155,9 @@ class EpngExpertLayer(SieveExpertLayer):
         parts = zip(*(weight.split(rows) for weight in weights), strict=True)
         ids = self.slots_module(adapter_name).placed(weights[0].device)[1].split(counts)
         return [
-            Pack(Slots(places, own_ids, len(places)), own_ranks, *(part.unflatten(0, (len(places), -1)) for part in own))
+            Pack(
+                Slots(places, own_ids, len(places)), own_ranks, *(part.unflatten(0, (len(places), -1)) for part in own)
+            )
             for (_, places), own_ids, own_ranks, own in zip(plan.by_blocks, ids, ranks, parts, strict=True)
         ]
 

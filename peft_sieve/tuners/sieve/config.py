@@ -90,7 +90,8 @@ class SieveLoraConfig(SelectionConfig, LoraConfig):
     train_shared_experts: bool = field(default=True, metadata={"help": "Adapt the shared experts."})
     expert_tuning: str = field(default="lora", metadata={"help": "lora, or full for the experts' own weights."})
     cold_experts: str = field(
-        default="frozen", metadata={"help": "Experts outside the selection: frozen, or shared for one adapter together."}
+        default="frozen",
+        metadata={"help": "Experts outside the selection: frozen, or shared for one adapter together."},
     )
     share_outer: bool = field(
         default=False, metadata={"help": "One A of gate and up, and one B of down, per layer instead of per expert."}

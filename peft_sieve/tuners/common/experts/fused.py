@@ -127,9 +127,7 @@ class FusedSieveExperts(SieveExpertLayer):
             return None
         return sorted(range(self.shape.num_experts), key=lambda expert: [expert in those for those in cold])
 
-    def _shares(
-        self, adapter_name: str, name: str, stacks: ExpertStacks, factors: list[torch.Tensor]
-    ) -> list[Delta]:
+    def _shares(self, adapter_name: str, name: str, stacks: ExpertStacks, factors: list[torch.Tensor]) -> list[Delta]:
         """One adapter's share in one product, its tensors added to `factors`; none if it adapts no projection there."""
         plan = self.plans[adapter_name]
         if plan.full:
