@@ -38,7 +38,7 @@ class DeviceGroups(Groups):
         return DeviceGroups(self.starts[slots.ids], self.ends[slots.ids], slots.own if slots.shared else None)
 
     def _parts(self, matrices: Tensor) -> Iterator[tuple[DeviceGroups, Tensor]]:
-        """The groups that have a matrix each, with those, and the others, with the one that they share, once for all."""
+        """The groups with a matrix of their own, and those that use one together; with each, their matrices."""
         if self.own is None:
             yield self, matrices
             return

@@ -51,7 +51,7 @@ def largest_first(sizes: Sequence[int]) -> list[int]:
 
 
 class InOrder:
-    """Sums to which several threads add, in an order that does not depend on who is first: equal inputs give equal bits.
+    """Sums to which several threads add, always in one order: equal inputs give equal bits.
 
     Args:
         order: of the calls of `add`, each index once. What comes early waits, which is little if calls are begun in

@@ -57,9 +57,9 @@ def check_saved_mask(content: Mapping[str, Any], folder: Path) -> None:
         others = held[path].numel() - len(expected[path])
         if experts_in(held[path]) is not None and len(cold_in(held[path])) != (others if shared else 0):
             raise SieveError(
-                f"{weights} {'does not hold' if shared else 'holds'} an adapter that the other experts of {path} share, "
-                f"and {CONFIG_NAME} beside it has cold_experts='{'shared' if shared else 'frozen'}'. Take both files "
-                "from one save."
+                f"{weights} {'does not hold' if shared else 'holds'} an adapter that the other experts of {path} "
+                f"share, and {CONFIG_NAME} beside it has cold_experts='{'shared' if shared else 'frozen'}'. Take both "
+                "files from one save."
             )
 
 
