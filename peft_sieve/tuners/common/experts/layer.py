@@ -168,7 +168,7 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
     def _train_a_share(self, adapter_name: str, density: float, seed: int) -> None:
         """HELLoRI: all of A is frozen, and all of B but a share (`random_share`)."""
         plan = self.plans[adapter_name]
-        owners = [*plan.experts, *(["cold"] if plan.cold else [])]
+        owners: list[int | str] = [*plan.experts, *(["cold"] if plan.cold else [])]
         for name in ("lora_gate_up", "lora_down"):
             if adapter_name in getattr(self, f"{name}_B"):
                 factor = getattr(self, f"{name}_B")[adapter_name]
