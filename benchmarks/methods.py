@@ -87,15 +87,34 @@ def floor(bench: Bench) -> nn.Module:
     return _plain_lora(bench, bench.copied_base(), [], [])
 
 
-def sieve(bench: Bench, top_k_frac: float = 0.25, top_k: int | None = None) -> nn.Module:
+def sieve(bench: Bench, top_k_frac: float = 0.25, top_k: int | None = None, **options: Any) -> nn.Module:
     config = SieveLoraConfig(
         r=bench.setting.rank,
         lora_alpha=2 * bench.setting.rank,
         lora_dropout=bench.dropout,
         selected_experts=bench.mask(top_k_frac, top_k),
         task_type="CAUSAL_LM",
+        **options,
     )
     return get_peft_model(bench.copied_base(), config)
+
+
+def shared(bench: Bench, top_k_frac: float, rank: int | None = None) -> nn.Module:
+    """Outer factors of the layer, and one adapter for the cold experts.
+
+    Args:
+        rank: of the experts' adapters; None is the highest with no more parameters than the sieve's own.
+    """
+    setting = bench.setting
+    wide, narrow = setting.hidden, setting.intermediate
+    hot = max(1, round(top_k_frac * setting.experts))
+    rank = rank or setting.rank * hot * (wide + narrow) // (wide + (hot + 1) * narrow)
+    patterns = {"rank_pattern": {"mlp.experts": rank}, "alpha_pattern": {"mlp.experts": 2 * rank}}
+    return sieve(bench, top_k_frac, cold_experts="shared", share_outer=True, **patterns)
+
+
+def shared_at_rank(bench: Bench, top_k_frac: float) -> nn.Module:
+    return shared(bench, top_k_frac, bench.setting.rank)
 
 
 def peft_all(bench: Bench, experts_implementation: str) -> nn.Module:
@@ -121,6 +140,10 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "floor": floor,
     "sieve_25": partial(sieve, top_k_frac=0.25),
     "sieve_all": partial(sieve, top_k_frac=1.0),
+    "shared_25": partial(shared, top_k_frac=0.25),
+    "shared_25_same_rank": partial(shared_at_rank, top_k_frac=0.25),
+    "cold_shared_25": partial(sieve, top_k_frac=0.25, cold_experts="shared"),
+    "outer_shared_25": partial(sieve, top_k_frac=0.25, share_outer=True),
     "peft_all_grouped": partial(peft_all, experts_implementation="grouped_mm"),
     "peft_all_eager": partial(peft_all, experts_implementation="eager"),
     "module_list_25": partial(module_list, top_k_frac=0.25),

@@ -78,8 +78,11 @@ def sort_by_expert(
     num_tokens, top_k = expert_ids.shape
     flat = (expert_ids.T if rank_major else expert_ids).reshape(-1)
     # Stable only where an order within an expert is to be met; otherwise the same call as the stock forward.
-    sorted_ids, positions = torch.sort(flat if order is None else _places(flat, order), stable=rank_major)
-    sorted_ids = sorted_ids if order is None else flat.index_select(0, positions)
+    sorted_ids, positions = torch.sort(flat, stable=rank_major)
+    if order is not None:
+        # A row keeps its place within its expert, which may show in the bits of its products.
+        moved = torch.sort(_places(sorted_ids, order), stable=True).indices
+        sorted_ids, positions = sorted_ids[moved], positions[moved]
     tokens = positions % num_tokens if rank_major else positions // top_k
     # histc, not bincount: no copy to the host. It takes no integers on the CPU.
     values = sorted_ids.int() if sorted_ids.is_cuda else sorted_ids.float()

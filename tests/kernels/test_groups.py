@@ -68,6 +68,28 @@ def test_outer(kind: str, out_dtype: torch.dtype) -> None:
 
 
 @KINDS
+@pytest.mark.parametrize("own", [0, 2])
+def test_one_matrix_for_several_experts(kind: str, own: int) -> None:
+    """Products of all their rows with it, and one sum of outer products."""
+    slots = Slots({2: 0, 1: 1, 0: own, 3: own}, torch.tensor([2, 1, 0, 3]), own) if own else None
+    slots = slots or Slots({0: 0, 2: 0, 3: 0}, torch.tensor([0, 2, 3]), own)
+    x, y, matrices = random(ROWS, IN), random(ROWS, OUT, seed=1), random(own + 1, IN, OUT, seed=2)
+    groups = ranges(kind).select(slots)
+    out, sums = torch.zeros(ROWS, OUT), torch.zeros(own + 1, IN, OUT)
+    groups.multiply(x, matrices, out, ProductOptions(alpha=0.5))
+    groups.outer(x, y, sums, ProductOptions(alpha=2.0))
+    expected = torch.zeros(own + 1, IN, OUT)
+    for expert, start, end in SPANS:
+        slot = slots.of[expert]
+        assert_same(out[start:end], 0.5 * x[start:end] @ matrices[slot], f"{expert}", rtol=1e-5, atol=1e-6)
+        expected[slot] += 2 * x[start:end].T @ y[start:end]
+    used = expected.flatten(1).any(1)
+    assert used[own]
+    assert_same(sums[used], expected[used], "sums", rtol=1e-5, atol=1e-6)
+    assert not sums[~used].any()
+
+
+@KINDS
 def test_dropout_drops_the_same_in_all_products(kind: str) -> None:
     """The mask is read off products with the identity, and holds for the transposed uses of a backward."""
     groups, dropout = ranges(kind), Dropout(0.4, 2**40 + 7)
@@ -119,5 +141,9 @@ def test_project_covers_all_rows() -> None:
 def test_select_renumbers() -> None:
     chosen = Slots({2: 0, 3: 1}, torch.tensor([2, 3]), own=2)
     assert LoopGroups(SPANS).select(chosen).spans == [(0, 4, 9), (1, 10, 11)]
+    # Matrix 2 is that of experts 0 and 3 together: neighbours make one range.
+    together = Slots({2: 0, 1: 1, 0: 2, 3: 2}, torch.tensor([2, 1, 0, 3]), own=2)
+    assert LoopGroups(SPANS).select(together).spans == [(2, 1, 4), (0, 4, 9), (2, 10, 11)]
+    assert LoopGroups([(0, 0, 4), (3, 4, 6), (2, 6, 7)]).select(together).spans == [(2, 0, 6), (0, 6, 7)]
     device = ranges("device").select(chosen)
     assert (device.starts.tolist(), device.ends.tolist()) == ([4, 10], [9, 11])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_sieve.kernels.workers import for_each
+from peft_sieve.kernels.workers import InOrder, for_each, largest_first
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,21 @@ def test_the_largest_is_begun_first() -> None:
     seen: list[int] = []
     for_each(seen.append, [2, 9, 4])
     assert seen == [1, 2, 0]
+
+
+def test_sums_do_not_depend_on_who_is_first() -> None:
+    """Of numbers that give another sum in another order."""
+    values = [torch.tensor([10.0**power, 1.0]) for power in (8, 0, -1, 8, 0)]
+    values[3][0] *= -1
+    found = []
+    for arrival in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 3, 1]):
+        target = torch.zeros(2)
+        sums = InOrder(largest_first([5, 5, 5, 5, 5]))
+        for index in arrival:
+            sums.add(index, [(target, values[index])])
+        found.append(target.tolist())
+    assert found[0] == found[1] == found[2]
+    assert found[0][1] == 5
 
 
 def test_an_error_comes_after_all_other_work_is_done() -> None:

@@ -97,8 +97,11 @@ def naive_adapter(layer: FusedSieveExperts, name: str = "default") -> dict[tuple
             start += plan.ranks[projection]
             a, b = (getattr(layer, f"lora_{side}_{s}")[name].weight for s in "AB")
             scaling = layer.scaling[name] * plan.relative_scaling[projection]
-            for slot, expert in enumerate(plan.experts):
-                adapter[projection, expert] = NaiveAdapter(a[slot, rows], b[slot, rows], scaling)
+            for expert in (*plan.experts, *plan.cold):
+                # The cold ones use the slot after those of the others; a shared factor has one slot for all.
+                slot = plan.experts.index(expert) if expert in plan.experts else len(plan.experts)
+                factors = (factor[slot if len(factor) > 1 else 0, rows] for factor in (a, b))
+                adapter[projection, expert] = NaiveAdapter(*factors, scaling)
     return adapter
 
 
