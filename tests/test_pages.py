@@ -24,6 +24,7 @@ HERE = [
     "docs/statistics.md",
     "docs/quickstart.md",
     "docs/choosing-k.md",
+    "docs/shared-factors.md",
     "docs/several-adapters.md",
     "docs/architecture.md",
 ]
