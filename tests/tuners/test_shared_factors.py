@@ -50,16 +50,16 @@ def test_equals_the_reference_in_float64(
 
 
 @OPTIONS
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["olmoe", "gpt_oss"])
 def test_equals_the_reference_in_float32(layout: str, options: dict[str, Any], backend: str) -> None:  # noqa: F811
     for what, fast, slow in both(make_layer(layout, dtype=torch.float32, **options), torch.float32):
         assert_same(fast, slow, what, rtol=2e-4, atol=2e-5)
 
 
 @OPTIONS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_within_rounding(dtype: torch.dtype, options: dict[str, Any], backend: str) -> None:  # noqa: F811
+def test_half_precision_within_rounding(options: dict[str, Any], backend: str) -> None:  # noqa: F811
     """The error against float64 is that of an expert-at-a-time forward in the same type, not more."""
+    dtype = torch.bfloat16
     layer, exact = (make_layer("olmoe", dtype=dtype, **options) for _ in range(2))
     reference = {what: slow for what, _, slow in both(exact.double())}
     for what, fast, slow in both(layer, dtype):
@@ -106,12 +106,12 @@ def test_ranks_and_scalings(settings: dict[str, Any], options: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("second", [{}, {"share_outer": True}, {"cold_experts": "shared"}, BOTH], ids=str)
-def test_two_active_adapters_of_other_settings_add_up(second: dict[str, Any], backend: str) -> None:  # noqa: F811
-    layer = make_layer("olmoe", dtype=torch.float32, **BOTH)
+def test_two_active_adapters_of_other_settings_add_up(second: dict[str, Any]) -> None:
+    layer = make_layer("olmoe", **BOTH)
     layer.update_layer("second", [0, 2], SieveLoraConfig(r=8, lora_dropout=0.0, **second))
     randomize(layer)
     layer.set_adapter(["default", "second"])
-    compared = [assert_same(f, s, what, rtol=2e-4, atol=2e-5) for what, f, s in both(layer, torch.float32)]
+    compared = [assert_same(fast, slow, what) for what, fast, slow in both(layer)]
     assert len(compared) == 11
 
 
@@ -132,6 +132,8 @@ def test_an_adapter_that_adds_zero_changes_nothing(options: dict[str, Any], impl
 @OPTIONS
 def test_the_backward_drops_what_the_forward_dropped(options: dict[str, Any], backend: str) -> None:  # noqa: F811
     """With the mask fixed by the seed, the gradients predict how the output changes along a random direction."""
+    if backend == "device" and options != BOTH:
+        pytest.skip("the interpreter is slow")
     dtype, step = (torch.float64, 1e-6) if backend == "loop" else (torch.float32, 2e-3)
     layer = make_layer("olmoe", dtype=dtype, lora_dropout=0.4, **options).train()
     hidden, ids, weights = dispatch(dtype)
@@ -178,10 +180,9 @@ def test_the_input_of_a_shared_a_is_dropped_once_for_all_experts_of_a_token() ->
     assert not torch.allclose(together, layer(hidden, both_experts, weights.expand(-1, 2)))
 
 
-@OPTIONS
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant: bool, options: dict[str, Any], backend: str) -> None:  # noqa: F811
-    layer = make_layer("olmoe", dtype=torch.float32, lora_dropout=0.2, **options).train()
+def test_gradient_checkpointing(reentrant: bool, backend: str) -> None:  # noqa: F811
+    layer = make_layer("olmoe", dtype=torch.float32, lora_dropout=0.2, **BOTH).train()
     hidden, ids, weights = dispatch(torch.float32)
     results = []
     for run in (layer, lambda *args: checkpoint(layer, *args, use_reentrant=reentrant)):
@@ -195,7 +196,7 @@ def test_gradient_checkpointing(reentrant: bool, options: dict[str, Any], backen
 
 
 @OPTIONS
-def test_autocast_trains_float32_factors(options: dict[str, Any], backend: str) -> None:  # noqa: F811
+def test_autocast_trains_float32_factors(options: dict[str, Any]) -> None:
     layer = make_layer("olmoe", dtype=torch.bfloat16, **options)
     for name, parameter in list(layer.named_parameters()):
         if "lora_" in name:
