@@ -58,7 +58,7 @@ def main() -> None:
     for step, batch in enumerate(batches(list(streams.values()), weights, args), start=1):
         batch = batch.to(device)
         # With its labels the model returns the language-modelling loss plus the weighted load-balancing loss.
-        loss = model(input_ids=batch, labels=batch, output_router_logits=True).loss
+        loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -159,6 +159,7 @@ def model_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -
         "num_experts_per_tok": args.top_k,
         "max_position_embeddings": 4 * args.length,
         "router_aux_loss_coef": 0.01,
+        "output_router_logits": True,  # for the load-balancing loss, here and in training that follows
         "tie_word_embeddings": True,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

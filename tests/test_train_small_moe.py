@@ -41,6 +41,7 @@ def test_trains_saves_and_loads(choice: dict[str, object], tmp_path: Path) -> No
     layers = find_moe_layers(model)
     assert [layer.num_experts for layer in layers] == [8, 8]
     assert model.config.model_type == choice.get("model-type", "olmoe")
+    assert model.config.output_router_logits
     if choice:
         block = model.model.layers[0].mlp
         assert block.gate.norm_topk_prob
