@@ -97,8 +97,10 @@ def naive_adapter(layer: FusedSieveExperts, name: str = "default") -> dict[tuple
             start += plan.ranks[projection]
             a, b = (getattr(layer, f"lora_{side}_{s}")[name].weight for s in "AB")
             scaling = layer.scaling[name] * plan.relative_scaling[projection]
-            for slot, expert in enumerate(plan.experts):
-                adapter[projection, expert] = NaiveAdapter(a[slot, rows], b[slot, rows], scaling)
+            for place, expert in enumerate((*plan.experts, *plan.cold)):
+                slot = min(place, len(plan.experts))  # cold experts have the last one
+                a_slot, b_slot = (slot if len(factor) > 1 else 0 for factor in (a, b))
+                adapter[projection, expert] = NaiveAdapter(a[a_slot, rows], b[b_slot, rows], scaling)
     return adapter
 
 
