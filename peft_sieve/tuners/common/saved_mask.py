@@ -78,7 +78,8 @@ def _experts_of(slots: torch.Tensor, expected: Any, shared: bool) -> list[int] |
 
 
 def check_hotswap(model: nn.Module, adapter_name: str, config: Any, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Refuse to put weights in the place of an adapter's where one scaling everywhere does not say what they mean.
+    """Refuse to put weights in the place of an adapter's that other experts use, or where one scaling everywhere does
+    not say what they mean.
 
     Args:
         config: of the weights.
@@ -92,6 +93,12 @@ def check_hotswap(model: nn.Module, adapter_name: str, config: Any, state_dict: 
     advice = "Use load_adapter and set_adapter instead."
     if any(c.expert_tuning != "lora" or c.hellori_density is not None for c in (config, held)):
         raise SieveError(f"Hot-swapping is not supported with expert_tuning='full' or a hellori_density. {advice}")
+    for name in ("cold_experts", "share_outer"):
+        own, other = getattr(held, name), getattr(config, name)
+        if own != other:
+            raise SieveError(
+                f"The adapter to swap in has {name}={other!r}, and adapter '{adapter_name}' has {own!r}. {advice}"
+            )
     if config.rank_pattern or config.alpha_pattern:
         raise SieveError(
             "Hot-swapping is not supported with a rank_pattern or an alpha_pattern: it sets one scaling everywhere. "
