@@ -101,7 +101,7 @@ def scale_of(given: torch.Tensor, own: torch.Tensor) -> float | None:
         tolerance = 1 / 512 if given.dtype.itemsize > 2 else 1 / 32
 
     def is_near(scale: float) -> bool:
-        slack = scale * tolerance * torch.where(expected < 0, -expected, 1 + expected) + 1e-9
+        slack = scale * tolerance * (1 + expected.clamp(min=0)) + 1e-9
         return bool(((found - scale * expected).abs() <= slack).all())
 
     if is_near(1.0):
