@@ -25,6 +25,9 @@ from tests.module_models import MODELS
 from tests.reference import assert_same
 
 OFFLOADS = ["cpu", "disk"]
+each_sharing = pytest.mark.parametrize(
+    "shared", [{}, {"cold_experts": "shared", "share_outer": True}], ids=["", "shared"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +81,13 @@ def expert_stacks(model: nn.Module) -> list[torch.Tensor]:
     return [p for name, p in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))]
 
 
+@each_sharing
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_an_offloaded_base_gives_what_one_in_memory_gives(
-    offload: str, checkpoint: Path, offloaded: Callable[[str], Any], tmp_path: Path
+    offload: str, shared: dict[str, Any], checkpoint: Path, offloaded: Callable[[str], Any], tmp_path: Path
 ) -> None:
     batch = token_batch(plain(checkpoint))
-    reference, model = adapted(plain(checkpoint), batch), adapted(offloaded(offload), batch)
+    reference, model = adapted(plain(checkpoint), batch, **shared), adapted(offloaded(offload), batch, **shared)
     away = [stack.is_meta for stack in expert_stacks(model)]
     assert any(away) and all(p.device.type == "cpu" for n, p in model.named_parameters() if "lora_" in n)
     assert model.peft_config["default"].selected_experts == reference.peft_config["default"].selected_experts
@@ -166,14 +170,15 @@ LAYOUTS: dict[str, Callable[[], Any]] = {
 }
 
 
+@each_sharing
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_other_layouts_are_offloaded_module_by_module(name: str) -> None:
+def test_other_layouts_are_offloaded_module_by_module(name: str, shared: dict[str, Any]) -> None:
     base = LAYOUTS[name]()
     batch = inputs_for(base)
-    reference = adapted(base, batch)
+    reference = adapted(base, batch, **shared)
     mask = reference.peft_config["default"].selected_experts
     offloaded_base = accelerate.cpu_offload(LAYOUTS[name](), execution_device=torch.device("cpu"))
-    model = adapted(offloaded_base, batch, calib_dataset=None, selected_experts=mask)
+    model = adapted(offloaded_base, batch, calib_dataset=None, selected_experts=mask, **shared)
     assert all(p.is_meta for n, p in model.named_parameters() if ".experts." in n and "lora_" not in n)
     expected = logits(reference, batch)
     assert torch.equal(logits(model, batch), expected)

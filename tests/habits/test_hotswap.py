@@ -51,6 +51,7 @@ BESIDE: list[dict[str, Any]] = [
     {"target_modules": ["embed_tokens", "q_proj"]},
     {"bias": "all"},
     {"kind": EpngConfig},
+    {"cold_experts": "shared", "share_outer": True},
 ]
 
 
@@ -112,6 +113,8 @@ def test_in_transformers(settings: dict[str, Any], way: str, tmp_path: Path) -> 
         ({"trainable_token_indices": [5]}, "trainable_token_indices"),
         ({"bias": "all"}, "bias"),
         ({"r": 2}, "other experts, ranks or modules"),
+        ({"cold_experts": "shared"}, "has cold_experts='shared', and adapter 'default' has 'frozen'"),
+        ({"share_outer": True}, "has share_outer=True, and adapter 'default' has False"),
         ({"selected_experts": {path: [1, 4, 7] for path in MASK}}, "other experts, ranks or modules"),
     ],
 )

@@ -49,6 +49,8 @@ BITS = {
 # On some processors, bitsandbytes evaluates 4-bit layers only if their widths are multiples of this.
 WIDTH = 64
 Batch = dict[str, torch.Tensor]
+SHARED = {"cold_experts": "shared", "share_outer": True}
+each_sharing = pytest.mark.parametrize("shared", [{}, SHARED], ids=["", "shared"])
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +169,9 @@ def test_merging_is_pefts_for_quantised_linears_and_exact_for_experts(bits: int,
         assert torch.equal(peft_model.get_parameter(name), stack), name
 
 
+@each_sharing
 @pytest.mark.parametrize("use_reentrant", [None, True, False])
-def test_experts_in_4_bits(use_reentrant: bool | None, tmp_path: Path) -> None:
+def test_experts_in_4_bits(use_reentrant: bool | None, shared: dict[str, Any], tmp_path: Path) -> None:
     """bitsandbytes' `replace_parameter_4bit`, which puts a parametrisation on a stack."""
     parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
 
@@ -182,7 +185,7 @@ def test_experts_in_4_bits(use_reentrant: bool | None, tmp_path: Path) -> None:
     model = quantised()
     batch = token_batch(model)
     reference = with_stacks(tiny_model("olmoe"), getattr, model)
-    check_against_reference(model, reference, batch, tmp_path, quantised, use_reentrant=use_reentrant)
+    check_against_reference(model, reference, batch, tmp_path, quantised, use_reentrant=use_reentrant, **shared)
     packed = [p for n, p in model.named_parameters() if "parametrizations" in n]
     assert len(packed) == 4 and all(p.dtype == torch.uint8 for p in packed)
 
@@ -225,8 +228,9 @@ def check_against_reference(
     assert [type(module) for module in adapted.unload().modules()] == before
 
 
+@each_sharing
 @pytest.mark.parametrize("bits", BITS)
-def test_linear_layers_in_a_list_of_experts(bits: int, tmp_path: Path) -> None:
+def test_linear_layers_in_a_list_of_experts(bits: int, shared: dict[str, Any], tmp_path: Path) -> None:
     """Remote code's experts are linear layers, which bitsandbytes quantises like any other."""
     bnb = pytest.importorskip("bitsandbytes")
 
@@ -253,7 +257,8 @@ def test_linear_layers_in_a_list_of_experts(bits: int, tmp_path: Path) -> None:
         for expert in layer.experts:
             for name in ("gate_proj", "up_proj", "down_proj"):
                 setattr(expert, name, dequantised_linear(getattr(expert, name)))
-    check_against_reference(model, reference, batch, tmp_path, quantised, tolerance=1e-5 if bits == 4 else 0.05)
+    tolerance = 1e-5 if bits == 4 else 0.05
+    check_against_reference(model, reference, batch, tmp_path, quantised, tolerance=tolerance, **shared)
 
 
 class Int8Linear(nn.Module):
@@ -270,8 +275,11 @@ class Int8Linear(nn.Module):
         return x @ (self.packed * self.scale).T
 
 
+@each_sharing
 @pytest.mark.parametrize("name", ["deepseek_like", "mixtral_v4"])
-def test_quantised_layers_of_experts_that_derive_from_no_linear_layer(name: str, tmp_path: Path) -> None:
+def test_quantised_layers_of_experts_that_derive_from_no_linear_layer(
+    name: str, shared: dict[str, Any], tmp_path: Path
+) -> None:
     def with_linears(change: Callable[[nn.Linear], nn.Module]) -> Any:
         model = MODELS[name]()
         for layer in find_moe_layers(model):
@@ -288,14 +296,16 @@ def test_quantised_layers_of_experts_that_derive_from_no_linear_layer(name: str,
 
     model = with_linears(Int8Linear)
     batch = token_batch(model)
-    check_against_reference(model, with_linears(dequantised), batch, tmp_path, lambda: with_linears(Int8Linear))
+    reference = with_linears(dequantised)
+    check_against_reference(model, reference, batch, tmp_path, lambda: with_linears(Int8Linear), **shared)
 
 
 # torchao
 
 
+@each_sharing
 @pytest.mark.parametrize("kind", ["int8", "float8"])
-def test_experts_stored_by_torchao(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_experts_stored_by_torchao(kind: str, shared: dict[str, Any], checkpoint: Path, tmp_path: Path) -> None:
     torchao = pytest.importorskip("torchao.quantization")
     method = torchao.Int8WeightOnlyConfig(version=2) if kind == "int8" else torchao.Float8WeightOnlyConfig()
     stacks = torchao.FqnToConfig({r"re:.*\.experts\.(gate_up|down)_proj": method})
@@ -312,7 +322,7 @@ def test_experts_stored_by_torchao(kind: str, checkpoint: Path, tmp_path: Path) 
     assert all(type(p).__module__.startswith("torchao") for m in find_moe_layers(model) for p in m.experts.parameters())
     stock = load(checkpoint, experts_implementation="eager").eval()
     reference = with_stacks(stock, lambda experts, name: getattr(experts, name).dequantize(), model)
-    check_against_reference(model, reference, token_batch(model), tmp_path, quantised)
+    check_against_reference(model, reference, token_batch(model), tmp_path, quantised, **shared)
 
 
 def test_linear_layers_stored_by_torchao(checkpoint: Path) -> None:
@@ -353,8 +363,9 @@ def fp8_model(scale_fmt: str = "float", **options: Any) -> Any:
     return model.eval()
 
 
+@each_sharing
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
-def test_experts_in_fp8_with_scales(scale_fmt: str, tmp_path: Path) -> None:
+def test_experts_in_fp8_with_scales(scale_fmt: str, shared: dict[str, Any], tmp_path: Path) -> None:
     model = fp8_model(scale_fmt)
     assert all(isinstance(layer.experts, FP8Experts) for layer in find_moe_layers(model))
     dequantise = Fp8Dequantize(None)
@@ -373,6 +384,7 @@ def test_experts_in_fp8_with_scales(scale_fmt: str, tmp_path: Path) -> None:
         lambda: fp8_model(scale_fmt),
         calib_dataset=None,
         selected_experts=mask,
+        **shared,
     )
 
 

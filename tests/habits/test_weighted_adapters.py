@@ -15,7 +15,7 @@ from torch import nn
 
 from peft_sieve import SieveError, SieveLoraConfig
 from peft_sieve.moe.topology import find_moe_layers
-from peft_sieve.tuners.common.experts.layer import SieveExpertLayer
+from peft_sieve.tuners.common.experts.layer import SieveExpertLayer, expert_layers
 from peft_sieve.tuners.sieve.combination import Share, combine
 from tests.deepseek_like import deepseek_like
 from tests.models import randomize_adapters, small_olmoe, tiny_model, token_batch
@@ -62,7 +62,7 @@ def deltas(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
         if isinstance(layer, SieveExpertLayer) and name in layer.plans:
             plan = layer.plans[name]
             for projection in plan.ranks:
-                for expert in plan.experts:
+                for expert in (*plan.experts, *plan.cold):
                     found[f"{path}.{expert}.{projection}"] = layer.get_delta_weight(name, projection, expert)
         elif isinstance(layer, LoraLayer) and (name in layer.lora_A or name in layer.lora_embedding_A):
             found[path] = layer.get_delta_weight(name).detach()
@@ -203,6 +203,121 @@ def test_adapters_on_different_layers_of_the_small_trained_model() -> None:
     assert list(mask.values()) == [[0, 9]] * 3 + [[0, 9, 30]] + [[9, 30]] * 2
     assert_same_deltas(deltas(model, "sum"), expected)
     assert not any("layers.5.self_attn.q_proj" in path for path in deltas(model, "sum"))
+
+
+BOTH: dict[str, Any] = {"cold_experts": "shared", "share_outer": True}
+# Of the first adapter, of the second, and of the sum.
+SHARING: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    (BOTH, BOTH, BOTH),
+    (BOTH, {"share_outer": True}, BOTH),
+    ({"share_outer": True}, {"share_outer": True}, {"share_outer": True}),
+    (BOTH, {}, {"cold_experts": "shared"}),
+    ({}, {"cold_experts": "shared"}, {"cold_experts": "shared"}),
+    ({"share_outer": True}, {}, {}),
+]
+
+
+def sharing_pair(base: nn.Module, first: dict[str, Any], second: dict[str, Any], **settings: Any) -> PeftModel:
+    """The second has ranks of its own, and in the first layer no expert of its own, if it shares one adapter there."""
+    model = get_peft_model(copy.deepcopy(base), config(base, [1, 4, 6], **settings, **first), "first")
+    paths = [layer.path for layer in find_moe_layers(base)]
+    mask = {path: [] if path == paths[0] and second.get("cold_experts") else [0, 4] for path in paths}
+    given = {**settings, **second, "selected_experts": mask}
+    model.add_adapter("second", config(base, [], **given))
+    randomize_adapters(model, seed=3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("combination_type", ["cat", "svd"])
+@pytest.mark.parametrize("sharing", range(len(SHARING)))
+@pytest.mark.parametrize("name", ["olmoe", "module list"])
+def test_the_sum_of_adapters_that_share_factors(name: str, sharing: int, combination_type: str, tmp_path: Path) -> None:
+    first, second, summed = SHARING[sharing]
+    base = MODELS[name]()
+    different = {"lora_alpha": 6, "use_rslora": True, "rank_pattern": {"experts.down_proj": 3}}
+    model = sharing_pair(base, first, {**second, **different})
+    expected = weighted(model, ["first", "second"], WEIGHTS)
+    model.add_weighted_adapter(["first", "second"], WEIGHTS, "sum", combination_type, svd_rank=8)
+    assert_same_deltas(deltas(model, "sum"), expected)
+    made = model.peft_config["sum"]
+    assert {"cold_experts": made.cold_experts, "share_outer": made.share_outer} == {
+        **{"cold_experts": "frozen", "share_outer": False},
+        **summed,
+    }
+    model.set_adapter("sum")
+    batch = token_batch(base)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        model.save_pretrained(tmp_path, selected_adapters=["sum"])
+        loaded = PeftModel.from_pretrained(MODELS[name](), tmp_path / "sum").eval()
+        assert torch.equal(loaded(**batch).logits, logits)
+
+
+def stacked(found: dict[str, torch.Tensor], layer: str, projection: str) -> torch.Tensor:
+    """All experts' deltas of a projection where their common factor is one: below each other, or side by side."""
+    parts = [found[f"{layer}.{expert}.{projection}"] for expert in range(8)]
+    return torch.cat(parts, dim=1 if projection == "down_proj" else 0)
+
+
+@pytest.mark.parametrize("second", [BOTH, {"share_outer": True}])
+def test_svd_of_one_outer_factor_is_the_closest_for_all_experts_together(second: dict[str, Any]) -> None:
+    base = tiny_model("olmoe")
+    model = sharing_pair(base, BOTH, second)
+    expected = weighted(model, ["first", "second"], WEIGHTS)
+    model.add_weighted_adapter(["first", "second"], WEIGHTS, "sum")
+    found, compared = deltas(model, "sum"), 0
+    for layer in find_moe_layers(base):
+        for projection in layer.shape.projections:
+            whole = stacked(expected, layer.path, projection)
+            u, s, vh = torch.linalg.svd(whole, full_matrices=False)
+            assert s[4] > 0.05 * s[0]
+            closest = u[:, :4] * s[:4] @ vh[:4]
+            assert_same(stacked(found, layer.path, projection), closest, projection, rtol=1e-3, atol=1e-4)
+            compared += 1
+    assert compared == 6
+    for expert in (0, 1, 4, 6):  # each as close as it can be, where each has both factors
+        model = sharing_pair(base, BOTH, {})
+        expected = weighted(model, ["first", "second"], WEIGHTS)
+        model.add_weighted_adapter(["first", "second"], WEIGHTS, "sum")
+        path = f"{find_moe_layers(base)[0].path}.{expert}.up_proj"
+        u, s, vh = torch.linalg.svd(expected[path], full_matrices=False)
+        assert_same(deltas(model, "sum")[path], u[:, :4] * s[:4] @ vh[:4], path, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.5], [0.7, -1.3]])
+def test_linear_sums_of_adapters_that_share_factors_are_sums_of_factors(weights: list[float]) -> None:
+    base = tiny_model("olmoe")
+    model = sharing_pair(base, BOTH, {"share_outer": True}, lora_alpha=6)
+    model.add_weighted_adapter(["first", "second"], weights, "sum", "linear")
+    compared = 0
+    for path, layer in expert_layers(model):
+        for projection in layer.plans["sum"].ranks:
+            for expert in range(8):
+                a, b = 0, 0
+                for name, weight in zip(["first", "second"], weights, strict=True):
+                    held = layer.expert_factors(name, projection, expert)
+                    outer = layer.factors(name, projection)
+                    scaled = abs(weight * outer[2]) ** 0.5
+                    own_a, own_b = (factor[0] for factor in outer[:2]) if held is None else held[:2]
+                    if held is None:  # of a cold expert only what is one for all
+                        own_a, own_b = (own_a * 0, own_b) if projection == "down_proj" else (own_a, own_b * 0)
+                    a = a + scaled * (1 if weight > 0 else -1) * own_a
+                    b = b + scaled * own_b
+                delta = layer.get_delta_weight("sum", projection, expert)
+                assert_same(delta, b.T @ a, f"{path} {projection} {expert}", rtol=1e-3, atol=1e-5)
+                compared += 1
+    assert compared == 2 * 3 * 8
+
+
+@pytest.mark.parametrize("settings", [BOTH, {"cold_experts": "shared"}, {"share_outer": True}])
+def test_one_adapter_that_shares_factors_is_scaled(settings: dict[str, Any]) -> None:
+    model = sharing_pair(tiny_model("olmoe"), settings, {})
+    expected = weighted(model, ["first"], [-0.5])
+    model.add_weighted_adapter(["first"], [-0.5], "scaled")
+    assert_same_deltas(deltas(model, "scaled"), expected)
+    for name, parameter in model.named_parameters():
+        if ".scaled." in name:
+            assert parameter.shape == model.get_parameter(name.replace(".scaled.", ".first.")).shape
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [

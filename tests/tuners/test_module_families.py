@@ -262,8 +262,17 @@ def merged_weights(
     return weights
 
 
+# Of the first adapter and of the second.
+SHARING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "": ({}, {}),
+    "cold": ({"cold_experts": "shared"}, {"share_outer": True}),
+    "both": ({"cold_experts": "shared", "share_outer": True}, {"cold_experts": "shared"}),
+}
+
+
+@pytest.mark.parametrize("sharing", SHARING)
 @pytest.mark.parametrize("name", [*MODELS, "jetmoe attention"])
-def test_outputs_and_gradients_equal_merged_weights(name: str) -> None:
+def test_outputs_and_gradients_equal_merged_weights(name: str, sharing: str) -> None:
     """Two adapters at once, on other experts and other projections, against explicit weights without any hook."""
     model = MODELS[name.split()[0]]().double()
     layers = find_moe_layers(model)
@@ -273,11 +282,12 @@ def test_outputs_and_gradients_equal_merged_weights(name: str) -> None:
         if hasattr(module, "dtype"):
             module.dtype = torch.float64  # in which switch_transformers and nllb_moe route
     plain = copy.deepcopy(block)
-    config = SieveLoraConfig(r=4, lora_dropout=0.0, selected_experts={layer.path: [0, 1, 2, 6]})
+    first, second = SHARING[sharing]
+    config = SieveLoraConfig(r=4, lora_dropout=0.0, selected_experts={layer.path: [0, 1, 2, 6]}, **first)
     peft_model = get_peft_model(model, config)
     some = ["gate_proj", "down_proj"] if "gate_proj" in layer.shape.projections else ["up_proj"]
     other = {"selected_experts": {layer.path: [1, 3]}, "expert_projections": some}
-    peft_model.add_adapter("other", SieveLoraConfig(r=3, lora_dropout=0.0, **other))
+    peft_model.add_adapter("other", SieveLoraConfig(r=3, lora_dropout=0.0, **other, **second))
     peft_model.base_model.set_adapter(["default", "other"])
     randomize_adapters(peft_model, std=0.3)
     for parameter_name, parameter in peft_model.named_parameters():

@@ -24,6 +24,7 @@ from tests.reference import assert_same
 
 TOKENS, TOP_K, ADAPTED = 11, 3, (1, 4, 6)
 Deltas = dict[str, torch.Tensor]
+BOTH = {"cold_experts": "shared", "share_outer": True}
 
 
 def set_gate_up(weights: Deltas, delta: Deltas) -> None:
@@ -79,10 +80,10 @@ def call_of(name: str, experts: Any) -> tuple[torch.Tensor, ...]:
     return x.requires_grad_(), ids, weights.requires_grad_()
 
 
-def adapter_around(layer: MoELayer, active: tuple[str, ...]) -> FusedSieveExperts:
+def adapter_around(layer: MoELayer, active: tuple[str, ...], **settings: Any) -> FusedSieveExperts:
     adapter = FusedSieveExperts(layer.experts, layer)
     for index, name in enumerate(active):
-        config = SieveLoraConfig(r=3 + index, lora_alpha=5, lora_dropout=0.0, init_lora_weights=False)
+        config = SieveLoraConfig(r=3 + index, lora_alpha=5, lora_dropout=0.0, init_lora_weights=False, **settings)
         adapter.update_layer(name, ADAPTED[index:], config)
     adapter.set_adapter(list(active))
     return adapter.double()
@@ -95,17 +96,23 @@ def deltas(adapter: FusedSieveExperts, active: tuple[str, ...]) -> Deltas:
         rows = [torch.zeros(width_out, width_in, dtype=torch.float64) for _ in range(adapter.shape.num_experts)]
         for name in active:
             a, b, scaling = adapter.factors(name, projection)
-            for slot, expert in enumerate(adapter.plans[name].experts):
-                rows[expert] = rows[expert] + scaling * b[slot].T @ a[slot]
+            plan = adapter.plans[name]
+            for place, expert in enumerate((*plan.experts, *plan.cold)):
+                slot = min(place, len(plan.experts))
+                a_slot, b_slot = (factor[slot if len(factor) > 1 else 0] for factor in (a, b))
+                rows[expert] = rows[expert] + scaling * b_slot.T @ a_slot
         found[projection] = torch.stack(rows)
     return found
 
 
+@pytest.mark.parametrize("settings", [{}, {"cold_experts": "shared"}, {"share_outer": True}, BOTH])
 @pytest.mark.parametrize("active", [("default",), ("default", "second")])
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_are_those_of_the_models_own_forward(name: str, active: tuple[str, ...]) -> None:
+def test_outputs_and_gradients_are_those_of_the_models_own_forward(
+    name: str, active: tuple[str, ...], settings: dict[str, Any]
+) -> None:
     layer = first_layer(name)
-    adapter = adapter_around(layer, active)
+    adapter = adapter_around(layer, active, **settings)
     call = call_of(name, layer.experts)
     leaves = [value for value in call if value.is_floating_point()]
     factors = {key: p for key, p in adapter.named_parameters() if "lora_" in key}
@@ -128,11 +135,12 @@ def test_outputs_and_gradients_are_those_of_the_models_own_forward(name: str, ac
         assert_same(actual, other, f"gradient of {what}", rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("settings", [{}, BOTH])
 @pytest.mark.parametrize("name", CASES)
-def test_merging_is_exact_and_hits_the_adapted_experts(name: str) -> None:
+def test_merging_is_exact_and_hits_the_adapted_experts(name: str, settings: dict[str, Any]) -> None:
     layer = first_layer(name)
     before = {key: value.clone() for key, value in layer.experts.named_parameters()}
-    adapter = adapter_around(layer, ("default",))
+    adapter = adapter_around(layer, ("default",), **settings)
     call = call_of(name, layer.experts)
     adapted = adapter(*call)
     weights = dict(before)
@@ -149,7 +157,7 @@ def test_merging_is_exact_and_hits_the_adapted_experts(name: str) -> None:
 def test_longcats_experts_without_weights_count_for_none_and_pass_on_their_input() -> None:
     layer = first_layer("longcat_flash")
     assert layer.num_experts == 8 and layer.experts.gate_up_proj.shape[0] == 12
-    adapter = adapter_around(layer, ("default",))
+    adapter = adapter_around(layer, ("default",), **BOTH)
     x, _, weights = call_of("longcat_flash", layer.experts)
     ids = torch.full((TOKENS, TOP_K), 9)
     assert_same(adapter(x, ids, weights), x * weights.sum(1, keepdim=True), "output")

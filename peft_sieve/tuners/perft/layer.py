@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 from ...errors import SieveError
 from ..common.adapter_layer import AdapterLayer
 from ..common.balance import BalanceLoss, Routed
-from ..common.experts.factors import ExpertFactors, ExpertSlots, experts_in, initialize, no_map
+from ..common.experts.factors import ExpertFactors, ExpertSlots, cold_in, experts_in, initialize, no_map
 from .blocks import MoEBlock
 from .config import PerftConfig
 from .mixture import dispatched_gates, mixture, routed_gates, wide_softmax
@@ -150,7 +150,7 @@ class PerftLayer(nn.Module, AdapterLayer):
         if adapter_name not in self.perft_experts or slots is None:
             return
         expected, found = list(self.plans[adapter_name].experts), experts_in(slots.cpu())
-        if found is None:
+        if found is None or cold_in(slots.cpu()):
             raise no_map(self.path)
         if found != expected or slots.numel() != self.num_experts:
             raise SieveError(

@@ -41,7 +41,7 @@ def combine(combination_type: str, shares: Sequence[Share], rank: int) -> tuple[
         shares: one or more, of one shape but for the rank; of one rank for "linear".
         rank: `combined_rank` or more, any for "svd".
     """
-    dtype = torch.promote_types(shares[0].a.dtype, torch.float32)
+    dtype = _wide(shares[0].a)
     factors = [(share.a.detach().to(dtype), share.b.detach().to(dtype), share.coefficient) for share in shares]
     if combination_type == "linear":
         # The root on both sides, the sign on one.
@@ -58,6 +58,36 @@ def combine(combination_type: str, shares: Sequence[Share], rank: int) -> tuple[
     return _padded_to(a, rank), _padded_to(b, rank)
 
 
+def combine_stacked(
+    combination_type: str, shares: Sequence[Share], rank: int, counts: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `combine`, for matrices that have one of the two factors in common, and in the sum, too.
+
+    So they are parts of one matrix, and "svd" is the closest to all of them together.
+
+    Args:
+        shares: of one factor (matrices, rank, features), and of the other (1, rank, features).
+        counts: how many times each matrix counts for "svd".
+    """
+    roots = torch.tensor(counts, dtype=torch.float64).sqrt().view(-1, 1, 1)
+    scale = roots if combination_type == "svd" else torch.ones_like(roots)
+
+    def joined(factor: torch.Tensor) -> torch.Tensor:
+        """(matrices, rank, features) -> (1, rank, matrices * features)"""
+        if len(factor) < len(counts):
+            return factor
+        return (factor.detach() * scale.to(factor.device, _wide(factor))).transpose(0, 1).flatten(1).unsqueeze(0)
+
+    def parted(factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if len(like) < len(counts):
+            return factor
+        return factor.squeeze(0).unflatten(1, (len(counts), -1)).transpose(0, 1) / scale.to(factor.device, factor.dtype)
+
+    whole = [Share(joined(share.a), joined(share.b), share.coefficient) for share in shares]
+    a, b = combine(combination_type, whole, rank)
+    return parted(a, shares[0].a), parted(b, shares[0].b)
+
+
 def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The best approximation of B^T A of this rank, without ever building it: its core between two bases is small."""
     basis_in, core_in = torch.linalg.qr(a.transpose(-1, -2))  # (..., in, k), (..., k, ranks)
@@ -65,6 +95,10 @@ def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tenso
     u, s, vh = torch.linalg.svd(core_out @ core_in.transpose(-1, -2), full_matrices=False)
     u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
     return vh @ basis_in.transpose(-1, -2), (basis_out @ (u * s.unsqueeze(-2))).transpose(-1, -2)
+
+
+def _wide(factor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(factor.dtype, torch.float32)
 
 
 def _padded_to(factor: torch.Tensor, rank: int) -> torch.Tensor:

@@ -211,13 +211,15 @@ class SieveLoraModel(MethodTuner, LoraModel):
     ) -> None:
         """Add an adapter that is a weighted sum of others, on the union of their experts and modules.
 
+        It has `cold_experts="shared"` if one of them has, and `share_outer` if all of them have.
+
         Args:
             adapters: names; their experts, ranks and projections may differ ("linear" wants one rank).
             weights: one for each, of either sign.
             adapter_name: of the sum. As in PEFT, nothing happens if there is one of that name.
             combination_type: "cat" is the exact sum and has the sum of the ranks; "svd" is the closest to it with
                 `svd_rank`, the highest of the ranks by default; "linear" adds up the factors, which is the exact sum
-                on experts that only one of the adapters has.
+                on experts that only one of the adapters has, unless all of them have `share_outer`.
             svd_rank: of the result of "svd".
             svd_clamp: refused, since it would change the sum.
             svd_full_matrices: changes nothing here, since no matrix of a weight's size is decomposed.

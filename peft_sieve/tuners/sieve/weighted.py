@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from ...errors import SieveError
 from ...moe.families.family import PROJECTIONS
 from ..common.experts.layer import SieveExpertLayer
-from .combination import COMBINATION_TYPES, Share, combine, combined_rank
+from .combination import COMBINATION_TYPES, Share, combine, combine_stacked, combined_rank
 from .config import SieveLoraConfig
 
 
@@ -38,11 +39,12 @@ def weighted_config(
     rank = max(combined_rank(combination_type, found) for found in ranks)
     if combination_type == "svd" and svd_rank is not None:
         rank = svd_rank
-    mask: dict[str, set[int]] = {}
-    for name in adapters:
-        for path, ids in (configs[name].selected_experts or {}).items():
-            mask.setdefault(path, set()).update(ids)
     chosen = [configs[name] for name in adapters]
+    mask: dict[str, set[int]] = {}
+    for config in chosen:
+        for path, ids in (config.selected_experts or {}).items():
+            if config.adapts(ids):
+                mask.setdefault(path, set()).update(ids)
     plain = [(path, m) for path, m in model.named_modules() if isinstance(m, LoraLayer) and _holds(m, adapters)]
     return replace(
         chosen[0],
@@ -53,6 +55,8 @@ def weighted_config(
         alpha_pattern={},
         init_lora_weights=True,
         hellori_density=None,
+        cold_experts="shared" if any(c.cold_experts == "shared" for c in chosen) else "frozen",
+        share_outer=all(c.share_outer for c in chosen),
         selected_experts={path: sorted(ids) for path, ids in mask.items()},
         expert_projections=[p for p in PROJECTIONS if any(p in (c.expert_projections or PROJECTIONS) for c in chosen)],
         train_router=False,
@@ -84,47 +88,70 @@ def fill_weighted(
             if adapter_name not in layer.plans:
                 continue
             for projection in layer.plans[adapter_name].ranks:
-                factors = layer.factors(adapter_name, projection)
-                assert factors is not None
-                shares = _expert_shares(layer, projection, adapters, weights, layer.plans[adapter_name].experts)
-                _fill(factors[0], factors[1], shares, combination_type)
+                _fill_experts(layer, projection, adapters, weights, adapter_name, combination_type)
         elif isinstance(layer, LoraLayer) and _holds(layer, [adapter_name]):
             a, b = _plain_factors(layer, adapter_name)
             found = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if _holds(layer, [name])]
             scaling: dict[str, float] = layer.scaling
             shares = [Share(*_plain_factors(layer, name), weight * scaling[name]) for name, weight in found]
-            _fill(a, b, shares, combination_type)
+            _fill(a, b, shares, combine, combination_type)
 
 
-def _fill(a: torch.Tensor, b: torch.Tensor, shares: list[Share], combination_type: str) -> None:
+def _fill(a: torch.Tensor, b: torch.Tensor, shares: list[Share], how: Any, combination_type: str) -> None:
     if not shares:
         a.zero_()
         b.zero_()
         return
-    new_a, new_b = combine(combination_type, shares, a.shape[-2])
+    new_a, new_b = how(combination_type, shares, a.shape[-2])
     a.copy_(new_a)
     b.copy_(new_b)
 
 
-def _expert_shares(
+def _fill_experts(
     layer: SieveExpertLayer,
     projection: str,
     adapters: Sequence[str],
     weights: Sequence[float],
-    experts: Sequence[int],
-) -> list[Share]:
-    """Each adapter's factors in the slots of `experts`, zeros for those that it has not."""
+    adapter_name: str,
+    combination_type: str,
+) -> None:
+    """The same for one projection of experts."""
+    factors, plan = layer.factors(adapter_name, projection), layer.plans[adapter_name]
+    assert factors is not None
+    a, b, _ = factors
+    in_slots = [*((expert,) for expert in plan.experts), *([plan.cold] if plan.cold else [])]
     shares = []
     for name, weight in zip(adapters, weights, strict=True):
-        factors = layer.factors(name, projection) if name in layer.plans else None
-        if factors is None:
-            continue
-        a, b, scaling = factors
-        slots = [experts.index(expert) for expert in layer.plans[name].experts]
-        wide_a, wide_b = (factor.new_zeros(len(experts), *factor.shape[1:]) for factor in (a, b))
-        wide_a[slots], wide_b[slots] = a, b
-        shares.append(Share(wide_a, wide_b, weight * scaling))
-    return shares
+        held = layer.factors(name, projection) if name in layer.plans else None
+        if held is not None:
+            # Experts that are cold in the sum are cold in each adapter: the first of them stands for all.
+            slots = [layer.plans[name].slot_of.get(experts[0]) for experts in in_slots]
+            own_a, own_b = (_for_slots(own, slots, new) for own, new in zip(held[:2], (a, b), strict=True))
+            shares.append(Share(own_a, own_b, weight * held[2]))
+    if plan.share_outer:
+        # All experts count, those that share a matrix, too.
+        _fill(a, b, shares, partial(combine_stacked, counts=[len(experts) for experts in in_slots]), combination_type)
+    else:
+        _fill(a, b, shares, combine, combination_type)
+
+
+def _for_slots(factor: torch.Tensor, slots: Sequence[int | None], new: torch.Tensor) -> torch.Tensor:
+    """An adapter's factor in the form of the sum's.
+
+    Args:
+        factor: (the adapter's slots, rank, features); one slot where it is the same for all.
+        slots: of the adapter, for each slot of the sum; None where it has no adapter.
+        new: the factor of the sum; one slot where it is the same for all.
+
+    Returns:
+        (slots of the sum, rank, features), zeros where the adapter has none.
+    """
+    if len(new) < len(slots):
+        return factor
+    wide = factor.new_zeros(len(slots), *factor.shape[1:])
+    held = {place: slot for place, slot in enumerate(slots) if slot is not None}
+    wide[list(held)] = factor[[slot if len(factor) > 1 else 0 for slot in held.values()]]
+    return wide
 
 
 def _plain_factors(layer: Any, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -172,11 +172,14 @@ def slots_of(num_experts: int, experts: Sequence[int], cold: Sequence[int] = ())
 
 
 def experts_in(slots: torch.Tensor) -> list[int] | None:
-    """Ids of the experts that have a slot of their own, by slot; None if these are not the slots of any experts."""
+    """Ids of the experts that have a slot of their own, by slot; None if these are not the slots of any experts.
+
+    The others have none, or use the last slot, all of them.
+    """
     used, others = slots[slots >= 0], slots[slots < 0]
     order = used.argsort()
-    known = (others == _NO_SLOT) | (others == _LAST_SLOT)
-    if slots.dim() != 1 or used[order].tolist() != list(range(used.numel())) or not bool(known.all()):
+    known = not others.numel() or (bool((others == others[0]).all()) and others[0].item() in (_NO_SLOT, _LAST_SLOT))
+    if slots.dim() != 1 or used[order].tolist() != list(range(used.numel())) or not known:
         return None
     return (slots >= 0).nonzero().squeeze(-1)[order].tolist()
 

@@ -10,7 +10,6 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from ....errors import SieveError
 from ....kernels.groups import Slots
 from ....moe.families.family import PROJECTIONS
 from ....moe.placement import execution_device
@@ -25,13 +24,11 @@ from .factors import (
     ExpertFactors,
     ExpertSlots,
     Pack,
-    cold_in,
-    experts_in,
     initialize,
-    no_map,
 )
 from .hellori import random_share
 from .merging import ExpertMerging
+from .saved import check_saved_experts
 
 # The projections that read the layer's input share one packed A; down_proj has its own.
 INPUT_PROJECTIONS = PROJECTIONS[:2]
@@ -211,45 +208,8 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         return module
 
     def check_saved(self, adapter_name: str, saved: Mapping[str, torch.Tensor]) -> None:
-        """Refuse the tensors of other experts than those that the adapter has here.
-
-        Args:
-            saved: by attribute and key.
-
-        Raises:
-            SieveError: they are, or do not say whose they are.
-        """
-        slots, expected = saved.get("lora_experts.slots"), list(self.plans[adapter_name].experts)
-        if slots is None:
-            raise SieveError(
-                f"The checkpoint has no {self.path}.lora_experts.slots for adapter '{adapter_name}', which says whose "
-                "the factors are. Save or download the adapter again."
-            )
-        found, of = experts_in(slots.cpu()), self.shape.num_experts
-        if found is None:
-            raise no_map(self.path)
-        if slots.numel() != of or found != expected:
-            raise SieveError(
-                f"The weights belong to experts {found} of {slots.numel()} in {self.path}, and adapter "
-                f"'{adapter_name}' selects {expected} of {of}. Resume with the configuration of the checkpoint "
-                "(its adapter_config.json), or start a new run."
-            )
-        if cold_in(slots.cpu()) != list(self.plans[adapter_name].cold):
-            saved_with, has = ("shared", "frozen") if cold_in(slots.cpu()) else ("frozen", "shared")
-            raise SieveError(
-                f"The weights in {self.path} were saved with cold_experts='{saved_with}', and adapter '{adapter_name}' "
-                f"has cold_experts='{has}'. Load them under the configuration that they were saved with."
-            )
-        for factor, value in saved.items():
-            held = getattr(self, factor.removesuffix(".weight"), None) if factor.endswith(".weight") else None
-            kept = held[adapter_name].kept if held is not None else None
-            # What HELLoRI does not train of a factor must be zero.
-            if kept is not None and value.shape == kept.shape and bool(value.detach().cpu()[~kept.cpu()].any()):
-                raise SieveError(
-                    f"The weights hold values in {self.path}.{factor} outside the share that hellori_density and "
-                    f"hellori_seed of adapter '{adapter_name}' leave. Load them under the configuration that they were "
-                    "saved with."
-                )
+        """Refuse tensors of other experts than those that the adapter has here; see `check_saved_experts`."""
+        check_saved_experts(self, adapter_name, saved)
 
     def factors(self, adapter_name: str, projection: str) -> tuple[torch.Tensor, torch.Tensor, float] | None:
         """One projection's factors: A (slots, rank, in), B (slots, rank, out) and the scaling; None if not adapted.
