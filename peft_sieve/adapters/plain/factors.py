@@ -23,7 +23,7 @@ class PlainFactors:
     def __init__(self, layer: MoELayer, adapted: SieveExpertLayer | None, name: str, rank: int, like: torch.Tensor):
         self.layer, self.shape, self.rank, self.like = layer, layer.shape, rank, like
         self.adapted, self.name = adapted, name
-        self.experts = adapted.plans[name].experts if adapted is not None else ()
+        self.experts = adapted.plans[name].adapted if adapted is not None else ()
 
     def a(self, projection: str, expert: int) -> torch.Tensor:
         """(rank, in)"""
