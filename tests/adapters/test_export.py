@@ -257,10 +257,19 @@ def test_what_servers_reject_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "lora").exists()
 
 
+def test_another_base_model_is_refused_where_all_experts_share(adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, "olmoe", **SHARED["all whole"])
+    other = str(adapters["deepseek_v3"].base_path)  # whose first block is dense
+    with pytest.raises(SieveError, match=r"has no module 'model.layers.0.mlp.experts'"):
+        export_lora(adapter.path, tmp_path / "lora", base_model=other)
+
+
 def test_a_layout_that_nothing_loads_is_refused(adapters: dict[str, Adapter], tmp_path: Path) -> None:
     with pytest.raises(SieveError, match=r"layout='per_expert'.* checkpoints of .* hold the experts in stacks"):
         export_lora(adapters["gpt_oss"].path, tmp_path / "lora", layout="per_expert")
-    with pytest.raises(SieveError, match=r"layout must be one of 'auto', 'per_expert', 'stacked', got '2d'"):
+    with pytest.raises(
+        SieveError, match=r"layout must be one of 'auto', 'per_expert', 'stacked', 'shared_outer', got '2d'"
+    ):
         export_lora(adapters["gpt_oss"].path, tmp_path / "lora", layout="2d")
     assert not (tmp_path / "lora").exists()
 
