@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -85,6 +86,8 @@ def test_what_experts_share_is_added_to_each_of_them(name: str, shared: str, tmp
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert relative_difference(adapter.logits(adapter.base), adapter.logits()) > 0.1
     assert relative_difference(adapter.logits(model), adapter.logits()) < 1e-5
+    of_model = copy.deepcopy(adapter.model).merge_and_unload()
+    assert relative_difference(adapter.logits(of_model), adapter.logits()) < 1e-5
 
 
 def test_sums_are_rounded_once(tmp_path: Path) -> None:
