@@ -17,7 +17,7 @@ HELP = "count parameters and memory for several numbers of experts, without weig
 EXAMPLES = """\
   peft-sieve plan allenai/OLMoE-1B-7B-0924
   peft-sieve plan out/model/config.json --top-k 4 8 16 --rank 16
-  peft-sieve plan out/model --top-k-frac 0.25 --cold-experts shared --share-outer --rank 80
+  peft-sieve plan out/model --top-k-frac 0.25 --cold-experts shared --share-outer --rank 60
   peft-sieve plan out/model --profile profile.safetensors --json"""
 
 
