@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from .routing.profile import RoutingProfile
 from .routing.selection import select_experts
 from .routing.strategies import experts_per_layer
 from .table import Table
+from .tuners.common.experts.factors import OUTER_FACTORS
 from .tuners.common.experts.layer import expert_layers
 from .tuners.sieve.config import SieveLoraConfig
 
@@ -34,7 +35,7 @@ class PlannedAdapter:
     """One size of adapter.
 
     Attributes:
-        experts: layer -> experts adapted there.
+        experts: layer -> experts with an adapter of their own there.
         trainable_parameters: numbers that are trained.
         adapter_bytes: size of the saved tensors; the file has a header of some kilobytes besides.
         gradient_bytes, optimizer_bytes: memory for their gradients, and for the states of AdamW.
@@ -61,6 +62,7 @@ class TrainingPlan:
         num_experts: layer -> its experts.
         r: rank.
         options: the adapters.
+        cold_experts, share_outer: what experts share (see `SieveLoraConfig`).
     """
 
     model: str
@@ -68,6 +70,8 @@ class TrainingPlan:
     num_experts: dict[str, int]
     r: int
     options: tuple[PlannedAdapter, ...]
+    cold_experts: str = "frozen"
+    share_outer: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
@@ -116,9 +120,10 @@ def plan_training(
         top_k: numbers of experts a layer to count for.
         top_k_frac: shares of each layer's experts to count for. Without either: 1/16, 1/8, 1/4 and 1/2. All experts
             always come last.
-        config: the other options (rank, projections, what else is trained, score); default `SieveLoraConfig()`.
-        profile: routing of this model, for the coverage of the hottest experts. A layer that no token reached gets no
-            adapter then, as in calibration.
+        config: the other options (rank, projections, what experts share, what else is trained, score); default
+            `SieveLoraConfig()`.
+        profile: routing of this model, for the coverage of the hottest experts. No expert of a layer that no token
+            reached gets an adapter of its own then, as in calibration.
 
     Raises:
         SieveError: no such model, one without experts, an option that cannot be, or a profile of another model.
@@ -134,7 +139,7 @@ def plan_training(
     choices = _choices(sizes, top_k, top_k_frac)
     model_parameters = sum(parameter.numel() for parameter in base.parameters())
     counted = [_hottest(profile, numbers, config.score) if profile is not None else numbers for numbers in choices]
-    adapted = [path for path, number in counted[0].items() if number]
+    adapted = [path for path, number in counted[0].items() if config.adapts(range(number))]
     cost = _Cost.of(base, adapted, config)
     return TrainingPlan(
         model=name or base_name,
@@ -142,37 +147,53 @@ def plan_training(
         num_experts=sizes,
         r=config.r,
         options=tuple(cost.planned(numbers, profile, config.score) for numbers in counted),
+        cold_experts=config.cold_experts,
+        share_outer=config.share_outer,
     )
 
 
 @dataclass(frozen=True)
 class _Cost:
-    """Numbers and bytes: of what every adapter has, and of each adapted expert by layer."""
+    """Sizes: of what every adapter has, and of each slot of the experts' factors by layer.
 
-    fixed: tuple[int, int, int]  # trainable numbers, their bytes, bytes of all saved tensors
-    per_expert: dict[str, tuple[int, int]]  # trainable numbers, their bytes
+    A size is a vector: trainable numbers, their bytes, bytes of all saved tensors.
+    """
+
+    fixed: torch.Tensor
+    per_slot: dict[str, torch.Tensor]
+    # Layer -> its experts, where those without an adapter of their own have one slot together.
+    sharing: dict[str, int]
 
     @classmethod
     def of(cls, base: nn.Module, paths: list[str], config: SieveLoraConfig) -> _Cost:
-        """Measured on an adapter with one expert in each layer: a factor has as many rows of slots as experts."""
+        """Measured on an adapter with one expert in each layer: factors have a matrix for each slot, or one for all."""
         config.selected_experts = {path: [0] for path in paths}
         model = get_peft_model(base, config)
-        numbers, size = _size(p for p in model.parameters() if p.requires_grad)
-        _, saved = _size(get_peft_model_state_dict(model).values())
-        per_expert = {path: _size(p for p in x.parameters() if p.requires_grad) for path, x in expert_layers(base)}
-        count, occupied = (sum(column) for column in zip(*per_expert.values(), strict=True))
-        return cls((numbers - count, size - occupied, saved - occupied), per_expert)
+        total = _size(model.parameters())
+        total[2] = _size(get_peft_model_state_dict(model).values())[2]
+        for_all, shared = OUTER_FACTORS if config.share_outer else (), config.cold_experts == "shared"
+        per_slot, sharing = {}, {}
+        for path, layer in expert_layers(base):
+            factors = {name: p for name, p in layer.named_parameters() if name.startswith("lora_")}
+            per_slot[path] = _size(p[:1] for name, p in factors.items() if not name.startswith(for_all))
+            sharing[path] = layer.shape.num_experts if shared else 0
+        slots = cls(torch.zeros_like(total), per_slot, sharing)
+        return replace(slots, fixed=total - slots.size(dict.fromkeys(paths, 1)))
+
+    def size(self, experts: dict[str, int]) -> torch.Tensor:
+        """Of an adapter for so many experts of each layer."""
+        slots = {path: experts[path] + (experts[path] < self.sharing[path]) for path in self.per_slot}
+        return sum((slots[path] * one for path, one in self.per_slot.items()), self.fixed)
 
     def planned(self, experts: dict[str, int], profile: RoutingProfile | None, score: str) -> PlannedAdapter:
-        numbers, size, saved = self.fixed
-        count, occupied = (sum(experts[path] * one[i] for path, one in self.per_expert.items()) for i in (0, 1))
+        numbers, size, saved = self.size(experts).tolist()
         coverage = _coverages(profile, experts, score) if profile is not None else []
         return PlannedAdapter(
             experts=experts,
-            trainable_parameters=numbers + count,
-            adapter_bytes=saved + occupied,
-            gradient_bytes=size + occupied,
-            optimizer_bytes=_ADAM_STATES * (size + occupied),
+            trainable_parameters=numbers,
+            adapter_bytes=saved,
+            gradient_bytes=size,
+            optimizer_bytes=_ADAM_STATES * size,
             coverage=sum(coverage) / len(coverage) if coverage else None,
             lowest_coverage=min(coverage, default=None),
         )
@@ -188,10 +209,10 @@ def size_text(size: int) -> str:
     return f"{value:.{digits}f} {units[0]}"
 
 
-def _size(tensors: Iterable[torch.Tensor]) -> tuple[int, int]:
-    """How many numbers tensors have, and how many bytes."""
-    sizes = [(tensor.numel(), tensor.element_size()) for tensor in tensors]
-    return sum(count for count, _ in sizes), sum(count * width for count, width in sizes)
+def _size(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """How many trainable numbers tensors have, how many bytes these are, and how many bytes all."""
+    sizes = [(x.numel() * x.requires_grad, x.nbytes * x.requires_grad, x.nbytes) for x in tensors]
+    return torch.tensor(sizes, dtype=torch.int64, device="cpu").view(-1, 3).sum(0)
 
 
 def _choices(sizes: dict[str, int], top_k: Sequence[int], top_k_frac: Sequence[float]) -> list[dict[str, int]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict
 from transformers import OlmoeConfig
 
 from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, select_experts
@@ -58,6 +59,37 @@ def test_counts_and_sizes_of_real_adapters(name: str, dtype: torch.dtype, tmp_pa
     assert three.adapter_bytes == len(file) - header
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cold_experts": "shared"},
+        {"share_outer": True},
+        {"cold_experts": "shared", "share_outer": True},
+        {"share_outer": True, "expert_projections": ["gate_proj", "down_proj"], "rank_pattern": {"down_proj": 2}},
+        {"hellori_density": 0.5, "cold_experts": "shared"},
+        {"expert_tuning": "full"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3"])
+def test_sizes_of_what_experts_share(name: str, options: dict[str, Any]) -> None:
+    """Each size exactly, up to all experts, of which none is cold."""
+    plan = plan_training(tiny_model(name), top_k=[1, 3, 7], config=SieveLoraConfig(r=4, **options))
+    assert [next(iter(option.experts.values())) for option in plan.options] == [1, 3, 7, 8]
+    for option in plan.options:
+        base = tiny_model(name)
+        mask = {layer.path: range(option.experts[layer.path]) for layer in find_moe_layers(base)}
+        model = get_peft_model(base, SieveLoraConfig(r=4, selected_experts=mask, **options))
+        assert option.trainable_parameters == model.get_nb_trainable_parameters()[0]
+        saved = get_peft_model_state_dict(model).values()
+        assert option.adapter_bytes == sum(tensor.nbytes for tensor in saved)
+        assert option.gradient_bytes == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert (plan.cold_experts, plan.share_outer) == (
+        options.get("cold_experts", "frozen"),
+        options.get("share_outer", False),
+    )
+
+
 def test_rising_and_each_size_once() -> None:
     plan = plan_training(TINY_OLMOE, top_k=[8, 4, 8], top_k_frac=[0.25, 0.5])
     assert [set(option.experts.values()) for option in plan.options] == [{4}, {8}, {16}, {32}]
@@ -93,6 +125,16 @@ def test_coverage_and_a_layer_without_tokens() -> None:
     model = get_peft_model(plan_model(), SieveLoraConfig(selected_experts=mask))
     assert four.trainable_parameters == model.get_nb_trainable_parameters()[0]
     assert plan.to_table().header[-2:] == ["coverage", "lowest layer"]
+
+
+@pytest.mark.filterwarnings("ignore:no token reached")
+def test_a_layer_without_tokens_has_what_its_experts_share() -> None:
+    profile, shared = profile_of_tiny(), {"cold_experts": "shared", "share_outer": True}
+    four, _ = plan_training(TINY_OLMOE, top_k=[4], profile=profile, config=SieveLoraConfig(**shared)).options
+    mask = select_experts(profile, top_k=4).to_dict()
+    assert mask["model.layers.2.mlp.experts"] == []
+    model = get_peft_model(plan_model(), SieveLoraConfig(selected_experts=mask, **shared))
+    assert four.trainable_parameters == model.get_nb_trainable_parameters()[0]
 
 
 def plan_model() -> torch.nn.Module:

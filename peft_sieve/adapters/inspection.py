@@ -17,14 +17,14 @@ from ..checks import must_be
 from ..errors import SieveError
 from ..hf.adapter_files import broken_weights
 from ..moe.families.family import PROJECTIONS
-from ..tuners.common.experts.factors import BOOKKEEPING_KEY
+from ..tuners.common.experts.factors import BOOKKEEPING_KEY, OUTER_FACTORS
 from ..tuners.common.loading import in_base_model
 from ..tuners.epng.config import EpngConfig
 from ..tuners.sieve.config import SieveLoraConfig
 from .reading import sieve_config
 from .summary import AdapterSummary, LayerSummary, ModuleSummary
 
-_EXPERTS_KEY = re.compile(r"^(?P<path>.+)\.lora_(?P<group>gate_up|down)_(?P<side>[AB]|delta)\.weight$")
+_EXPERTS_KEY = re.compile(r"^(?P<path>.+)\.(?P<factor>lora_(?:gate_up|down)_(?:[AB]|delta))\.weight$")
 _LORA_KEY = re.compile(r"^(?P<path>.+)\.lora_(embedding_)?(?P<side>[AB])(\.weight)?$")
 
 
@@ -74,6 +74,8 @@ def inspect_adapter(adapter: str | os.PathLike[str]) -> AdapterSummary:
         all_experts_parameters=sum(all_experts) if len(all_experts) == len(layers) else None,
         calibration=config.calibration or {},
         update_steps=tuple(config.update_steps) if isinstance(config, EpngConfig) else (),
+        cold_experts=config.cold_experts,
+        share_outer=config.share_outer,
     )
 
 
@@ -91,36 +93,42 @@ def _weights_file(adapter: str) -> Path:
 
 
 def _layers(config: SieveLoraConfig, shapes: dict[str, tuple[int, ...]]) -> tuple[LayerSummary, ...]:
-    packed: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    packed: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in shapes.items():
         if match := _EXPERTS_KEY.match(key):
-            packed.setdefault(match["path"], []).append((match["group"], shape))
-    masks = {path: ids for path, ids in (config.selected_experts or {}).items() if ids}
-    return tuple(_layer(config, path, ids, packed.get(path, [])) for path, ids in masks.items())
+            packed.setdefault(match["path"], {})[match["factor"]] = shape
+    masks = {path: ids for path, ids in (config.selected_experts or {}).items() if config.adapts(ids)}
+    return tuple(_layer(config, path, ids, packed.get(path, {})) for path, ids in masks.items())
 
 
-def _layer(
-    config: SieveLoraConfig, path: str, ids: list[int], factors: list[tuple[str, tuple[int, ...]]]
-) -> LayerSummary:
+def _layer(config: SieveLoraConfig, path: str, ids: list[int], factors: dict[str, tuple[int, ...]]) -> LayerSummary:
+    num_experts = (config.expert_shapes or {}).get(path, [None])[0]
     # Without ranks that differ, each expert has one block: all of its rank.
-    blocks, first_experts = [1] * len(ids), len(ids)
+    blocks, slots = [1], len(ids) + (config.cold_experts == "shared" and len(ids) != num_experts)
     if isinstance(config, EpngConfig):
         blocks = config.blocks_in(path)
-        first_experts = sum(blocks) // config.first_blocks
-    rows = {group: shape[0] * shape[1] if len(shape) == 3 else shape[0] for group, shape in factors}
-    block_ranks = {group: number // sum(blocks) for group, number in rows.items()}
-    num_parameters = sum(math.prod(shape) for _, shape in factors)
-    num_experts = (config.expert_shapes or {}).get(path, [None])[0]
+        slots = sum(blocks) // config.first_blocks
+    block_ranks = {
+        factor.removeprefix("lora_").rpartition("_")[0]: shape[1] if len(shape) == 3 else shape[0] // sum(blocks)
+        for factor, shape in factors.items()
+    }
     return LayerSummary(
         path=path,
         experts=tuple(ids),
         num_experts=num_experts,
         coverage=((config.calibration or {}).get("coverage") or {}).get(path),
         ranks={group: max(blocks) * rank for group, rank in block_ranks.items()},
-        num_parameters=num_parameters,
+        num_parameters=sum(map(math.prod, factors.values())),
         lowest_ranks={group: min(blocks) * rank for group, rank in block_ranks.items()},
-        all_experts_parameters=None if num_experts is None else num_parameters // first_experts * num_experts,
+        all_experts_parameters=None if num_experts is None else _of_all(config, factors, slots, num_experts),
     )
+
+
+def _of_all(config: SieveLoraConfig, factors: dict[str, tuple[int, ...]], slots: int, num_experts: int) -> int:
+    """Numbers in the factors if all experts had some of their own."""
+    shared = OUTER_FACTORS if config.share_outer else ()
+    sizes = {factor: math.prod(shape) for factor, shape in factors.items()}
+    return sum(size if factor in shared else size // slots * num_experts for factor, size in sizes.items())
 
 
 def _modules(shapes: dict[str, tuple[int, ...]]) -> tuple[ModuleSummary, ...]:

@@ -128,7 +128,7 @@ def open_adapter(
     config = sieve_config(os.fspath(adapter))
     check(config)
     mask = config.selected_experts or {}
-    make, base_name = skeleton_maker(base_model, config, [path for path, ids in mask.items() if ids])
+    make, base_name = skeleton_maker(base_model, config, [path for path, ids in mask.items() if config.adapts(ids)])
     tensors = saved_weights(os.fspath(adapter))
     make = with_vocabulary_of(make, tensors, KEY_PREFIX)
     config.inference_mode = True

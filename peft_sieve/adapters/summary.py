@@ -14,14 +14,15 @@ class LayerSummary:
 
     Attributes:
         path: the experts module.
-        experts: adapted ids, ascending.
+        experts: ids of those with an adapter of their own, ascending.
         num_experts: how many there are, None if not recorded.
         coverage: share of the layer's score that they received at calibration, None if not recorded.
         ranks: "gate_up" (both together) and "down" -> rank, those that are adapted; the highest where experts differ,
             and the output width where they are fully tuned.
         num_parameters: numbers in the factors, or in the differences of full size.
         lowest_ranks: as `ranks`, the lowest.
-        all_experts_parameters: numbers in the factors if all experts had some; None if their number is not recorded.
+        all_experts_parameters: numbers in the factors if all experts had some of their own; None if the number of
+            experts is not recorded.
     """
 
     path: str
@@ -65,10 +66,11 @@ class AdapterSummary:
         num_parameters: numbers in all tensors.
         num_bytes: size of the weights file.
         dtypes: the types of the tensors.
-        all_experts_parameters: numbers in the experts' factors if all experts of these layers had one; None if the
-            number of experts is not recorded.
+        all_experts_parameters: numbers in the experts' factors if all experts of these layers had some of their own;
+            None if the number of experts is not recorded.
         calibration: where the mask came from, {} if not recorded.
         update_steps: the optimizer steps at which training moved ranks from expert to expert (EPnG).
+        cold_experts, share_outer: what experts share (see `SieveLoraConfig`).
     """
 
     adapter: str
@@ -91,6 +93,8 @@ class AdapterSummary:
     all_experts_parameters: int | None
     calibration: dict[str, Any]
     update_steps: tuple[int, ...] = ()
+    cold_experts: str = "frozen"
+    share_outer: bool = False
 
     @property
     def expert_parameters(self) -> int:
@@ -137,6 +141,7 @@ class AdapterSummary:
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
             "projections": ", ".join(self.expert_projections),
+            "shared": self._shared_text(),
             "parameters": f"{self.num_parameters:,} ({', '.join(self.dtypes)}), {self.num_bytes / 1e6:.1f} MB",
             "in experts": self._share_text(),
             "in other tensors": f"{self.other_tensors:,}" if self.other_tensors else None,
@@ -149,6 +154,11 @@ class AdapterSummary:
         if not self.calibration:
             facts["mask"] = "given by hand: no calibration recorded"
         return {name: str(value) for name, value in facts.items() if value not in (None, {}, "")}
+
+    def _shared_text(self) -> str | None:
+        cold = "one adapter per layer for all other experts" if self.cold_experts == "shared" else None
+        outer = "A of gate_proj and up_proj and B of down_proj, one per layer" if self.share_outer else None
+        return "; ".join(filter(None, (cold, outer))) or None
 
     def _share_text(self) -> str:
         text = f"{self.expert_parameters:,}"

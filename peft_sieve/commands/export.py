@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base-model", help="path or Hub id of the base model (default: what the adapter names)")
     parser.add_argument(
         "--layout",
-        choices=("auto", "per_expert", "stacked"),
+        choices=("auto", "per_expert", "stacked", "shared_outer"),
         default="auto",
         help="how plain LoRA names the experts' factors (default: what the servers of this model read)",
     )

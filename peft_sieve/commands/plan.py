@@ -17,6 +17,7 @@ HELP = "count parameters and memory for several numbers of experts, without weig
 EXAMPLES = """\
   peft-sieve plan allenai/OLMoE-1B-7B-0924
   peft-sieve plan out/model/config.json --top-k 4 8 16 --rank 16
+  peft-sieve plan out/model --top-k-frac 0.25 --cold-experts shared --share-outer --rank 60
   peft-sieve plan out/model --profile profile.safetensors --json"""
 
 
@@ -40,6 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adapter.add_argument(
         "--expert-projections", nargs="+", metavar="NAME", help="some of gate_proj, up_proj, down_proj (default: all)"
     )
+    adapter.add_argument(
+        "--cold-experts",
+        choices=("frozen", "shared"),
+        default="frozen",
+        help="what the other experts get: nothing (default), or one adapter per layer together",
+    )
+    adapter.add_argument(
+        "--share-outer", action="store_true", help="one A of gate and up, and one B of down, per layer for all experts"
+    )
     for what, text in (("attention", "attention"), ("router", "the router"), ("shared-experts", "shared experts")):
         adapter.add_argument(f"--no-{what}", action="store_true", help=f"do not adapt {text}")
 
@@ -54,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         r=args.rank,
         score=args.score,
         expert_projections=args.expert_projections,
+        cold_experts=args.cold_experts,
+        share_outer=args.share_outer,
         train_attention=not args.no_attention,
         train_router=not args.no_router,
         train_shared_experts=not args.no_shared_experts,
@@ -65,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
         print_json(plan.to_dict())
         return 0
     layers = len(plan.num_experts)
-    print(f"{plan.model}: {plan.model_parameters:,} parameters, {layers} layers with experts; rank {plan.r}")
+    cold = ", one adapter per layer for all other experts" if plan.cold_experts == "shared" else ""
+    outer = ", outer factors one per layer" if plan.share_outer else ""
+    size = f"{plan.model_parameters:,} parameters, {layers} layers with experts"
+    print(f"{plan.model}: {size}; rank {plan.r}{cold}{outer}")
     print_table(plan.to_table())
     return 0

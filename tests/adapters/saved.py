@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,16 @@ UNEVEN: dict[str, Any] = {
     "r": 4,
     "rank_pattern": {"o_proj": 3, "experts.up_proj": 2},
     "alpha_pattern": {"experts.down_proj": 7},
+}
+
+
+# What experts share: everything alone, together, and in layers of which no expert has an adapter of its own.
+SHARED: dict[str, dict[str, Any]] = {
+    "cold": {"cold_experts": "shared"},
+    "outer": {"share_outer": True},
+    "both": {"cold_experts": "shared", "share_outer": True},
+    "one layer whole": {"cold_experts": "shared", "share_outer": True, "without_own": [0]},
+    "all whole": {"cold_experts": "shared", "without_own": [0, 1]},
 }
 
 
@@ -47,13 +58,19 @@ def saved_adapter(
     dtype: torch.dtype = torch.float32,
     base: nn.Module | None = None,
     save: dict[str, Any] | None = None,
+    without_own: Sequence[int] = (),
     **options: Any,
 ) -> Adapter:
-    """An `name` model in `folder / "base"`, an adapter of two experts a layer in `folder / "adapter"`."""
+    """An `name` model in `folder / "base"`, an adapter of two experts a layer in `folder / "adapter"`.
+
+    Args:
+        without_own: MoE layers of which none is selected.
+    """
     base = tiny_model(name, dtype=dtype) if base is None else base
     base.save_pretrained(folder / "base", **(save or {}))
     base.name_or_path = str(folder / "base")
-    mask = {layer.path: [i, i + 3] for i, layer in enumerate(find_moe_layers(base))}
+    layers = enumerate(find_moe_layers(base))
+    mask = {layer.path: [] if i in without_own else [i, i + 3] for i, layer in layers}
     model = get_peft_model(
         copy.deepcopy(base),
         SieveLoraConfig(**{**UNEVEN, "selected_experts": mask, "task_type": "CAUSAL_LM", **options}),

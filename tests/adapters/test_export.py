@@ -23,7 +23,7 @@ import peft_sieve.adapters.plain.export
 from peft_sieve import PerftConfig, SieveError, SieveLoraConfig, export_lora
 from peft_sieve.cli import main
 from peft_sieve.moe.topology import find_moe_layers
-from tests.adapters.saved import Adapter, relative_difference, saved_adapter
+from tests.adapters.saved import SHARED, Adapter, relative_difference, saved_adapter
 from tests.architectures.tiny import inputs_for
 from tests.architectures.tiny import tiny_model as tiny_model_of
 from tests.deepseek_like import deepseek_like
@@ -171,8 +171,9 @@ def test_a_model_and_its_saved_adapter_give_the_same_bytes_and_no_base_weight_is
         ("olmoe", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
         # Linear layers of the same names as the experts' projections, without an adapter.
         ("qwen2_moe", {"train_shared_experts": False}),
+        *(("olmoe", options) for options in SHARED.values()),
     ],
-    ids=["one projection", "one layer", "experts only", "embeddings", "no shared experts"],
+    ids=["one projection", "one layer", "experts only", "embeddings", "no shared experts", *SHARED],
 )
 def test_parts_of_an_adapter(name: str, options: dict[str, Any], layout: str, tmp_path: Path) -> None:
     adapter = saved_adapter(tmp_path, name, **options)
@@ -181,10 +182,24 @@ def test_parts_of_an_adapter(name: str, options: dict[str, Any], layout: str, tm
         warnings.filterwarnings("error", ".*adapter keys.*")
         model = PeftModel.from_pretrained(adapter.fresh(), tmp_path / "lora")
     assert relative_difference(adapter.logits(model), adapter.logits()) < 1e-5
+    # Factors that are there for several experts have the rank that the configuration says, too.
+    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    ranks = {len(t) for key, t in tensors.items() if "lora_A" in key and layout == "per_expert"}
+    assert ranks <= {model.peft_config["default"].r}
 
 
-def test_experts_in_a_module_list(tmp_path: Path) -> None:
-    adapter = saved_adapter(tmp_path, "deepseek_like", base=deepseek_like())
+@pytest.mark.parametrize("name", STACKED_ONLY)
+def test_shared_factors_in_stacks_of_other_forms(name: str, tmp_path: Path) -> None:
+    """Transposed and interleaved; gate and up in one, each with its own rank."""
+    adapter = saved_adapter(tmp_path, name, **SHARED["both"])
+    export_lora(adapter.model, tmp_path / "lora")
+    model = PeftModel.from_pretrained(adapter.fresh(), tmp_path / "lora")
+    assert relative_difference(adapter.logits(model), adapter.logits()) < 1e-5
+
+
+@pytest.mark.parametrize("shared", [{}, SHARED["both"]], ids=["own", "shared"])
+def test_experts_in_a_module_list(shared: dict[str, Any], tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, "deepseek_like", base=deepseek_like(), **shared)
     written = export_lora(adapter.model, tmp_path / "lora")
     assert written.layout == "per_expert"
     model = PeftModel.from_pretrained(adapter.fresh(), tmp_path / "lora")
@@ -242,10 +257,19 @@ def test_what_servers_reject_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "lora").exists()
 
 
+def test_another_base_model_is_refused_where_all_experts_share(adapters: dict[str, Adapter], tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, "olmoe", **SHARED["all whole"])
+    other = str(adapters["deepseek_v3"].base_path)  # whose first block is dense
+    with pytest.raises(SieveError, match=r"has no module 'model.layers.0.mlp.experts'"):
+        export_lora(adapter.path, tmp_path / "lora", base_model=other)
+
+
 def test_a_layout_that_nothing_loads_is_refused(adapters: dict[str, Adapter], tmp_path: Path) -> None:
     with pytest.raises(SieveError, match=r"layout='per_expert'.* checkpoints of .* hold the experts in stacks"):
         export_lora(adapters["gpt_oss"].path, tmp_path / "lora", layout="per_expert")
-    with pytest.raises(SieveError, match=r"layout must be one of 'auto', 'per_expert', 'stacked', got '2d'"):
+    with pytest.raises(
+        SieveError, match=r"layout must be one of 'auto', 'per_expert', 'stacked', 'shared_outer', got '2d'"
+    ):
         export_lora(adapters["gpt_oss"].path, tmp_path / "lora", layout="2d")
     assert not (tmp_path / "lora").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ import peft_sieve.adapters.checkpoint.merge
 from peft_sieve import SieveError, SieveLoraConfig, merge_checkpoint
 from peft_sieve.cli import main
 from peft_sieve.moe.topology import find_moe_layers
-from tests.adapters.saved import Adapter, relative_difference, saved_adapter
+from tests.adapters.saved import SHARED, Adapter, relative_difference, saved_adapter
 from tests.architectures.tiny import inputs_for
 from tests.architectures.tiny import tiny_model as tiny_model_of
 from tests.deepseek_like import deepseek_like
@@ -74,6 +75,19 @@ def test_the_checkpoint_computes_what_the_adapter_does_in_the_base_models_files(
     assert changed
     assert all(any(word in key for word in adapted) for key in changed), changed
     assert not any("embed" in key or "norm" in key or "lm_head" in key or "bias" in key for key in changed)
+
+
+@pytest.mark.parametrize(
+    ("name", "shared"), [*(("olmoe", key) for key in SHARED), *((name, "both") for name in NAMES[1:])]
+)
+def test_what_experts_share_is_added_to_each_of_them(name: str, shared: str, tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, name, **SHARED[shared])
+    merge_checkpoint(adapter.path, None, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert relative_difference(adapter.logits(adapter.base), adapter.logits()) > 0.1
+    assert relative_difference(adapter.logits(model), adapter.logits()) < 1e-5
+    of_model = copy.deepcopy(adapter.model).merge_and_unload()
+    assert relative_difference(adapter.logits(of_model), adapter.logits()) < 1e-5
 
 
 def test_sums_are_rounded_once(tmp_path: Path) -> None:
@@ -156,8 +170,9 @@ def test_a_stack_that_was_published_the_other_way_round(tmp_path: Path) -> None:
             assert relative_difference(merged(**batch).logits, expected) < 1e-5
 
 
-def test_experts_in_a_module_list(tmp_path: Path) -> None:
-    adapter = saved_adapter(tmp_path, "deepseek_like", base=deepseek_like())
+@pytest.mark.parametrize("shared", [{}, SHARED["both"]], ids=["own", "shared"])
+def test_experts_in_a_module_list(shared: dict[str, Any], tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, "deepseek_like", base=deepseek_like(), **shared)
     merge_checkpoint(adapter.model, str(adapter.base_path), tmp_path / "merged")
     merged = deepseek_like(seed=1)
     merged.load_state_dict(weights(tmp_path / "merged"))

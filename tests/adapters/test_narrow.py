@@ -18,7 +18,7 @@ from torch import nn
 from peft_sieve import RoutingProfile, SieveError, SieveLoraConfig, export_lora, narrow_lora, select_experts
 from peft_sieve.cli import main
 from peft_sieve.moe.topology import find_moe_layers
-from tests.adapters.saved import relative_difference, saved_adapter
+from tests.adapters.saved import SHARED, relative_difference, saved_adapter
 from tests.deepseek_like import deepseek_like
 from tests.models import randomize_adapters, tiny_model, token_batch
 
@@ -154,6 +154,27 @@ def test_experts_in_a_module_list(tmp_path: Path) -> None:
     batch = token_batch(base)
     with torch.no_grad():
         assert relative_difference(loaded.eval()(**batch).logits, model(**batch).logits) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "stacked"])
+def test_an_export_of_what_experts_share_becomes_an_adapter_that_shares_nothing(layout: str, tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, "olmoe", **SHARED["one layer whole"])
+    export_lora(adapter.path, tmp_path / "lora", layout=layout)
+    every = {layer.path: range(8) for layer in find_moe_layers(adapter.base)}
+    assert narrow_lora(tmp_path / "lora", tmp_path / "sparse", every).kept_norm == pytest.approx(1)
+    model = PeftModel.from_pretrained(adapter.fresh(), tmp_path / "sparse")
+    config = model.peft_config["default"]
+    assert (config.cold_experts, config.share_outer) == ("frozen", False)
+    assert relative_difference(adapter.logits(model), adapter.logits()) < 1e-5
+    # Of some experts: what they computed together, each for itself.
+    some = {path: [1, 6] for path in every}
+    narrow_lora(tmp_path / "lora", tmp_path / "some", some)
+    kept = PeftModel.from_pretrained(adapter.fresh(), tmp_path / "some")
+    theirs = {m.path: m for m in kept.modules() if hasattr(m, "plans")}
+    for layer in (m for m in adapter.model.modules() if hasattr(m, "plans")):
+        for expert in some[layer.path]:
+            expected, found = (m.get_delta_weight("default", "down_proj", expert) for m in (layer, theirs[layer.path]))
+            assert torch.allclose(found, expected, atol=1e-6)
 
 
 # --- files that PEFT misreads ---------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from peft_sieve import PerftConfig, SieveError, inspect_adapter
 from peft_sieve.cli import main
-from tests.adapters.saved import Adapter, saved_adapter
+from tests.adapters.saved import SHARED, Adapter, saved_adapter
 from tests.models import tiny_model, token_batch
+
+LAYERS = ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +60,38 @@ def test_it_tells_what_the_model_holds(adapter: Adapter, monkeypatch: pytest.Mon
     assert summary.calibration == config.calibration
 
 
+@pytest.mark.parametrize("shared", SHARED)
+def test_what_experts_share(shared: str, tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, "olmoe", **SHARED[shared])
+    summary = inspect_adapter(adapter.path)
+    config, model = adapter.model.peft_config["default"], adapter.model
+    parameters = {name: p.numel() for name, p in model.named_parameters() if ".mlp.experts.lora_" in name}
+    assert {layer.path: list(layer.experts) for layer in summary.layers} == config.selected_experts
+    for layer in summary.layers:
+        assert layer.num_parameters == sum(n for name, n in parameters.items() if layer.path in name)
+        assert layer.ranks == layer.lowest_ranks == {"gate_up": 6, "down": 4}
+    every = saved_adapter(
+        tmp_path / "every", "olmoe", share_outer=config.share_outer, selected_experts={p: range(8) for p in LAYERS}
+    )
+    of_all = inspect_adapter(every.path)
+    assert summary.all_experts_parameters == of_all.all_experts_parameters == of_all.expert_parameters
+    assert (summary.cold_experts, summary.share_outer) == (config.cold_experts, config.share_outer)
+    facts, layers, _ = summary.to_tables()
+    text = dict(facts.rows)["shared"]
+    assert ("all other experts" in text, "B of down_proj" in text) == (
+        "cold_experts" in SHARED[shared],
+        config.share_outer,
+    )
+    assert [row[1] for row in layers.rows] == [f"{len(layer.experts)} of 8" for layer in summary.layers]
+    assert json.loads(json.dumps(summary.to_dict()))["share_outer"] is config.share_outer
+
+
 def test_what_is_no_factor_is_counted_apart(tmp_path: Path) -> None:
     adapter = saved_adapter(tmp_path, "olmoe", modules_to_save=["lm_head"])
     summary = inspect_adapter(adapter.path)
     assert summary.other_tensors == 128 * 32
     assert summary.calibration == {}
+    assert "shared" not in dict(summary.to_tables()[0].rows)
 
 
 def test_command(adapter: Adapter, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

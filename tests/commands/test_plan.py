@@ -61,6 +61,21 @@ def test_every_option_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert [option["coverage"] for option in answer["options"]] == [None, None, None]
 
 
+def test_what_experts_share(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", str(TINY_OLMOE), "--top-k", "8", "--rank", "4", "--cold-experts", "shared", "--share-outer"]
+    alone = ["--no-attention", "--no-router", "--no-shared-experts"]
+    assert main([*words, *alone, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["cold_experts"], answer["share_outer"]) == ("shared", True)
+    # From 128 to 48 twice and back: one outer factor each, inner ones for 8 experts and the others, and for all 32.
+    counts = [option["trainable_parameters"] for option in answer["options"]]
+    assert counts == [6 * 4 * 3 * (128 + slots * 48) for slots in (9, 32)]
+    assert main([*words, *alone]) == 0
+    first, *_, hot, _ = capsys.readouterr().out.splitlines()
+    assert first.endswith("rank 4, one adapter per layer for all other experts, outer factors one per layer")
+    assert hot.startswith("8 of 32 ") and f" {counts[0]:,} " in hot
+
+
 def test_errors_are_one_sentence(olmoe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = str(tmp_path / "other.safetensors")
     RoutingProfile.from_arrays([[1, 2]]).save(other)

@@ -158,6 +158,8 @@ def test_without_sieve_options_nothing_else_is_set(monkeypatch: pytest.MonkeyPat
         (["top_k_frac"], "was given 'top_k_frac', expected FIELD=VALUE with a field of SieveLoraConfig"),
         (["topk=3"], "was given 'topk=3', expected FIELD=VALUE"),
         (["calib_dataset=a", "train_router=False"], "expected true or false: pass train_router=true"),
+        (["calib_dataset=a", "share_outer=yes"], "expected true or false: pass share_outer=true"),
+        (["calib_dataset=a", "cold_experts=true"], "cold_experts must be one of 'frozen', 'shared', got True"),
         (["calib_dataset=a", "top_k_frac=7"], "top_k_frac"),
         (["selected_experts=@nowhere.json"], "names a file that cannot be read as JSON"),
         (["top_k_frac=0.5"], "expected calib_dataset or selected_experts with it"),
@@ -172,15 +174,18 @@ def test_wrong_sieve_options_are_refused_before_anything_starts(
 
 
 def test_sieve_options_travel_as_values(tmp_path: Path) -> None:
-    mask = {"model.layers.0.mlp.experts": [1, 5]}
+    mask = {"model.layers.0.mlp.experts": [1, 5], "model.layers.1.mlp.experts": []}
     (tmp_path / "mask.json").write_text(json.dumps(mask))
     options = [f"selected_experts=@{tmp_path / 'mask.json'}", "train_router=false", "r=8", "strategy=greedy"]
+    options += ["share_outer=true", "cold_experts=shared"]
     environment = environment_with_plugin([*options, 'expert_projections=["up_proj"]', "calib_split=train[:10%]"])
     assert json.loads(environment["PEFT_SIEVE_TRL_CONFIG"]) == {
         "selected_experts": mask,
         "train_router": False,
         "r": 8,
         "strategy": "greedy",
+        "share_outer": True,
+        "cold_experts": "shared",
         "expert_projections": ["up_proj"],
         "calib_split": "train[:10%]",
     }

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from peft_sieve import SieveLoraConfig
 from peft_sieve.hf.card import END, START
+from tests.adapters.saved import SHARED, saved_adapter
 from tests.hf.saver import METHODS
 from tests.models import randomize_adapters, tiny_model, token_batch
 
@@ -93,8 +94,20 @@ def test_it_tells_what_the_experts_were_chosen_by(saved: Saved) -> None:
 def test_experts_given_by_hand_have_no_provenance(saved: Saved, tmp_path: Path) -> None:
     get_peft_model(copy.deepcopy(saved.base), sieve()).save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "Calibrated on" not in text and "None" not in text
+    assert "Calibrated on" not in text and "None" not in text and "one adapter per layer" not in text
     assert "| model.layers.0.mlp.experts | 2 of 8 |  |" in text
+
+
+@pytest.mark.parametrize("shared", SHARED)
+def test_it_tells_what_experts_share(shared: str, tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, "olmoe", **SHARED[shared])
+    text = (adapter.path / "README.md").read_text()
+    hot = sum(map(len, adapter.model.peft_config["default"].selected_experts.values()))
+    assert f"on {hot} of 16 routed experts" in text
+    together = f", and one adapter per layer that the other {16 - hot} use together, "
+    assert (together in text) == ("cold_experts" in SHARED[shared])
+    assert ("B of down_proj one per layer" in text) == ("share_outer" in SHARED[shared])
+    assert f" {adapter.model.get_nb_trainable_parameters()[0]:,} parameters," in text
 
 
 def test_its_size_is_that_of_the_file(saved: Saved) -> None:

@@ -62,6 +62,8 @@ def test_the_mask_of_a_configuration_with_layers_left_out(olmoe):
     assert lines[2].split()[1:4] == ["1", "of", "64"]
     assert lines[3].split()[1:5] == ["0", "of", "64", "0.0%"]
     assert lines[19].split()[2:5] == ["1", "of", "1024"]
+    # An empty list is how all experts of a layer share one adapter.
+    assert coverage_table(olmoe, {first: [3], olmoe.layer_names[1]: []}).split("\n") == lines
 
 
 def test_layers_without_tokens_and_layers_of_several_sizes():

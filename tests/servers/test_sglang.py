@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 
 from peft_sieve import export_lora
 from tests.adapters.saved import Adapter
+from tests.servers.conftest import SHARED_OUTER
+from tests.servers.expected import adapted_layers, deltas
 from tests.servers.wheel import Wheel, unpacked
 
 PER_EXPERT = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3")
@@ -19,7 +22,8 @@ PER_EXPERT = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3")
 
 @pytest.fixture(scope="module")
 def sglang() -> SimpleNamespace:
-    real = {"lora": "sglang.srt.lora.lora", "config": "sglang.srt.lora.lora_config", "utils": "sglang.srt.lora.utils"}
+    names = {"lora": "lora", "config": "lora_config", "utils": "utils", "pool": "mem_pool", "manager": "lora_manager"}
+    real = {key: f"sglang.srt.lora.{name}" for key, name in names.items()}
     ids = "sglang.srt.layers.utils.common"
     wheel = Wheel(unpacked("sglang"), "sglang", [*real.values(), ids])
     get_layer_id = wheel.load(ids).get_layer_id
@@ -92,3 +96,77 @@ def test_it_has_no_place_for_a_routers_adapter(
     """Why `include_router=False` exists."""
     with pytest.raises(ValueError, match=r"Cannot find target module name for .*mlp\.gate"):
         buffers(sglang, loaded(sglang, served["olmoe"][1], 2))
+
+
+# --- shared outer factors -------------------------------------------------------------------------------------------
+
+BUFFERS = ("gate_up_proj_moe", "down_proj_moe")
+MAX_RANK = 8
+
+
+def in_memory_pool(sglang: SimpleNamespace, adapter: Adapter, lora: Any, shared: bool) -> Any:
+    """Its memory pool with the experts of an adapter in it, and room for rank 8."""
+    layers = importlib.import_module("sglang.srt.lora.layers")
+    whole = {"slice_moe_lora_a_weights": lambda self, w, *_: w, "slice_moe_lora_b_weights": lambda self, w, *_: w}
+    base_layer = SimpleNamespace(is_shared_fused_moe=False, moe_tp_rank=0)
+    experts = type("Experts", (layers.FusedMoEWithLoRA,), {**whole, "base_layer": base_layer})()
+    pool, config = object.__new__(sglang.pool.LoRAMemoryPool), adapter.base.config
+    vars(pool).update(
+        base_model=adapter.base,
+        base_hf_config=config,
+        num_layer=config.num_hidden_layers,
+        max_loras_per_batch=1,
+        max_lora_rank=MAX_RANK,
+        target_modules=sglang.utils.get_normalized_target_modules(lora.config.target_modules),
+        experts_shared_outer_loras=shared,
+        strict_loading=True,
+        moe_use_local_expert_ids=False,
+        pin_memory_available=False,
+        moe_tp_size=1,
+        lora_added_tokens_size=0,
+        **{f"{place}_{side}_buffer": {} for place in ("embedding", "lm_head") for side in "AB"},
+    )
+    for side, shape in (("A", pool.get_lora_A_shape), ("B", pool.get_lora_B_shape)):
+        rows = {name: [shape(name, adapter.base, MAX_RANK, i) for i in range(pool.num_layer)] for name in BUFFERS}
+        made = {name: [torch.full(size, torch.nan) for size in sizes] for name, sizes in rows.items()}
+        setattr(pool, f"{side}_buffer", made)
+    modules = [{"experts": experts} for _ in range(pool.num_layer)]
+    pool.load_lora_weight_to_buffer("one", 0, lora, modules, None, None)
+    return pool
+
+
+@pytest.mark.parametrize(("shared", "name"), SHARED_OUTER)
+def test_it_takes_shared_outer_factors(
+    shared: str, name: str, sglang: SimpleNamespace, shared_outer: dict[tuple[str, str], tuple[Adapter, Path]]
+) -> None:
+    adapter, path = shared_outer[shared, name]
+    lora = loaded(sglang, path, adapter.base.config.num_hidden_layers)
+    # As at the start of the server, without the flag.
+    manager = SimpleNamespace(loras={"one": lora})
+    assert sglang.manager.LoRAManager._detect_shared_outer_loras(manager) is True
+    pool = in_memory_pool(sglang, adapter, lora, shared=True)
+    ours = adapted_layers(adapter)
+    for index in range(pool.num_layer):
+        a = {key: buffer[index][0] for key, buffer in pool.A_buffer.items()}
+        b = {key: buffer[index][0] for key, buffer in pool.B_buffer.items()}
+        assert a["gate_up_proj_moe"].shape == (1, 2 * MAX_RANK, 32)
+        assert b["down_proj_moe"].shape == (1, 32, MAX_RANK)
+        gate_b, up_b = b["gate_up_proj_moe"].chunk(2, dim=1)
+        gate_a, up_a = a["gate_up_proj_moe"].chunk(2, dim=1)
+        computed = {"gate_proj": gate_b @ gate_a, "up_proj": up_b @ up_a}
+        computed["down_proj"] = b["down_proj_moe"] @ a["down_proj_moe"]
+        for projection, delta in computed.items():
+            expected = deltas(ours[index])[projection] if index in ours else torch.zeros_like(delta)
+            assert torch.allclose(delta, expected, rtol=1e-4, atol=1e-6), (index, projection)
+
+
+def test_it_refuses_own_outer_factors_where_shared_ones_are_wanted(
+    sglang: SimpleNamespace, served: dict[str, tuple[Adapter, Path]], tmp_path: Path
+) -> None:
+    """Why the layout exists, and that the check above can fail."""
+    adapter, _ = served["olmoe"]
+    export_lora(adapter.path, tmp_path / "lora", include_router=False)
+    lora = loaded(sglang, tmp_path / "lora", 2)
+    assert sglang.manager.LoRAManager._detect_shared_outer_loras(SimpleNamespace(loras={"one": lora})) is False
+    with pytest.raises(ValueError, match=r"lora_A dict has 8 entries \(expected 1\)"):
+        in_memory_pool(sglang, adapter, lora, shared=True)

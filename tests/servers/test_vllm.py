@@ -12,6 +12,8 @@ import torch
 
 from peft_sieve.adapters.plain.export import STACKED_IN_VLLM
 from tests.adapters.saved import Adapter
+from tests.servers.conftest import SHARED_OUTER
+from tests.servers.expected import adapted_layers, deltas
 from tests.servers.wheel import Wheel, unpacked
 
 # vLLM's models: the linear layers (packed ones by their parts), and what the checkpoint calls an expert's matrices.
@@ -33,17 +35,23 @@ TWO_D = ("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3")
 @pytest.fixture(scope="module")
 def vllm() -> SimpleNamespace:
     names = ("peft_helper", "lora_weights", "lora_model", "utils", "model_manager")
-    wheel = Wheel(
-        unpacked("vllm"), "vllm", [f"vllm.lora.{name}" for name in names], {"vllm.utils.torch_utils.PIN_MEMORY": False}
-    )
-    return SimpleNamespace(**{name: wheel.load(f"vllm.lora.{name}") for name in names})
+    real = [*(f"vllm.lora.{name}" for name in names), "vllm.lora.layers.fused_moe"]
+    wheel = Wheel(unpacked("vllm"), "vllm", real, {"vllm.utils.torch_utils.PIN_MEMORY": False})
+    return SimpleNamespace(**{name.rpartition(".")[2]: wheel.load(name) for name in real})
 
 
-def loaded(vllm: SimpleNamespace, name: str, path: Path, linears: tuple[str, ...] | None = None) -> Any:
+def loaded(
+    vllm: SimpleNamespace,
+    name: str,
+    path: Path,
+    linears: tuple[str, ...] | None = None,
+    experts: list[str] | None = None,
+) -> Any:
     """As `WorkerLoRAManager._load_adapter` does it."""
     helper = vllm.peft_helper.PEFTHelper.from_local_dir(str(path), None)
     helper.validate_legal(SimpleNamespace(max_lora_rank=8))
-    experts = [f"experts.{e}.{m}" for e in range(8) for m in matrices(name)] if name in TWO_D else []
+    if experts is None:
+        experts = [f"experts.{e}.{m}" for e in range(8) for m in matrices(name)] if name in TWO_D else []
     expected = {*(LINEARS[name] if linears is None else linears), "experts", *experts}
     return vllm.lora_model.LoRAModel.from_local_checkpoint(
         str(path), expected, helper, lora_model_id=1, device="cpu", dtype=torch.float32
@@ -111,6 +119,69 @@ def test_it_packs_the_adapters_own_deltas(
 def test_its_check_can_fail(vllm: SimpleNamespace, served: dict[str, tuple[Adapter, Path]]) -> None:
     with pytest.raises(ValueError, match=r"expected target modules in .* but received .*mlp\.gate"):
         loaded(vllm, "olmoe", served["olmoe"][1], linears=ATTENTION)
+
+
+def shared_names(vllm: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a server with `enable_moe_shared_loras` calls the experts' factors."""
+    monkeypatch.setattr(vllm.utils, "get_packed_modules_mapping", lambda model: {})
+    monkeypatch.setattr(vllm.utils, "is_moe_model", lambda model: True)
+    names: list[str] = vllm.utils.process_packed_modules_mapping(None, enable_moe_shared_loras=True)["experts"]
+    return names
+
+
+def with_shared_outer(vllm: SimpleNamespace, lora: Any) -> dict[int, dict[str, torch.Tensor]]:
+    """Block -> projection -> what its buffers for experts, which have room for rank 8, come to in each expert."""
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for path, packed in lora.loras.items():
+        if not path.endswith(".experts"):
+            continue
+        layer = object.__new__(vllm.fused_moe.FusedMoEWithLoRA)
+        sizes = SimpleNamespace(hidden_dim=32, intermediate_size_per_partition=24, num_local_experts=8, num_experts=8)
+        options = SimpleNamespace(max_lora_rank=8, lora_dtype=torch.float32)
+        layer.moe_config, layer.device, layer.tp_size, layer._w13_slices = sizes, torch.device("cpu"), 1, 2
+        layer.fully_sharded, layer.enable_moe_shared_loras, layer.adapter_enabled = False, True, [0]
+        layer._create_lora_a_weights(1, options)
+        layer._create_lora_b_weights(1, options)
+        layer.set_lora(0, packed.lora_a, packed.lora_b)
+        # Its kernels take a buffer for one expert as one for all.
+        w1, w3 = (b[0] @ a[0] for a, b in zip(layer.w13_lora_a_stacked, layer.w13_lora_b_stacked, strict=True))
+        w2 = layer.w2_lora_b_stacked[0][0] @ layer.w2_lora_a_stacked[0][0]
+        assert layer.w13_lora_a_stacked[0].shape == (1, 1, 8, 32)
+        assert layer.w2_lora_b_stacked[0].shape == (1, 1, 32, 8)
+        found[int(path.split(".")[2])] = {"gate_proj": w1, "up_proj": w3, "down_proj": w2}
+    return found
+
+
+@pytest.mark.parametrize(("shared", "name"), SHARED_OUTER)
+def test_it_takes_shared_outer_factors(
+    shared: str,
+    name: str,
+    vllm: SimpleNamespace,
+    shared_outer: dict[tuple[str, str], tuple[Adapter, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    adapter, path = shared_outer[shared, name]
+    names = shared_names(vllm, monkeypatch)
+    lora = loaded(vllm, name, path, experts=names)
+    # Also models whose other adapters are stacked have no layers of three dimensions then.
+    of = manager(vllm, "olmoe" if name == "gpt_oss" else name, adapter)
+    of._enable_moe_shared_loras, of.packed_modules_mapping, of.packed_modules = True, {"experts": names}, {}
+    for experts in of.modules:
+        of._register_packed_modules(experts)
+    of._create_merged_loras_inplace(lora)
+    computed, ours = with_shared_outer(vllm, lora), adapted_layers(adapter)
+    assert computed.keys() == ours.keys()
+    for index, layer in ours.items():
+        for projection, expected in deltas(layer).items():
+            assert torch.allclose(computed[index][projection], expected, rtol=1e-4, atol=1e-6), (index, projection)
+
+
+def test_its_check_for_shared_outer_factors_can_fail(
+    vllm: SimpleNamespace, served: dict[str, tuple[Adapter, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = shared_names(vllm, monkeypatch)
+    with pytest.raises(ValueError, match=r"expected target modules in .* but received .*experts\.0\.gate_proj"):
+        loaded(vllm, "olmoe", served["olmoe"][1], experts=names)
 
 
 def test_which_models_it_reads_stacked() -> None:

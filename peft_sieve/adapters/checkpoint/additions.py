@@ -69,7 +69,7 @@ def stacks_of(layer: MoELayer) -> dict[str, tuple[tuple[int, ...], int]]:
 def _of_experts(layer: MoELayer, adapted: SieveExpertLayer, name: str) -> Iterator[Addition]:
     plan, linears, stacks = adapted.plans[name], layer.linears, stacks_of(layer)
     numbers = {weight: row_numbers(shape, columns) for weight, (shape, columns) in stacks.items()}
-    for projection, expert in itertools.product(plan.ranks, plan.experts):
+    for projection, expert in itertools.product(plan.ranks, plan.adapted):
         delta: Callable[[], torch.Tensor] = partial(adapted.get_delta_weight, name, projection, expert)
         if linears:
             size_in, size_out = layer.shape.projections[projection]

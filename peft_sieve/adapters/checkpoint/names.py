@@ -6,7 +6,7 @@ it writes back tiny tensors whose values say where they came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -54,22 +54,47 @@ def matrix_names(skeleton: PreTrainedModel, layers: list[MoELayer]) -> dict[str,
     Raises:
         SieveError: transformers cannot tell.
     """
-    names: dict[str, MatrixNames] = {}
-    probes: dict[str, torch.Tensor] = {}
-    matrices: list[tuple[MoELayer, str, int]] = []
-    for layer in layers:
-        if linears := layer.linears:
-            names[layer.path] = linears
-        elif layer.family.in_stacks and all(is_stack(layer, p) for p in parameters_of(layer)):
-            for parameter in parameters_of(layer):
-                probes[f"{layer.experts_path}.{parameter}"] = _numbered(layer, parameter, len(matrices))
-                matrices += [(layer, p, e) for e in range(layer.num_experts) for p in projections_in(layer, parameter)]
-    for name, value in (reverted(skeleton, probes) if probes else {}).items():
-        if value.numel() == 1 and name.endswith(".weight"):
-            layer, projection, expert = matrices[int(value)]
+    names = {layer.path: dict(layer.linears) for layer in layers if layer.linears}
+    for name, held in _stored(skeleton, layers):
+        if len(held) == 1 and name.endswith(".weight"):
+            ((layer, projection, expert),) = held
             names.setdefault(layer.path, {})[projection, expert] = name.removesuffix(".weight")
     number = {layer.path: len(layer.shape.projections) * layer.num_experts for layer in layers}
     return {path: of_layer for path, of_layer in names.items() if len(of_layer) == number[path]}
+
+
+def experts_names(skeleton: PreTrainedModel, layers: list[MoELayer]) -> dict[str, str]:
+    """The name that checkpoints have for the module of all experts of a layer, by the paths of layers.
+
+    Args:
+        layers: all that the model has.
+
+    Raises:
+        SieveError: transformers cannot tell.
+    """
+    names = {layer.path: layer.experts_path for layer in layers}
+    for name, held in _stored(skeleton, layers):
+        layer, _, expert = held[0]
+        alone = len(held) == 1 and f".{expert}." in name
+        names[layer.path] = name.rpartition(f".{expert}.")[0] if alone else name.rpartition(".")[0]
+    return names
+
+
+def _stored(skeleton: PreTrainedModel, layers: list[MoELayer]) -> Iterator[tuple[str, list[tuple[MoELayer, str, int]]]]:
+    """The tensors in which checkpoints have the experts of stacks, and the matrices (layer, projection, expert) in it.
+
+    Args:
+        layers: all that the model has: some conversions need several at once.
+    """
+    probes: dict[str, torch.Tensor] = {}
+    matrices: list[tuple[MoELayer, str, int]] = []
+    for layer in layers:
+        stacked = layer.family.in_stacks and all(is_stack(layer, p) for p in parameters_of(layer))
+        for parameter in parameters_of(layer) if stacked and not layer.linears else ():
+            probes[f"{layer.experts_path}.{parameter}"] = _numbered(layer, parameter, len(matrices))
+            matrices += [(layer, p, e) for e in range(layer.num_experts) for p in projections_in(layer, parameter)]
+    for name, value in (reverted(skeleton, probes) if probes else {}).items():
+        yield name, [matrices[int(number)] for number in value.flatten()]
 
 
 def _numbered(layer: MoELayer, parameter: str, first: int) -> torch.Tensor:

@@ -47,7 +47,7 @@ class ExportedLora:
     """What `export_lora` wrote.
 
     Attributes:
-        layout: "per_expert" or "stacked".
+        layout: "per_expert", "stacked" or "shared_outer".
         r: rank in the configuration; every pair of factors has it, those of a stacked `gate_up_proj` twice that.
         max_rank: the largest rank that a server must allow.
         num_parameters: numbers in the file, the zeros included.
@@ -72,11 +72,12 @@ def export_lora(
 ) -> ExportedLora:
     """Write a sparse adapter as plain LoRA that PEFT, vLLM, SGLang and llama.cpp's converter load without this package.
 
-    It computes the same as the adapter: experts without factors get zeros, the scaling is folded into B
-    (`lora_alpha = r`), factors of lower rank are padded with zeros. Embeddings of a resized vocabulary, and those saved
-    with the adapter, go along as in PEFT's own files. Where the base model is the text part of a larger model, loaded
-    from its checkpoint (`AutoModelForCausalLM` of one that sees), each tensor is there under the names of both, so that
-    the file loads on both; a warning says so if only the text model can load it. Base weights are not read.
+    It computes the same as the adapter: experts without factors get zeros, factors that experts share are there for
+    each of them, the scaling is folded into B (`lora_alpha = r`), factors of lower rank are padded with zeros.
+    Embeddings of a resized vocabulary, and those saved with the adapter, go along as in PEFT's own files. Where the
+    base model is the text part of a larger model, loaded from its checkpoint (`AutoModelForCausalLM` of one that sees),
+    each tensor is there under the names of both, so that the file loads on both; a warning says so if only the text
+    model can load it. Base weights are not read.
 
     Args:
         adapter: a `PeftModel`, or the path or Hub id of a saved adapter.
@@ -85,8 +86,10 @@ def export_lora(
         base_model: for a saved adapter: the base model, or its path or Hub id, of which the configuration is read;
             None takes what the adapter names.
         layout: "per_expert" (a pair of factors per expert and projection, named as in the base model's checkpoint),
-            "stacked" (PEFT's `target_parameters`: a pair per stack of experts) or "auto" (what the servers of this
-            model read).
+            "stacked" (PEFT's `target_parameters`: a pair per stack of experts), "auto" (one of these two: what the
+            servers of this model read) or "shared_outer" (for adapters with `share_outer`: A of gate and up and B of
+            down once per layer, for SGLang with `experts_shared_outer_loras` and vLLM with `enable_moe_shared_loras`;
+            PEFT does not load it).
         adapter_name: which adapter of the model; needed if it holds several sieve adapters.
         include_router: False leaves the router's adapter out, which changes what is computed; for servers that have
             no LoRA on routers.
@@ -103,6 +106,8 @@ def export_lora(
     opened = open_adapter(adapter, base_model, adapter_name, _refuse_what_is_no_lora)
     layers = opened.moe_layers()
     _refuse_layouts_without_lora(layers)
+    if layout == "shared_outer":
+        _refuse_own_outer_factors(opened.config)
     layouts = _layouts_to_try(layout, opened, layers)
     routers = {router.path for layer in layers for router in layer.routers}
     others = {path: layer for path, layer in opened.other_layers() if include_router or path not in routers}
@@ -114,7 +119,7 @@ def export_lora(
         save_file(tensors, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
         _write_config(plain.config, Path(staging, CONFIG_NAME))
         tags = ["lora", "mixture-of-experts"]
-        write_card(opened, staging, "LoRA for {}", _card_text(opened, layers, chosen), library="peft", tags=tags)
+        write_card(opened, staging, "LoRA for {}", _card_text(opened, layers, plain, chosen), library="peft", tags=tags)
     max_rank = max([rank, *(plain.config.rank_pattern or {}).values()])
     return ExportedLora(chosen, rank, max_rank, sum(t.numel() for t in tensors.values()), str(output))
 
@@ -169,7 +174,17 @@ def _refuse_routers_read_by_weight(layers: list[MoELayer], others: dict[str, Lor
                 )
 
 
+def _refuse_own_outer_factors(config: SieveLoraConfig) -> None:
+    if not config.share_outer:
+        raise SieveError(
+            "layout='shared_outer' does not fit this adapter, whose experts have own outer factors "
+            "(share_outer=False). Pass 'auto'."
+        )
+
+
 def _layouts_to_try(layout: str, opened: OpenedAdapter, layers: list[MoELayer]) -> list[str]:
+    if layout == "shared_outer":
+        return [layout]
     if any(layer.linears for layer in layers):
         if layout == "stacked":
             raise SieveError(
@@ -220,10 +235,15 @@ def _write_config(config: LoraConfig, path: Path) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _card_text(opened: OpenedAdapter, layers: list[MoELayer], layout: str) -> str:
-    adapted = sum(len(layer.plans[opened.name].experts) for layer in opened.expert_layers().values())
+def _card_text(opened: OpenedAdapter, layers: list[MoELayer], plain: PlainLora, layout: str) -> str:
+    plans = [layer.plans[opened.name] for layer in opened.expert_layers().values()]
+    own, shared = (sum(len(getattr(plan, which)) for plan in plans) for which in ("experts", "cold"))
+    together = f"; {shared} others use one adapter per layer together" if shared else ""
+    readers = "with PEFT, and with servers that read LoRA for this model, without any plugin"
+    if not plain.for_peft:
+        readers = "in SGLang (`--experts-shared-outer-loras`) and vLLM (`--enable-moe-shared-loras`), not in PEFT"
     return (
-        f"A sparse expert adapter ({adapted} of {sum(layer.num_experts for layer in layers)} routed experts) written "
-        f"as plain LoRA by `peft_sieve`, layout `{layout}`. The factors of the other experts are zeros; the scaling is "
-        "folded into B. It loads with PEFT, and with servers that read LoRA for this model, without any plugin."
+        f"A sparse expert adapter ({own} of {sum(layer.num_experts for layer in layers)} routed experts{together}) "
+        f"written as plain LoRA by `peft_sieve`, layout `{layout}`. The factors of experts without an adapter are "
+        f"zeros; the scaling is folded into B. It loads {readers}."
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from functools import partial
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from ...moe.topology import MoELayer
-from ...tuners.common.experts.layer import SieveExpertLayer
+from ...tuners.common.experts.factors import OUTER_FACTORS
+from ...tuners.common.experts.layer import SieveExpertLayer, group_of
 from ..reading import KEY_PREFIX, OpenedAdapter, lora_factors
 from ..stack_layout import is_transposed, matrix_in, projections_in
 from ..vocabulary import Embeddings
@@ -23,7 +25,7 @@ class PlainFactors:
     def __init__(self, layer: MoELayer, adapted: SieveExpertLayer | None, name: str, rank: int, like: torch.Tensor):
         self.layer, self.shape, self.rank, self.like = layer, layer.shape, rank, like
         self.adapted, self.name = adapted, name
-        self.experts = adapted.plans[name].experts if adapted is not None else ()
+        self.experts = adapted.plans[name].adapted if adapted is not None else ()
 
     def a(self, projection: str, expert: int) -> torch.Tensor:
         """(rank, in)"""
@@ -50,6 +52,23 @@ class PlainFactors:
         """PEFT's B of a stack, (out, ranks * matrices), the matrix fastest."""
         factor = self._inward(parameter).transpose(1, 2) if self._is_swapped(parameter) else self._outward(parameter)
         return factor.permute(1, 2, 0).reshape(factor.shape[1], -1)
+
+    def shared_outer(self, key: str, projection: str) -> Tensors:
+        """The factors of all experts as stacks, (experts, ...), of one matrix where all experts share the factor.
+
+        Args:
+            key: what goes before the names of the factors.
+        """
+        experts, (size_in, size_out) = self.shape.num_experts, self.shape.projections[projection]
+        of_a, of_b = (1, experts) if f"{group_of(projection)}_A" in OUTER_FACTORS else (experts, 1)
+        return {
+            f"{key}.lora_A.weight": ((of_a, self.rank, size_in), partial(self._all, self.a, projection, of_a)),
+            f"{key}.lora_B.weight": ((of_b, size_out, self.rank), partial(self._all, self.b, projection, of_b)),
+        }
+
+    def _all(self, factor: Callable[[str, int], torch.Tensor], projection: str, count: int) -> torch.Tensor:
+        """One factor of all experts, or of one of those that have some."""
+        return torch.stack([factor(projection, e) for e in (range(count) if count > 1 else self.experts[:1])])
 
     def _is_swapped(self, parameter: str) -> bool:
         """Whether PEFT takes the matrices of a stack for (out, in), and they are (in, out), or the other way round.

@@ -21,7 +21,7 @@ from ..skeleton import Maker, maker_like, skeleton_maker
 from ..stack_layout import matrix_in, parameter_of
 from ..vocabulary import Embeddings, live_embeddings, with_vocabulary_of
 from .larger_model import larger_model, without_larger
-from .other_files import Matrix, in_pefts_order, with_absent_experts
+from .other_files import Matrix, in_pefts_order, refuse_shared_outer, with_absent_experts
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,10 @@ def open_full_lora(lora: Any, base_model: Any, paths: Iterable[str], check: Call
         make, base_name = skeleton_maker(base_model, config, list(paths))
     except SieveError:  # the mask is compared with the model later, in words of its own
         make, base_name = skeleton_maker(base_model, config, [])
+    tensors = saved_weights(path)
+    refuse_shared_outer(tensors, path)
     # An export for a text model has the names of the model around it, too.
-    tensors = without_larger(saved_weights(path), larger_model(make(), base_name, make))
+    tensors = without_larger(tensors, larger_model(make(), base_name, make))
     make = with_vocabulary_of(make, tensors, KEY_PREFIX)
     config.inference_mode = True
     try:

@@ -80,6 +80,8 @@ def for_both(plain: PlainLora, larger: LargerModel) -> PlainLora:
         SieveError: PEFT would not find a place for all of them there.
     """
     there = {KEY_PREFIX + larger.renamed(key.removeprefix(KEY_PREFIX)): made for key, made in plain.tensors.items()}
+    if not plain.for_peft:
+        return replace(plain, tensors=plain.tensors | there)
     config = copy.deepcopy(plain.config)
     model = larger.new_skeleton()
     modules = {path for path, _ in model.named_modules()}

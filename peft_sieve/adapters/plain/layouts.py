@@ -1,7 +1,8 @@
-"""Plain LoRA for a MoE model in the two layouts there are, and what PEFT makes of its configuration.
+"""Plain LoRA for a MoE model in the layouts there are, and what PEFT makes of its configuration.
 
 `stacked` has the keys of PEFT's `target_parameters`: what its layers are called on the model. `per_expert` has a pair
 of factors per matrix, named as in the base model's checkpoint; PEFT turns those into its own when it loads them.
+`shared_outer` has the factors that experts share once, for servers; PEFT has no place for it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ...checks import first_line
 from ...errors import SieveError
 from ...moe.topology import MoELayer
 from ...tuners.common.patterns import UNMATCHED_IN_PEFT
-from ..checkpoint.names import matrix_names, module_names
+from ..checkpoint.names import experts_names, matrix_names, module_names
 from ..reading import KEY_PREFIX, OpenedAdapter, lora_factors, lora_layers
 from ..stack_layout import parameters_of
 from .factors import Tensors, embedding_tensors, linear_factors, plain_factors
@@ -30,10 +31,16 @@ from .naming import name_matrices, name_modules, name_stacks
 
 @dataclass(frozen=True)
 class PlainLora:
-    """A plain LoRA before it is written."""
+    """A plain LoRA before it is written.
+
+    Attributes:
+        config, tensors: what its two files hold.
+        for_peft: whether PEFT loads it, too, and not only servers.
+    """
 
     config: LoraConfig
     tensors: Tensors
+    for_peft: bool = True
 
 
 def stacked(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, LoraLayer], rank: int) -> PlainLora:
@@ -96,8 +103,49 @@ def per_expert(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, 
     return plain
 
 
+def shared_outer(opened: OpenedAdapter, layers: list[MoELayer], others: dict[str, LoraLayer], rank: int) -> PlainLora:
+    """Three pairs of factors per layer, each with a dimension of experts before the others, of size 1 if all share it.
+
+    vLLM takes it with `enable_moe_shared_loras` and these names only; SGLang (`experts_shared_outer_loras`) takes them,
+    too, and sees by the sizes what is shared.
+    """
+    skeleton = opened.new_skeleton()
+    names, places = module_names(skeleton, others), experts_names(skeleton, layers)
+    tensors: Tensors = {}
+    for path, other in others.items():
+        tensors |= linear_factors(f"{KEY_PREFIX}{names[path]}", other, opened.name, rank)
+    factors, adapted = plain_factors(opened, layers, rank), opened.expert_layers()
+    for layer in layers:
+        if layer.path in adapted:
+            _check_servers_know(layer, places[layer.path], type(skeleton).__name__)
+            for projection, name in _NAMES_IN_SERVERS.items():
+                key = f"{KEY_PREFIX}{places[layer.path]}.{name}"
+                tensors |= factors[layer.path].shared_outer(key, projection)
+    config = _plain_config(opened, rank)
+    name_modules(config, skeleton, others)
+    # By their last words SGLang knows what to make room for.
+    config.target_modules = sorted({*(config.target_modules or ()), *_NAMES_IN_SERVERS})
+    return PlainLora(config, tensors | embedding_tensors(opened.embeddings, others), for_peft=False)
+
+
+# What servers call the projections of all experts.
+_NAMES_IN_SERVERS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def _check_servers_know(layer: MoELayer, name: str, model: str) -> None:
+    problem = None
+    if not name.endswith(".experts"):
+        problem = f"are called {name} in checkpoints of {model}, and servers look for names that end in '.experts'"
+    elif layer.shape.projections.keys() != _NAMES_IN_SERVERS.keys():
+        problem = f"have {', '.join(layer.shape.projections)} only, and vLLM wants {', '.join(_NAMES_IN_SERVERS)}"
+    if problem:
+        raise SieveError(
+            f"layout='shared_outer' is not supported here: the experts of {layer.path} {problem}. Pass 'auto'."
+        )
+
+
 # Name -> what builds it of (the opened adapter, all MoE layers, PEFT's layers by path, the common rank).
-LAYOUTS = {"per_expert": per_expert, "stacked": stacked}
+LAYOUTS = {"per_expert": per_expert, "stacked": stacked, "shared_outer": shared_outer}
 
 
 def _plain_config(opened: OpenedAdapter, rank: int) -> LoraConfig:

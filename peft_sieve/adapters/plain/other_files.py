@@ -1,4 +1,4 @@
-"""Files of ordinary LoRA that PEFT would misread: factors of some experts only, and another order of a stack's B."""
+"""Files of ordinary LoRA that PEFT would misread: factors of some or all experts, and another order of a stack's B."""
 
 from __future__ import annotations
 
@@ -59,6 +59,20 @@ def with_absent_experts(
         for side in ("lora_A", "lora_B")
     }
     return {**zeros, **tensors}, absent
+
+
+def refuse_shared_outer(tensors: Mapping[str, torch.Tensor], path: str) -> None:
+    """Refuse a file that has factors of all experts in one tensor with a dimension of experts, as some servers take it.
+
+    Raises:
+        SieveError: it has some.
+    """
+    stacks = [key for key, tensor in tensors.items() if ".experts." in key and tensor.dim() == 3]
+    if stacks:
+        raise SieveError(
+            f"The LoRA {path!r} has factors that experts share ({stacks[0].removeprefix(KEY_PREFIX)}), a form for "
+            "servers. Pass a LoRA with a pair per expert (export_lora writes it with layout='auto'), or PEFT's own."
+        )
 
 
 def in_pefts_order(

@@ -156,5 +156,9 @@ def test_the_preset_takes_the_routers_top_k(tmp_path: Path) -> None:
     with pytest.raises(SieveError, match="num_experts_per_tok.*top_k"):
         hellora_config(plain)
     assert hellora_config(plain, top_k=2).selected_experts == {"layers.0": [0, 2]}
+    # As in calibration: experts of a layer that no token reached share an adapter, or have none.
+    reached = RoutingProfile.from_arrays([[3, 1], [0, 0]])
+    for cold, mask in (("frozen", {"layers.0": [0]}), ("shared", {"layers.0": [0], "layers.1": []})):
+        assert hellora_config(reached, top_k=1, cold_experts=cold).selected_experts == mask
     with pytest.raises(SieveError, match="hellora_config .*calib_dataset"):
         hellora_config(profile, calib_dataset=rows())
