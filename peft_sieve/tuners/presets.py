@@ -48,7 +48,7 @@ def hellora_config(profile: RoutingProfile, *, hellori: bool = False, **options:
         options = {"hellori_density": HELLORI_DENSITY, **dict.fromkeys(always_active, False), **options}
     checked = SieveLoraConfig(**options)
     selection = select_experts(profile, **checked.selection_options())
-    mask = {path: ids for path, ids in selection.to_dict().items() if ids}
+    mask = {path: ids for path, ids in selection.to_dict().items() if checked.adapts(ids)}
     known = ("dataset", "fingerprint", "samples", "tokens")
     calibration = None
     if all(name in profile.metadata for name in known):
