@@ -39,7 +39,7 @@ class RoutingDriftCallback(TrainerCallback):
 
     - `routing_jaccard`: agreement of the mask with the one that these counts would give, with as many experts in each
       layer; mean over layers. Few tokens give another mask by chance alone: what to watch is its change.
-    - `routing_coverage`: share of this traffic that the adapted experts got; mean over layers.
+    - `routing_coverage`: share of this traffic that the selected experts got; mean over layers.
     - `routing_tokens`: how many tokens that is.
 
     Both go by the score that the adapter was calibrated with, and by gate weights and counts over all tokens in the
@@ -53,7 +53,8 @@ class RoutingDriftCallback(TrainerCallback):
         every: optimizer steps from one counted step to the next, from the first on.
 
     Raises:
-        SieveError: no sieve adapter is being trained, or its routing cannot be counted; also when training begins.
+        SieveError: no sieve adapter is being trained, or one without selected experts, or its routing cannot be
+            counted; also when training begins.
     """
 
     def __init__(self, trainer: Trainer, *, every: int = 10) -> None:
@@ -94,6 +95,11 @@ class _DriftTraffic(Traffic):
         super().__init__(self.model, SieveExpertLayer)
         self.adapter = _trained_adapter(trainer, [layer for _, layer in self.layers])
         self.layers = [(parent, layer) for parent, layer in self.layers if self.adapter in layer.plans]
+        if not any(self.mask.values()):
+            raise SieveError(
+                f"Adapter '{self.adapter}' has no selected experts that routing could drift away from: all experts of "
+                "a layer share one adapter. Leave RoutingDriftCallback out."
+            )
         score: str = model.peft_config[self.adapter].score
         self.score = _OVER_TOKENS.get(score, score)
         check_score(self.score)
@@ -118,7 +124,7 @@ class _DriftTraffic(Traffic):
 
     @property
     def mask(self) -> ExpertSelection:
-        """The experts that have an adapter now; EPnG changes them in training."""
+        """The experts that have an adapter of their own now; EPnG changes them in training."""
         return ExpertSelection({layer.path: layer.plans[self.adapter].experts for _, layer in self.layers})
 
     def drift(self) -> dict[str, float]:

@@ -66,7 +66,8 @@ def warm_up_profile(
         data: as for `profile_routing`, of known size: no iterators. Batches that are ready for the model may bring
             `labels`; otherwise all tokens have a loss.
         fraction: share of the samples, in (0, 1], drawn with `seed`; rounded up.
-        config: the settings of LoRA, except for its experts, which are all; None is `SieveLoraConfig()`.
+        config: the settings of LoRA, except for its experts, which are all, so that none is left for `cold_experts`;
+            None is `SieveLoraConfig()`.
         learning_rate: of AdamW, constant, without weight decay.
         tokenizer: this and the next four as for `profile_routing`.
         formatting_func: row -> text, for rows in another form.

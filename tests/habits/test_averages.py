@@ -31,6 +31,9 @@ OTHER = {FIRST: [1, 2, 6], SECOND: [0, 3, 4]}
 METHODS: dict[str, Callable[[], Any]] = {
     **{name: CONFIGS[name] for name in ("epng", "perft_e", "lora_moe")},
     "sieve": lambda: SieveLoraConfig(r=2, selected_experts=MASK, task_type="CAUSAL_LM"),
+    "shared": lambda: SieveLoraConfig(
+        r=2, selected_experts=MASK, cold_experts="shared", share_outer=True, task_type="CAUSAL_LM"
+    ),
     "hellori": lambda: SieveLoraConfig(r=2, selected_experts=MASK, hellori_density=0.5, task_type="CAUSAL_LM"),
 }
 each_method = pytest.mark.parametrize("method", METHODS)

@@ -18,7 +18,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+
+from tests.models import tiny_model, token_batch
+from tests.reference import assert_same
+from tests.workers.sharded import SHARDED, adapted, train_a_step
 
 ROOT = Path(__file__).parents[2]
 # The workers end by themselves before that, also if they hang.
@@ -125,6 +130,7 @@ def test_same_data_give_what_one_process_gets(outcome: Outcome) -> None:
     ("scenario", "words"),
     [
         ("different_masks", ["processes [1] of 2 hold other selected_experts than process 0"]),
+        ("different_cold_experts", ["processes [1] of 2 hold other cold_experts than process 0"]),
         ("mask_and_calibration", ["processes [1] of 2", "than process 0"]),
         ("masks_made_before_connecting", ["processes [1] of 2 hold other selected experts than process 0"]),
         ("native_masks_made_before_connecting", ["processes [1] of 2 hold other selected experts than process 0"]),
@@ -179,3 +185,21 @@ def test_drift_is_logged_over_all_processes(outcome: Outcome) -> None:
         assert logged["routing_tokens"] == sum(sum(part["mask"]) for part in parts)
         assert logged["routing_coverage"] == pytest.approx(sum(coverage) / len(coverage))
         assert logged["routing_jaccard"] == pytest.approx(sum(jaccard) / len(jaccard))
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_gradients_and_adapters_under_fsdp2_are_those_of_one_process(name: str, outcome: Outcome, folder: Path) -> None:
+    held = [rank[name] for rank in outcome("sharded")]
+    assert held == ([2, 1] if name == "plain" else [1, 0])
+    model = adapted(**SHARDED[name])
+    train_a_step(model, token_batch(model, batch=2))
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found = load_file(folder / "sharded" / name / "gradients.safetensors")
+    assert found.keys() == expected.keys()
+    for parameter_name, gradient in expected.items():
+        assert_same(found[parameter_name], gradient, parameter_name, rtol=1e-4, atol=1e-5)
+    loaded = PeftModel.from_pretrained(tiny_model("olmoe"), folder / "sharded" / name)
+    saved = get_peft_model_state_dict(loaded)
+    for key, value in get_peft_model_state_dict(model).items():
+        assert_same(saved.pop(key) + 3, value.detach() + 3, key, rtol=1e-4, atol=1e-5)
+    assert not saved

@@ -395,6 +395,13 @@ def test_averages_over_samples_are_taken_over_tokens(score: str, tokens: Dataset
     assert logs[0] == logs[1] and len(logs[0]) == 2
 
 
+def test_what_cold_experts_share_is_not_in_the_mask(tokens: Dataset, tmp_path: Path) -> None:
+    trainer = plain(tokens, tmp_path, config(cold_experts="shared", share_outer=True))
+    trainer.add_callback(RoutingDriftCallback(trainer, every=EVERY))
+    trainer.train()
+    check_logs(trainer)
+
+
 def test_the_mask_is_that_of_the_moment(tokens: Dataset, tmp_path: Path) -> None:
     """EPnG's moves."""
     given = EpngConfig(r=2, lora_alpha=4, warmup_steps=1, update_interval=1, prune_ratio=0.5, task_type="CAUSAL_LM")
@@ -433,6 +440,9 @@ def test_what_is_refused(tokens: Dataset, tmp_path: Path) -> None:
     with pytest.raises(SieveError, match="RoutingDriftCallback does not support a compiled model"):
         RoutingDriftCallback(trainer)
     plain_mlp._compiled_call_impl = None
+    everything = {"cold_experts": "shared", "mask": {f"model.layers.{i}.mlp.experts": [] for i in range(LAYERS)}}
+    with pytest.raises(SieveError, match="'default' has no selected experts .*Leave RoutingDriftCallback out"):
+        RoutingDriftCallback(plain(tokens, tmp_path, config(**everything)))
     trainer.args._n_gpu = 2
     with pytest.raises(SieveError, match="one process over 2 GPUs"):
         RoutingDriftCallback(trainer)

@@ -229,6 +229,24 @@ def test_two_active_adapters_add_up(backend: str) -> None:
     assert len(compared) == 11
 
 
+def test_adapters_that_share_factors_differently_add_up(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is cold for one is hot for another, so no order makes the cold experts of all of them neighbours."""
+    monkeypatch.setattr(fused, "CHUNK_ROWS", 8)
+    layer = make_layer("gpt_oss", dtype=torch.float32, cold_experts="shared")
+    others = {
+        "both": ([0, 2, 3], {"cold_experts": "shared", "share_outer": True, "r": 8}),
+        "everything": ([], {"cold_experts": "shared", "share_outer": True, "expert_projections": ["down_proj"]}),
+        "outer": ([1, 4], {"share_outer": True, "r": 3}),
+        "plain": ([4, 5], {}),
+    }
+    for name, (ids, options) in others.items():
+        layer.update_layer(name, ids, SieveLoraConfig(**{"r": 4, "lora_dropout": 0.0, **options}))
+    randomize(layer)
+    layer.set_adapter(["default", *others])
+    compared = [assert_same(f, s, what, rtol=2e-4, atol=2e-5) for what, f, s in both(layer, torch.float32)]
+    assert len(compared) == 3 + 4 * 4 + 2
+
+
 def test_dropout_acts_on_expert_adapters_only_while_training(backend: str) -> None:
     layer = make_layer("olmoe", dtype=torch.float32, lora_dropout=0.5)
     hidden, ids, weights = dispatch(torch.float32)

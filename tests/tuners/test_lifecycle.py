@@ -451,6 +451,14 @@ def test_rescaling_scales_expert_adapters_too(name: str) -> None:
         assert_close(one.logits(), halved)
         one.model.unmerge_adapter()
     assert torch.equal(one.logits(), adapted)
+    layers: list[Any] = [module for module in one.model.modules() if hasattr(module, "scale_layer")]
+    for back in (None, 0.5):
+        for layer in layers:
+            layer.scale_layer(0.5)
+        assert_close(one.logits(), halved)
+        for layer in layers:
+            layer.unscale_layer(back)
+        assert torch.equal(one.logits(), adapted)
     half = subject(name, train_attention=False, train_router=False, train_shared_experts=False, lora_alpha=4)
     assert_close(half.logits(), halved)
     assert not torch.allclose(halved, adapted, atol=1e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from peft_sieve import SieveLoraConfig
+from peft_sieve import SieveError, SieveLoraConfig
 from peft_sieve.moe.topology import find_moe_layers
 from peft_sieve.tuners.common.experts.layer import expert_layers
 from tests.deepseek_like import deepseek_like
@@ -216,3 +219,110 @@ def test_a_base_in_half_precision(autocast: bool, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=autocast)
     assert torch.equal(logits(loaded), logits(model))
+
+
+# Masks
+
+
+def skipped(model: nn.Module, layer: int) -> nn.Module:
+    """A model of whose layers one is passed by, so that calibration sends no token there."""
+    model.model.layers[layer].forward = lambda hidden_states, *args, **kwargs: hidden_states
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:No token reached")
+@pytest.mark.parametrize("calibration", [{}, {"strategy": "greedy"}, {"calib_stability": 0.1}])
+def test_a_layer_without_selected_experts_after_calibration(calibration: dict[str, Any], tmp_path: Path) -> None:
+    base = tiny_model("olmoe")
+    first, second = (layer.path for layer in find_moe_layers(base))
+    data = [token_batch(base, seed=seed) for seed in range(2)]
+    settings = {**OPTIONS["both"], **calibration, "calib_dataset": data, "r": 4}
+    model = get_peft_model(skipped(copy.deepcopy(base), 1), SieveLoraConfig(**settings))
+    made = model.peft_config["default"]
+    assert len(made.selected_experts[first]) == 2 and made.selected_experts[second] == []
+    layer = dict(expert_layers(model))[second]
+    assert layer.plans["default"].cold == tuple(range(8))
+    randomize_adapters(model)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["selected_experts"] == made.selected_experts
+    del model.base_model.model.model.layers[1].forward
+    expected = logits(model)
+    for load in ("PeftModel", "transformers"):
+        loaded = LOADERS[load](copy.deepcopy(base), tmp_path, made)
+        assert torch.equal(logits(loaded), expected)
+        assert all(parameter.numel() for name, parameter in loaded.named_parameters())
+    frozen = SieveLoraConfig(**{**settings, "cold_experts": "frozen"})
+    assert list(get_peft_model(skipped(copy.deepcopy(base), 1), frozen).peft_config["default"].selected_experts) == [
+        first
+    ]
+
+
+def test_an_empty_mask_without_shared_experts_is_refused() -> None:
+    mask = {"model.layers.0.mlp.experts": []}
+    with pytest.raises(SieveError, match="does not name a single expert"):
+        SieveLoraConfig(selected_experts=mask)
+    for empty in ({}, None):
+        shared = {"cold_experts": "shared", "selected_experts": empty}
+        with pytest.raises(SieveError, match="does not name a single expert|neither calib_dataset nor"):
+            get_peft_model(tiny_model("olmoe"), SieveLoraConfig(**shared))
+    model = get_peft_model(tiny_model("olmoe"), SieveLoraConfig(cold_experts="shared", selected_experts=mask))
+    assert [path for path, _ in expert_layers(model)] == ["model.layers.0.mlp.experts"]
+
+
+def test_settings_that_leave_a_layer_out_leave_what_its_experts_share_out() -> None:
+    base = tiny_model("olmoe")
+    model = get_peft_model(base, config(base, ids=[], cold_experts="shared", layers_to_transform=[1]))
+    assert [path for path, _ in expert_layers(model)] == ["model.layers.1.mlp.experts"]
+    assert list(model.peft_config["default"].selected_experts) == ["model.layers.1.mlp.experts"]
+
+
+# What PEFT's tools say of it
+
+
+@pytest.mark.parametrize("init", [True, "gaussian", False])
+def test_initialisations(init: bool | str) -> None:
+    """No adapter is without effect or of another spread for being shared."""
+    base = tiny_model("qwen3_moe", hidden_size=64)
+    model = get_peft_model(base, config(base, r=8, init_lora_weights=init, **OPTIONS["both"])).eval()
+    with model.disable_adapter():
+        plain = logits(model)
+    assert torch.equal(logits(model), plain) == bool(init)
+    for _, layer in expert_layers(model):
+        for projection, (width, _) in layer.shape.projections.items():
+            a, b, _ = layer.factors("default", projection)
+            for factor, wanted in (
+                (a, 1 / 8 if init == "gaussian" else width**-0.5 / 3**0.5),
+                (b, 0 if init else 24**-0.5),
+            ):
+                for slot in factor:
+                    assert slot.std().item() == pytest.approx(wanted, rel=0.25), projection
+
+
+@each_model
+def test_scales_parameters_and_groups_of_optimizers(name: str) -> None:
+    base = MODELS[name]().double()
+    base.config._experts_implementation = "eager"
+    settings = {"selected_experts": {layer.path: [1, 4] for layer in find_moe_layers(base)}, "r": 3}
+    model = adapted(base, **ONLY_EXPERTS, **OPTIONS["both"], **settings)
+    count = 0
+    for layer in find_moe_layers(base):
+        for projection, (width_in, width_out) in layer.shape.projections.items():
+            outer, inner = (width_out, width_in) if projection == "down_proj" else (width_in, width_out)
+            count += 3 * (outer + 3 * inner)  # one for all, and one for each of the two experts and for the rest
+    assert model.get_nb_trainable_parameters()[0] == count
+    groups = create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-3, loraplus_lr_ratio=16).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group, side in zip(groups, "ABBB", strict=True):
+        assert all(f"_{side}.default" in names[id(parameter)] for parameter in group["params"])
+    assert sum(len(group["params"]) for group in groups) == 4 * len(find_moe_layers(base))
+    halved = copy.deepcopy(base)
+    add_to(halved, model, "default", 0.5)
+    expected = logits(model)
+    with rescale_adapter_scale(model, 0.5):
+        assert_same(logits(model), logits(halved), "halved", rtol=1e-7, atol=1e-9)
+    for _, layer in expert_layers(model):
+        layer.scale_layer(0.5)
+    assert_same(logits(model), logits(halved), "scaled", rtol=1e-7, atol=1e-9)
+    for _, layer in expert_layers(model):
+        layer.unscale_layer()
+    assert torch.equal(logits(model), expected)

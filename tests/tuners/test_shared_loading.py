@@ -262,3 +262,22 @@ def test_copies_of_a_state_dict_are_checked_before_anything_is_assigned(saved: d
     with pytest.raises(SieveError, match="share_outer=False"):
         set_peft_model_state_dict(model, broken)
     assert all(torch.equal(value, before[key]) for key, value in get_peft_model_state_dict(model).items())
+
+
+def test_factors_of_equal_shapes_are_told_by_their_maps() -> None:
+    """Two experts and one adapter for all others, against three experts."""
+    three = {FIRST: [1, 6, 7], SECOND: [0, 3, 5]}
+    for of, into in (("cold", "plain"), ("plain", "cold"), ("both", "outer"), ("outer", "both")):
+        masks = [MASK if SETTINGS[name]["cold_experts"] == "shared" else three for name in (of, into)]
+        state = get_peft_model_state_dict(adapted(SETTINGS[of], selected_experts=masks[0]))
+        model = adapted(SETTINGS[into], selected_experts=masks[1])
+        shapes = {key: value.shape for key, value in get_peft_model_state_dict(model).items()}
+        assert shapes == {key: value.shape for key, value in state.items()}
+        with pytest.raises(SieveError, match=r"experts \[1, 6\].*\[1, 6, 7\]|experts \[1, 6, 7\].*\[1, 6\]"):
+            set_peft_model_state_dict(model, dict(state))
+        base: Any = tiny_model("olmoe")
+        bare = {key.removeprefix(PREFIX): value for key, value in state.items()}
+        config = SieveLoraConfig(r=4, task_type="CAUSAL_LM", selected_experts=masks[1], **SETTINGS[into])
+        with pytest.raises(SieveError, match=r"experts \[1, 6\].*\[1, 6, 7\]|experts \[1, 6, 7\].*\[1, 6\]"):
+            base.load_adapter(peft_config=config, adapter_state_dict=bare)
+        assert not any("lora_" in name for name, _ in base.named_parameters())

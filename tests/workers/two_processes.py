@@ -36,6 +36,7 @@ from peft_sieve import (
     select_experts,
 )
 from tests.models import small_olmoe, small_tokenizer
+from tests.workers.sharded import train_sharded
 
 RANK = int(os.environ["RANK"])
 # A collective that no one joins fails after COLLECTIVE seconds; a process that hangs elsewhere ends after PROCESS.
@@ -248,11 +249,13 @@ def main(folder: Path) -> None:
     mask, other_mask = ({"selected_experts": mask_from(first)} for first in (0, 8))
     data = {"calib_dataset": texts}
     record("different_masks", refused(mask, other_mask))
+    record("different_cold_experts", refused(mask, {**mask, "cold_experts": "shared"}))
     record("mask_and_calibration", refused(mask, data))
     record("empty_data", refused(data, {"calib_dataset": []}))
     record("masks_made_before_connecting", first_forward(divided))
     record("native_masks_made_before_connecting", first_forward(native))
     record("training", train_three_steps(agreeing, folder))
+    record("sharded", lambda: train_sharded(RANK, folder / "sharded"))
 
 
 if __name__ == "__main__":

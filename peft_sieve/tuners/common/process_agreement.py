@@ -24,5 +24,8 @@ class ProcessAgreement(TrainingForwards):
 
     def begin(self, model: nn.Module, given: Mapping[str, Any]) -> None:
         if rank_and_world()[1] > 1:
-            check_agreement("selected experts", {path: dict(layer.plans) for path, layer in expert_layers(self.model)})
+            plans = {path: dict(layer.plans) for path, layer in expert_layers(self.model)}
+            experts = {path: {name: plan.experts for name, plan in held.items()} for path, held in plans.items()}
+            check_agreement("selected experts", experts)
+            check_agreement("settings of the experts' adapters", plans)
             self.take_off(self.model, _NAME)

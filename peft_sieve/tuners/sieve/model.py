@@ -67,6 +67,8 @@ class SieveLoraModel(MethodTuner, LoraModel):
             check_agreement(
                 "sources of the mask (selected_experts or calib_dataset)", peft_config.selected_experts is None
             )
+            for name in ("cold_experts", "share_outer"):
+                check_agreement(name, getattr(peft_config, name))
         if peft_config.selected_experts is None:
             calibrate(peft_config, self.model, wanted)
         given = peft_config.selected_experts or {}

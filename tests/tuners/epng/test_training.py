@@ -288,6 +288,8 @@ def test_a_merged_adapter_is_refused() -> None:
         ({"expert_blocks": [1]}, "expert_blocks.*mapping"),
         ({"expert_tuning": "full"}, "expert_tuning\\b.*'full'"),
         ({"hellori_density": 0.1}, r"hellori_density\b.*\b0\.1\b"),
+        ({"cold_experts": "shared"}, r"cold_experts\b.*'frozen' for EPnG.*'shared'"),
+        ({"share_outer": True}, r"share_outer\b.*False for EPnG.*True"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[str, Any], text: str) -> None:

@@ -49,12 +49,13 @@ def test_the_share_is_exact_and_depends_on_the_expert_alone() -> None:
     assert random_share([5], (2, 5), 0.3, seed=7, name="x").nonzero().tolist() == [[0, 0, 0], [0, 1, 2], [0, 1, 4]]
 
 
+@pytest.mark.parametrize("cold_experts", ["frozen", "shared"])
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
-def test_forward_and_gradients_are_those_of_the_masked_factors(implementation: str) -> None:
+def test_forward_and_gradients_are_those_of_the_masked_factors(implementation: str, cold_experts: str) -> None:
     model = tiny_model("olmoe", torch.float64)
     model.set_experts_implementation(implementation)
     base = copy.deepcopy(model.model.layers[0].mlp.experts)
-    peft_model = get_peft_model(model, config(), autocast_adapter_dtype=False)
+    peft_model = get_peft_model(model, config(cold_experts=cold_experts), autocast_adapter_dtype=False)
     randomize_adapters(peft_model)
     layer = dict(expert_layers(peft_model))[EXPERTS]
     generator = torch.Generator().manual_seed(2)
@@ -68,7 +69,10 @@ def test_forward_and_gradients_are_those_of_the_masked_factors(implementation: s
     masked = up_b * kept[f"{EXPERTS}.lora_gate_up"], down_b * kept[f"{EXPERTS}.lora_down"]
     up_a, down_a = layer.lora_gate_up_A["default"].weight, layer.lora_down_A["default"].weight
     adapter = {}
-    for slot, expert in enumerate(MASK[EXPERTS]):
+    slots = {expert: slot for slot, expert in enumerate(MASK[EXPERTS])}
+    if cold_experts == "shared":
+        slots |= {expert: 3 for expert in range(8) if expert not in slots}
+    for expert, slot in slots.items():
         for projection, rank in (("gate_proj", slice(0, 4)), ("up_proj", slice(4, 8))):
             adapter[projection, expert] = NaiveAdapter(up_a[slot, rank].detach(), masked[0][slot, rank], 2.0)
         adapter["down_proj", expert] = NaiveAdapter(down_a[slot].detach(), masked[1][slot], 2.0)
@@ -83,9 +87,30 @@ def test_forward_and_gradients_are_those_of_the_masked_factors(implementation: s
         assert_same(module.weight.grad, b.grad, f"gradient of {name}_B")
         assert torch.equal(module.weight.grad[~module.kept], torch.zeros_like(module.weight.grad[~module.kept]))
         assert getattr(layer, f"{name}_A")["default"].weight.grad is None
-    for slot, expert in enumerate(MASK[EXPERTS]):
+    for expert, slot in slots.items():
         delta = layer.get_delta_weight("default", "down_proj", expert)
         assert_same(delta, 2.0 * masked[1][slot].detach().T @ down_a[slot].detach(), "merged delta")
+
+
+def test_the_adapter_that_cold_experts_share_has_a_share_of_its_own(tmp_path: Path) -> None:
+    """The same whatever else is selected, and of as many entries as that of each expert."""
+    model = get_peft_model(tiny_model("olmoe"), config(cold_experts="shared", init_lora_weights=False))
+    others = {EXPERTS: [2], "model.layers.1.mlp.experts": []}
+    other = get_peft_model(tiny_model("olmoe"), config(cold_experts="shared", selected_experts=others))
+    for name, module in factors(model, "B").items():
+        kept = module.kept
+        assert kept.sum((1, 2)).unique().numel() == 1, name
+        assert torch.equal(factors(other, "B")[name].kept[-1], kept[-1]), name
+        assert not any(torch.equal(kept[-1], own) for own in kept[:-1]), name
+        assert torch.equal(module.weight != 0, kept), name
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path)
+    for name, module in factors(loaded, "B").items():
+        assert torch.equal(module.weight, factors(model, "B")[name].weight), name
+        assert torch.equal(module.kept, factors(model, "B")[name].kept), name
+    with torch.no_grad():
+        logits = [one.eval()(**token_batch(one.get_base_model())).logits for one in (model, loaded)]
+    assert torch.equal(*logits)
 
 
 def test_a_stays_frozen_whatever_peft_does() -> None:
@@ -170,7 +195,10 @@ def test_weights_of_another_share_are_refused(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"hellori_density": 0.0}, r"hellori_density .*above 0 and at most 1.*0\.0"),
-        ({"hellori_density": 0.1, "expert_tuning": "full"}, "hellori_density .*expert_tuning='full'"),
+        ({"hellori_density": 0.1, "expert_tuning": "full"}, "hellori_density.*expert_tuning='full'"),
+        ({"hellori_density": 0.1, "share_outer": True}, "hellori_density .*share_outer=True"),
+        ({"cold_experts": "shared", "expert_tuning": "full"}, "cold_experts='shared' .*expert_tuning='full'"),
+        ({"share_outer": True, "expert_tuning": "full"}, "share_outer=True .*expert_tuning='full'"),
         ({"hellori_seed": 0.5}, r"hellori_seed .*whole number.*0\.5"),
         ({"expert_tuning": "dora"}, "expert_tuning .*'lora', 'full'.*'dora'"),
     ],

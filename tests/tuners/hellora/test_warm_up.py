@@ -71,6 +71,17 @@ def test_it_counts_while_lora_learns_and_not_what_the_base_does() -> None:
         assert torch.equal(nearly_frozen.counts[path], plain.counts[path])
 
 
+def test_all_experts_warm_up_so_that_none_is_left_to_share_an_adapter() -> None:
+    """Outer factors are one per layer then, too."""
+    model = tiny_model("olmoe")
+    options = {"r": 4, "lora_dropout": 0.0}
+    given = [{}, {"cold_experts": "shared"}, {"share_outer": True}, {"cold_experts": "shared", "share_outer": True}]
+    plain, cold, outer, both = (
+        warm_up(model, config=SieveLoraConfig(**options, **settings), learning_rate=2e-2) for settings in given
+    )
+    assert plain == cold and outer == both and plain != outer
+
+
 def test_padding_has_no_loss_and_does_not_count() -> None:
     model = tiny_model("olmoe")
     alone = warm_up(model, rows()[:2], fraction=1.0, batch_size=1, learning_rate=1e-12)
@@ -162,3 +173,15 @@ def test_the_preset_takes_the_routers_top_k(tmp_path: Path) -> None:
         assert hellora_config(reached, top_k=1, cold_experts=cold).selected_experts == mask
     with pytest.raises(SieveError, match="hellora_config .*calib_dataset"):
         hellora_config(profile, calib_dataset=rows())
+
+
+@pytest.mark.filterwarnings("ignore:No token reached")
+def test_options_of_the_preset_that_have_experts_share_factors() -> None:
+    """A layer that no token reached has only cold experts, as after a calibration."""
+    profile = RoutingProfile.from_arrays([[0, 0, 0], [3, 1, 2]], num_experts_per_tok=2)
+    assert hellora_config(profile).selected_experts == {"layers.1": [0, 2]}
+    shared = hellora_config(profile, cold_experts="shared", share_outer=True)
+    assert shared.selected_experts == {"layers.0": [], "layers.1": [0, 2]} and shared.share_outer
+    assert hellora_config(profile, cold_experts="shared", hellori=True).hellori_density == 0.1
+    with pytest.raises(SieveError, match="hellori_density .*share_outer=True"):
+        hellora_config(profile, hellori=True, share_outer=True)

@@ -183,6 +183,21 @@ class SieveExpertLayer(nn.Module, ExpertMerging, AdapterLayer, LoraLayer):
         for factors in self.parts(adapter_name):
             factors.allocate(execution_device(self.get_base_layer()))
 
+    # PEFT's two look for the factors where linear layers have them.
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters."""
+        for name in self.those_here(self.active_adapters):
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of the active adapters; None sets them to their first one."""
+        for name in self.those_here(self.active_adapters):
+            if scale is None:
+                self.set_scale(name, 1.0)
+            else:
+                self.scaling[name] /= scale
+
     # What is active
 
     def enable_adapters(self, enabled: bool) -> None:
