@@ -158,4 +158,5 @@ def test_command_and_card(tmp_path: Path, capsys: Any) -> None:
     assert "layout shared_outer, rank 4" in capsys.readouterr().out
     card = " ".join((tmp_path / "lora" / "README.md").read_text().split())
     assert "(2 of 16 routed experts; 14 others use one adapter per layer together)" in card
+    assert "library_name" not in card
     assert "--experts-shared-outer-loras" in card and "--enable-moe-shared-loras" in card and "not in PEFT" in card
