@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout",
         choices=("auto", "per_expert", "stacked", "shared_outer"),
         default="auto",
-        help="how plain LoRA names the experts' factors (default: what the servers of this model read)",
+        help="how plain LoRA has the experts' factors (default: what the servers of this model read); shared_outer is "
+        "for adapters with share_outer in SGLang and vLLM",
     )
     parser.add_argument(
         "--without-router",

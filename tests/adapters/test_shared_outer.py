@@ -30,9 +30,9 @@ def exported(adapter: Adapter, folder: Path, **options: Any) -> dict[str, torch.
     return load_file(folder / "adapter_model.safetensors")
 
 
-def assert_adds_the_same(tensors: dict[str, torch.Tensor], prefix: str, layer: Any) -> None:
+def assert_adds_the_same(tensors: dict[str, torch.Tensor], prefix: str, layer: Any, name: str = "default") -> None:
     """In each expert and projection, by the products of what is in the file."""
-    adapted = layer.plans["default"].adapted
+    plan = layer.plans[name]
     for projection, word in WORDS.items():
         a, b = (tensors[f"base_model.model.{prefix}.{word}.lora_{side}.weight"] for side in "AB")
         size_in, size_out = layer.shape.projections[projection]
@@ -41,8 +41,8 @@ def assert_adds_the_same(tensors: dict[str, torch.Tensor], prefix: str, layer: A
         assert b.shape == (8 if outer else 1, size_out, 4)
         for expert in range(8):
             delta = b[expert if outer else 0] @ a[0 if outer else expert]
-            if expert in adapted and projection in layer.plans["default"].ranks:
-                assert torch.allclose(delta, layer.get_delta_weight("default", projection, expert), atol=1e-6)
+            if expert in plan.adapted and projection in plan.ranks:
+                assert torch.allclose(delta, layer.get_delta_weight(name, projection, expert), atol=1e-6)
             else:
                 assert not delta.any()
 
@@ -83,6 +83,19 @@ def test_experts_in_a_module_list(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     for layer in (module for module in adapter.model.modules() if hasattr(module, "plans")):
         assert_adds_the_same(tensors, layer.path, layer)
+
+
+def test_one_of_several_adapters_in_a_layer(tmp_path: Path) -> None:
+    adapter = saved_adapter(tmp_path, "olmoe")
+    mask = {path: [2] for path in adapter.model.peft_config["default"].selected_experts}
+    adapter.model.add_adapter("second", SieveLoraConfig(r=4, selected_experts=mask, **SHARED["both"]))
+    randomize_adapters(adapter.model)
+    export_lora(adapter.model, tmp_path / "second", layout="shared_outer", adapter_name="second")
+    tensors = load_file(tmp_path / "second" / "adapter_model.safetensors")
+    layer = next(module for module in adapter.model.modules() if hasattr(module, "plans"))
+    assert_adds_the_same(tensors, layer.path, layer, "second")
+    with pytest.raises(SieveError, match="own outer factors"):
+        export_lora(adapter.model, tmp_path / "first", layout="shared_outer", adapter_name="default")
 
 
 def test_a_text_model_of_a_larger_one_has_both_names(tmp_path: Path) -> None:
@@ -158,4 +171,5 @@ def test_command_and_card(tmp_path: Path, capsys: Any) -> None:
     assert "layout shared_outer, rank 4" in capsys.readouterr().out
     card = " ".join((tmp_path / "lora" / "README.md").read_text().split())
     assert "(2 of 16 routed experts; 14 others use one adapter per layer together)" in card
+    assert "library_name" not in card
     assert "--experts-shared-outer-loras" in card and "--enable-moe-shared-loras" in card and "not in PEFT" in card

@@ -18,7 +18,7 @@ PAGE = ROOT / "docs" / "command-line.md"
 
 def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```(\w+)\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert [language for language, _ in blocks] == ["sh", "text", "sh", "sh", "python", "sh", "python"]
+    assert [language for language, _ in blocks] == ["sh", "text", "sh", "sh", "sh", "python", "sh", "python"]
     for folder in ("examples", "tests"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)

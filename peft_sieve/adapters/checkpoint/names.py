@@ -55,9 +55,8 @@ def matrix_names(skeleton: PreTrainedModel, layers: list[MoELayer]) -> dict[str,
         SieveError: transformers cannot tell.
     """
     names = {layer.path: dict(layer.linears) for layer in layers if layer.linears}
-    for name, held in _stored(skeleton, layers):
-        if len(held) == 1 and name.endswith(".weight"):
-            ((layer, projection, expert),) = held
+    for name, alone, (layer, projection, expert) in _stored(skeleton, layers):
+        if alone and name.endswith(".weight"):
             names.setdefault(layer.path, {})[projection, expert] = name.removesuffix(".weight")
     number = {layer.path: len(layer.shape.projections) * layer.num_experts for layer in layers}
     return {path: of_layer for path, of_layer in names.items() if len(of_layer) == number[path]}
@@ -73,18 +72,19 @@ def experts_names(skeleton: PreTrainedModel, layers: list[MoELayer]) -> dict[str
         SieveError: transformers cannot tell.
     """
     names = {layer.path: layer.experts_path for layer in layers}
-    for name, held in _stored(skeleton, layers):
-        layer, _, expert = held[0]
-        alone = len(held) == 1 and f".{expert}." in name
-        names[layer.path] = name.rpartition(f".{expert}.")[0] if alone else name.rpartition(".")[0]
+    for name, alone, (layer, _, expert) in _stored(skeleton, layers):
+        names[layer.path] = name.rpartition(f".{expert}." if alone and f".{expert}." in name else ".")[0]
     return names
 
 
-def _stored(skeleton: PreTrainedModel, layers: list[MoELayer]) -> Iterator[tuple[str, list[tuple[MoELayer, str, int]]]]:
-    """The tensors in which checkpoints have the experts of stacks, and the matrices (layer, projection, expert) in it.
+def _stored(skeleton: PreTrainedModel, layers: list[MoELayer]) -> Iterator[tuple[str, bool, tuple[MoELayer, str, int]]]:
+    """The names of the tensors in which checkpoints have the experts of stacks.
 
     Args:
         layers: all that the model has: some conversions need several at once.
+
+    Returns:
+        Name, whether the tensor is one matrix, and the first of its matrices (layer, projection, expert).
     """
     probes: dict[str, torch.Tensor] = {}
     matrices: list[tuple[MoELayer, str, int]] = []
@@ -94,7 +94,7 @@ def _stored(skeleton: PreTrainedModel, layers: list[MoELayer]) -> Iterator[tuple
             probes[f"{layer.experts_path}.{parameter}"] = _numbered(layer, parameter, len(matrices))
             matrices += [(layer, p, e) for e in range(layer.num_experts) for p in projections_in(layer, parameter)]
     for name, value in (reverted(skeleton, probes) if probes else {}).items():
-        yield name, [matrices[int(number)] for number in value.flatten()]
+        yield name, value.numel() == 1, matrices[int(value.flatten()[0])]
 
 
 def _numbered(layer: MoELayer, parameter: str, first: int) -> torch.Tensor:

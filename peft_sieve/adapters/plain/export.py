@@ -1,4 +1,4 @@
-"""A sparse adapter as plain LoRA, for programs that do not have this package: all experts, zeros for the cold ones."""
+"""A sparse adapter as plain LoRA, for programs that do not have this package: all experts, zeros where it has none."""
 
 from __future__ import annotations
 
@@ -118,8 +118,8 @@ def export_lora(
         tensors = {key: make().contiguous() for key, (_, make) in plain.tensors.items()}
         save_file(tensors, os.path.join(staging, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
         _write_config(plain.config, Path(staging, CONFIG_NAME))
-        tags = ["lora", "mixture-of-experts"]
-        write_card(opened, staging, "LoRA for {}", _card_text(opened, layers, plain, chosen), library="peft", tags=tags)
+        text, library = _card_text(opened, layers, plain, chosen), "peft" if plain.for_peft else None
+        write_card(opened, staging, "LoRA for {}", text, library=library, tags=["lora", "mixture-of-experts"])
     max_rank = max([rank, *(plain.config.rank_pattern or {}).values()])
     return ExportedLora(chosen, rank, max_rank, sum(t.numel() for t in tensors.values()), str(output))
 
