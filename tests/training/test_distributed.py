@@ -134,6 +134,7 @@ def test_same_data_give_what_one_process_gets(outcome: Outcome) -> None:
         ("mask_and_calibration", ["processes [1] of 2", "than process 0"]),
         ("masks_made_before_connecting", ["processes [1] of 2 hold other selected experts than process 0"]),
         ("native_masks_made_before_connecting", ["processes [1] of 2 hold other selected experts than process 0"]),
+        ("settings_made_before_connecting", ["hold other settings of the experts' adapters than process 0"]),
     ],
 )
 def test_disagreement_stops_every_process(scenario: str, words: list[str], outcome: Outcome) -> None:

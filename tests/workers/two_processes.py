@@ -236,6 +236,9 @@ def main(folder: Path) -> None:
     divided = get_peft_model(small_olmoe(), config(selected_experts=mask_from(RANK * 8)))
     native = small_olmoe()  # through transformers, which keeps the layers and drops the tuner
     native.add_adapter(config(selected_experts=mask_from(RANK * 8)))
+    # Of one expert, the factors have one shape under both.
+    one = {path: ids[:1] for path, ids in mask_from(8).items()}
+    differing = get_peft_model(small_olmoe(), config(selected_experts=one, share_outer=RANK == 1))
     agreeing = get_peft_model(small_olmoe(), config(selected_experts=mask_from(8)))
     if RANK == 0:
         record("alone_on_texts", calibrate_on_texts, together=False)
@@ -254,6 +257,7 @@ def main(folder: Path) -> None:
     record("empty_data", refused(data, {"calib_dataset": []}))
     record("masks_made_before_connecting", first_forward(divided))
     record("native_masks_made_before_connecting", first_forward(native))
+    record("settings_made_before_connecting", first_forward(differing))
     record("training", train_three_steps(agreeing, folder))
     record("sharded", lambda: train_sharded(RANK, folder / "sharded"))
 

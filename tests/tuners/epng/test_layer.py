@@ -308,7 +308,7 @@ def test_shapes_and_storage_stay_the_same() -> None:
 def test_rows_that_are_not_there_are_not_computed() -> None:
     """The products' widths are the experts' own ranks: what passes through them says so."""
     layer = moved_layer()
-    widths = {tuple(pack.slot_of): pack.a.shape[1] for pack in layer.packs("default", "lora_down")}
+    widths = {tuple(pack.slots.of): pack.a.shape[1] for pack in layer.packs("default", "lora_down")}
     assert widths == {(2,): 4, (1, 6): 8}
 
 
