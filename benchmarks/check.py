@@ -26,6 +26,8 @@ def check_methods(name: str) -> None:
     assert all(always_active(model) == reference for model in models.values())
     for ours, theirs in (("sieve_25", "module_list_25"), ("sieve_all", "module_list_all")):
         assert trainable_counts(models[ours]) == trainable_counts(models[theirs])
+    own, shared = (trainable_counts(models[method])["trainable_experts"] for method in ("sieve_25", "shared_25"))
+    assert 0.9 * own < shared <= own, f"shared factors have {shared} parameters, and the budget is {own}"
     floats = {id(p) for p in bench.base.parameters()}
     for method, model in models.items():
         shared = [p for n, p in model.named_parameters() if "lora_" not in n and id(p) in floats]

@@ -28,6 +28,10 @@ from matplotlib.figure import Figure  # noqa: E402
 LABELS = {
     "floor": "no expert adapters (floor)",
     "sieve_25": "peft_sieve, hot 25%",
+    "shared_25": "hot 25%, rest and outer factors shared",
+    "shared_25_same_rank": "the same at the same rank",
+    "outer_shared_25": "hot 25%, outer factors shared",
+    "cold_shared_25": "hot 25%, rest shared",
     "sieve_all": "peft_sieve, all experts",
     "peft_all_grouped": "PEFT, all experts, grouped_mm",
     "peft_all_eager": "PEFT, all experts, eager",
