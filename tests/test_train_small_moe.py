@@ -1,4 +1,4 @@
-"""The script that trains a small MoE really trains one."""
+"""The script that trains a small MoE really trains one, and the trained ones beside it are what their page says."""
 
 import json
 import os
@@ -49,3 +49,22 @@ def test_trains_saves_and_loads(choice: dict[str, object], tmp_path: Path) -> No
         assert block.shared_expert.up_proj.out_features == 24
         assert len(tokenizer) == model.config.vocab_size == 4096
     assert model(input_ids=ids, labels=ids).loss < 4
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "experts", "top_k"),
+    [("tiny-olmoe", 4_484_224, 32, 4), ("tiny-qwen2-moe", 5_837_440, 64, 6)],
+)
+def test_models_of_the_examples(name: str, parameters: int, experts: int, top_k: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(EXAMPLES / name, dtype=torch.float32)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert [layer.num_experts for layer in find_moe_layers(model)] == [experts] * 6
+    assert model.config.num_experts_per_tok == top_k
+    assert model.config.norm_topk_prob == (name == "tiny-qwen2-moe")
+    assert (EXAMPLES / name / "model.safetensors").stat().st_size < 12_000_000
+
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / name)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(TINY_OLMOE).get_vocab()
+    text = "Question: Tom has 3 apples and buys 4. How many has he now?\nAnswer: He has 3 + 4 = <<3+4=7>>7 apples."
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert model(input_ids=ids, labels=ids).loss < 3  # an untrained model has log(4096) = 8.3
