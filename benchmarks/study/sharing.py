@@ -23,7 +23,7 @@ from .run import LoadedTask
 from .settings import Settings
 from .training import adapted, base_model, lora_config, scores, train
 
-# Who reads the layer's input or writes its output is wide; inside an expert it is narrow.
+# The others write the layer's output. These sides are the outer ones, the other side of each is inside the expert.
 _READS_INPUT = ("gate_proj", "up_proj")
 ADDED = "added"
 
@@ -54,15 +54,15 @@ class Sharing:
 CONDITIONS = {
     condition.name: condition
     for condition in (
-        Sharing("all", "all experts, own factors (full LoRA)", 1.0, budgeted=False),
-        Sharing("hot_25", "hot 25%, own factors (the recipe)", 0.25),
+        Sharing("all", "all experts (full LoRA)", 1.0, budgeted=False),
+        Sharing("hot_25", "hot 25% (the recipe)", 0.25),
         Sharing("none", "no expert", 0.0, budgeted=False),
-        Sharing("hot_25_both", "hot 25%, outer shared, the rest share one inner pair", 0.25, "shared", True),
-        Sharing("hot_less_added", "hot 25% less one, and one adapter that all add", None, ADDED),
-        Sharing("hot_less_shared", "hot 25% less one, and one adapter for the rest", None, "shared"),
-        Sharing("hot_12_both", "hot 12.5%, outer shared, the rest share one inner pair", 0.125, "shared", True),
-        Sharing("hot_50_both", "hot 50%, outer shared, the rest share one inner pair", 0.5, "shared", True),
-        Sharing("hot_25_outer", "hot 25%, outer shared, the rest frozen", 0.25, share_outer=True),
+        Sharing("hot_25_both", "hot 25% + cold shared, outer shared", 0.25, "shared", True),
+        Sharing("hot_less_added", "hot 25% less one + one that all add", None, ADDED),
+        Sharing("hot_less_shared", "hot 25% less one + cold shared", None, "shared"),
+        Sharing("hot_12_both", "hot 12.5% + cold shared, outer shared", 0.125, "shared", True),
+        Sharing("hot_50_both", "hot 50% + cold shared, outer shared", 0.5, "shared", True),
+        Sharing("hot_25_outer", "hot 25%, outer shared", 0.25, share_outer=True),
         Sharing("all_outer", "all experts, outer shared", 1.0, share_outer=True),
         Sharing("one", "one adapter for all experts", 0.0, "shared"),
     )
@@ -98,14 +98,13 @@ def sizes(condition: Sharing, layers: Sequence[ExpertsShape], settings: Settings
         more = condition.cold != "frozen" and (own < num_experts or condition.cold == ADDED)
         return sum(_parameters(layer, own, more, condition.share_outer, rank) for layer in layers)
 
-    own = condition.own
-    if own is None:
-        most = max(n for n in range(1, num_experts + 1) if spent(n, settings.r) <= budget)
+    if condition.own is None:
+        own = max(n for n in range(1, num_experts + 1) if spent(n, settings.r) <= budget)
     else:
-        most = count(own, num_experts)
-    each = spent(most, 1)  # proportional to the rank
-    rank = budget // each if condition.budgeted and each else settings.r
-    return Sizes(most, rank, each * rank)
+        own = count(condition.own, num_experts)
+    at_rank_1 = spent(own, 1)
+    rank = budget // at_rank_1 if condition.budgeted else settings.r
+    return Sizes(own, rank, at_rank_1 * rank)
 
 
 def count(share: float, num_experts: int) -> int:

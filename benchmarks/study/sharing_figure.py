@@ -23,7 +23,7 @@ def draw(models: Mapping[str, Mapping[str, OfTask]], labels: Mapping[str, str], 
     """
     names = [name for name in labels if name not in (NO_EXPERT, REFERENCE)]
     first, *_ = models.values()
-    figure = new_figure(11.0, 4.4)
+    figure = new_figure(12.0, 4.4)
     panels = figure.subplots(1, len(first), sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, first, strict=True):
         axes.axvline(100.0, color=LIGHT.quiet, lw=1)
