@@ -11,7 +11,7 @@ mean over the tasks. Nothing that the conditions are compared on is read for tha
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -46,26 +46,20 @@ def candidate_name(condition: str, rate: float) -> str:
     return f"{condition}@{rate:g}"
 
 
-def chosen_rates(finished: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Condition -> its learning rate, by the rows of the candidates.
+def chosen_rate(finished: Sequence[Mapping[str, Any]], condition: str) -> float:
+    """A condition's learning rate, by the rows of the candidates.
 
     Raises:
         SystemExit: a candidate lacks a task.
     """
-    found: dict[str, dict[float, dict[str, float]]] = {}
-    for row in finished:
-        condition = row["condition"].partition("@")[0]
-        found.setdefault(condition, {}).setdefault(row["learning_rate"], {})[row["task"]] = row["loss"]
-    for condition in CONDITIONS:
-        for rate in RATES:
-            missing = sorted(TASKS.keys() - found.get(condition, {}).get(rate, {}).keys())
-            if missing:
-                raise SystemExit(f"{condition} has no row at {rate:g} of {', '.join(missing)}: run --candidates first.")
-    means = {
-        condition: {rate: statistics.fmean(losses.values()) for rate, losses in of_rate.items()}
-        for condition, of_rate in found.items()
-    }
-    return {condition: min(of_rate, key=of_rate.__getitem__) for condition, of_rate in means.items()}
+    means = {}
+    for rate in RATES:
+        losses = {row["task"]: row["loss"] for row in finished if row["condition"] == candidate_name(condition, rate)}
+        missing = sorted(TASKS.keys() - losses.keys())
+        if missing:
+            raise SystemExit(f"{condition} has no row at {rate:g} of {', '.join(missing)}: run --candidates first.")
+        means[rate] = statistics.fmean(losses.values())
+    return min(means, key=means.__getitem__)
 
 
 def main() -> None:
@@ -86,8 +80,8 @@ def main() -> None:
         output = args.output or candidates_file(args.model)
         study(args.data, output, args.tasks, runs, [SEED], settings, WithRowsLeftOut)
         return
-    rates = chosen_rates(rows.read(candidates_file(args.model)))
-    runs = {name: partial(run_sharing, CONDITIONS[name], rates[name]) for name in args.conditions}
+    candidates = rows.read(candidates_file(args.model))
+    runs = {name: partial(run_sharing, CONDITIONS[name], chosen_rate(candidates, name)) for name in args.conditions}
     study(args.data, args.output or rows_file(args.model), args.tasks, runs, args.seeds, settings)
 
 
