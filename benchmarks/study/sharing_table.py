@@ -2,7 +2,8 @@
 
     python -m benchmarks.study.sharing_table
 
-What stands between `<!-- sharing MODEL -->` and `<!-- end of sharing MODEL -->` is replaced.
+What stands between `<!-- sharing -->` and `<!-- end of sharing -->` is replaced, by a section for each model with
+rows.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from .settings import ROOT
 from .tasks import TASKS
 
 RECIPE = "hot_25"
-MODELS = ("tiny-olmoe", "tiny-qwen2-moe")
+MODELS = {
+    "tiny-olmoe": "6 layers of 32 experts of width 48, top-4, hidden size 128.",
+    "tiny-qwen2-moe": "6 layers of 64 experts of width 32 and a shared expert, hidden size 128.",
+}
 FIGURE = ROOT / "docs" / "figures" / "sharing.png"
 MEAN = "mean of the tasks"
 
@@ -128,12 +132,12 @@ def main() -> None:
     args = parser.parse_args()
     labels = {name: condition.label for name, condition in CONDITIONS.items()}
     finished = {model: rows.read(rows_file(Path(model))) for model in MODELS}
-    parts = {
-        f"sharing {model}": part_of(of_model, rows.read(candidates_file(Path(model))), labels)
-        for model, of_model in finished.items()
-        if of_model
-    }
-    args.page.write_text(fill(args.page.read_text(), parts))
+    sections: list[str] = []
+    for model, of_model in finished.items():
+        if of_model:
+            part = part_of(of_model, rows.read(candidates_file(Path(model))), labels)
+            sections += [f"### {model}", "", MODELS[model], "", *part, ""]
+    args.page.write_text(fill(args.page.read_text(), {"sharing": sections[:-1]}))
     draw(
         {model: by_task(whole_seeds(of_model)) for model, of_model in finished.items() if of_model}, labels, args.figure
     )
