@@ -1,8 +1,10 @@
-"""Train a small Mixture-of-Experts language model from scratch, like `tiny-olmoe` beside this file.
+"""Train a small Mixture-of-Experts language model from scratch, like those in the folders beside this file.
 
-It learns a byte-level BPE tokenizer from the given text, then an OLMoE of a few million parameters on documents drawn
-from weighted domains, and saves both in one folder. Text comes from .txt files (one document each) and .jsonl files
-(one a line, in the field `text`), compressed with xz or not. Runs on a GPU if there is one:
+It learns a byte-level BPE tokenizer from the given text, or takes an existing one, then trains a model of a few million
+parameters on documents drawn from weighted domains, and saves both in one folder. The model is an OLMoE or a Qwen2-MoE,
+the latter with a shared expert and with router weights normalised over a token's experts. Text comes from .txt files
+(one document each) and .jsonl files (one a line, in the field `text`), compressed with xz or not. Runs on a GPU if one
+is there:
 
     python examples/train_small_moe.py --out out/small-moe --steps 200 \\
         --domain prose=60:books/*.txt --domain code=40:sources.jsonl.xz
@@ -20,7 +22,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OlmoeConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    get_cosine_schedule_with_warmup,
+)
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 
@@ -30,12 +40,15 @@ def main() -> None:
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     domains = {name: (weight, read_documents(pattern)) for name, weight, pattern in args.domain}
-    tokenizer = train_tokenizer([text for _, texts in domains.values() for text in texts], args.vocab_size)
+    if args.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    else:
+        tokenizer = train_tokenizer([text for _, texts in domains.values() for text in texts], args.vocab_size)
     streams = {name: tokens_of(tokenizer, texts) for name, (_, texts) in domains.items()}
     for name, stream in streams.items():
         print(f"{name}: {stream.numel():,} tokens")
 
-    model = OlmoeForCausalLM(model_config(args, len(tokenizer)))
+    model = AutoModelForCausalLM.from_config(model_config(args, tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
@@ -45,7 +58,7 @@ def main() -> None:
     for step, batch in enumerate(batches(list(streams.values()), weights, args), start=1):
         batch = batch.to(device)
         # With its labels the model returns the language-modelling loss plus the weighted load-balancing loss.
-        loss = model(input_ids=batch, labels=batch, output_router_logits=True).loss
+        loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -73,9 +86,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="sequences a step")
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument(
+        "--tokenizer", type=Path, help="folder of an existing tokenizer, to use instead of learning one"
+    )
+    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the tokenizer that is learned")
+    parser.add_argument("--model-type", choices=("olmoe", "qwen2_moe"), default="olmoe")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--expert-size", type=int, default=48)
+    parser.add_argument("--shared-expert-size", type=int, default=64, help="width of the shared expert (qwen2_moe)")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--experts", type=int, default=32)
     parser.add_argument("--top-k", type=int, default=4)
@@ -129,21 +147,31 @@ def tokens_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Ten
     return torch.tensor([token for ids in tokenizer(texts)["input_ids"] for token in (end, *ids)] + [end])
 
 
-def model_config(args: argparse.Namespace, vocab_size: int) -> OlmoeConfig:
-    return OlmoeConfig(
-        vocab_size=vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.expert_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=max(1, args.hidden_size // 32),
-        num_experts=args.experts,
-        num_experts_per_tok=args.top_k,
-        max_position_embeddings=4 * args.length,
-        router_aux_loss_coef=0.01,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
+def model_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    heads = max(1, args.hidden_size // 32)
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": args.hidden_size,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "num_experts": args.experts,
+        "num_experts_per_tok": args.top_k,
+        "max_position_embeddings": 4 * args.length,
+        "router_aux_loss_coef": 0.01,
+        "output_router_logits": True,  # for the load-balancing loss, here and in training that follows
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if args.model_type == "olmoe":
+        return OlmoeConfig(intermediate_size=args.expert_size, **settings)
+    return Qwen2MoeConfig(
+        moe_intermediate_size=args.expert_size,
+        shared_expert_intermediate_size=args.shared_expert_size,
+        norm_topk_prob=True,
+        **settings,
     )
 
 
