@@ -21,24 +21,26 @@ def draw(models: Mapping[str, Mapping[str, OfTask]], labels: Mapping[str, str], 
     Args:
         models: name -> label of a task -> its losses.
     """
-    names = [name for name in labels if name not in (NO_EXPERT, REFERENCE)]
     first, *_ = models.values()
-    figure = new_figure(12.0, 4.4)
+    there = {name for tasks in models.values() for of_task in tasks.values() for name in of_task}
+    names = [name for name in labels if name in there - {NO_EXPERT, REFERENCE}]
+    figure = new_figure(12.0, 1.5 + 0.32 * len(names))
     panels = figure.subplots(1, len(first), sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, first, strict=True):
         axes.axvline(100.0, color=LIGHT.quiet, lw=1)
         for number, (model, tasks) in enumerate(models.items()):
             color = (LIGHT.emphasis, LIGHT.series[0])[number]
             shift = 0.3 * (number - (len(models) - 1) / 2)
-            kept = {name: gain(tasks[task], name) for name in names}
+            kept = {name: gain(tasks[task], name) for name in names if name in tasks[task]}
             axes.axvline(kept[RECIPE][1], color=color, lw=1, ls=(0, (2, 2)), alpha=0.7)
-            for place, (low, mean, high) in enumerate(kept.values()):
-                label = model if place == 0 and axes is panels[0] else None
-                axes.plot([low, high], [place + shift] * 2, "-", lw=1.5, color=color)
-                axes.plot(mean, place + shift, _MARKERS[number], ms=4.5, color=color, label=label)
+            for name, (low, mean, high) in kept.items():
+                place = names.index(name) + shift
+                label = model if name == RECIPE and axes is panels[0] else None
+                axes.plot([low, high], [place] * 2, "-", lw=1.5, color=color)
+                axes.plot(mean, place, _MARKERS[number], ms=4.5, color=color, label=label)
         axes.set_yticks(range(len(names)), [labels[name] for name in names])
         axes.set_title(task, loc="left")
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
     figure.supxlabel("share of the gain of LoRA on all experts over LoRA on none, % (right is better)", fontsize=9)
     head(figure, "Mean and 95% interval. Dashed: the recipe; line: all experts. Each panel has its own scale.", LIGHT)
     if len(models) > 1:
