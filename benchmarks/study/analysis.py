@@ -130,12 +130,12 @@ def main_table(finished: Sequence[Row], task: str, labels: Mapping[str, str]) ->
         runs = [row for row in finished if row["task"] == task and row["condition"] == name]
         cells = [
             labels[name],
-            _plain(_mean(runs, "experts_per_layer")),
-            f"{_mean(runs, 'trainable'):,.0f}",
-            f"{_mean(runs, 'loss'):.4f} ({statistics.stdev(of_task[name].values()):.4f})",
-            _gain_kept(of_task, name),
+            _plain(mean_of(runs, "experts_per_layer")),
+            f"{mean_of(runs, 'trainable'):,.0f}",
+            f"{mean_of(runs, 'loss'):.4f} ({statistics.stdev(of_task[name].values()):.4f})",
+            gain_kept(of_task, name),
         ]
-        cells += _tested(compared[name]) if name in compared else ["", "", "", ""]
+        cells += tested(compared[name]) if name in compared else ["", "", "", ""]
         lines.append(line(cells))
     return lines
 
@@ -148,7 +148,7 @@ def questions_table(finished: Sequence[Row], tasks: Sequence[str], labels: Mappi
     for task in tasks:
         for comparison in compare(losses(finished, task), QUESTIONS).values():
             named = f"{labels[comparison.candidate]} minus {labels[comparison.reference]}"
-            lines.append(line([TASKS[task].label, named, *_tested(comparison)]))
+            lines.append(line([TASKS[task].label, named, *tested(comparison)]))
     return lines
 
 
@@ -161,7 +161,7 @@ def number_table(finished: Sequence[Row], tasks: Sequence[str], labels: Mapping[
         for task in tasks:
             runs = [row for row in finished if row["task"] == task and row["condition"] == name]
             if runs:
-                cells += [f"{_mean(runs, 'coverage'):.0%}", _gain_kept(losses(finished, task), name)]
+                cells += [f"{mean_of(runs, 'coverage'):.0%}", gain_kept(losses(finished, task), name)]
         if len(cells) > 1:
             lines.append(line(cells))
     return lines
@@ -176,19 +176,20 @@ def untrained_table(finished: Sequence[Row], tasks: Sequence[str]) -> list[str]:
     for task in tasks:
         of_task = [row for row in finished if row["task"] == task]
         none, full = ([row for row in of_task if row["condition"] == name] for name in (NO_EXPERT, REFERENCE))
-        values = [_mean(of_task, "untrained_loss"), _mean(none, "loss"), _mean(full, "loss")]
-        cells = [TASKS[task].label, *(f"{value:.3f}" for value in values), f"{_mean(full, 'whole'):.1%}"]
+        values = [mean_of(of_task, "untrained_loss"), mean_of(none, "loss"), mean_of(full, "loss")]
+        cells = [TASKS[task].label, *(f"{value:.3f}" for value in values), f"{mean_of(full, 'whole'):.1%}"]
         lines.append(line(cells))
     return lines
 
 
-def _tested(comparison: Comparison) -> list[str]:
+def tested(comparison: Comparison) -> list[str]:
     low, high = comparison.paired.confidence_interval
     interval = f"{comparison.paired.mean_difference:+.4f}, {low:+.4f} to {high:+.4f}"
     return [interval, p_value(comparison.p_value), p_value(comparison.tost_p_value), comparison.verdict]
 
 
-def _gain_kept(of_task: Mapping[str, Mapping[int, float]], name: str) -> str:
+def gain_kept(of_task: Mapping[str, Mapping[int, float]], name: str) -> str:
+    """Share of what training all experts gains over training none."""
     if NO_EXPERT not in of_task:
         return ""
     none, full, this = (statistics.fmean(of_task[each].values()) for each in (NO_EXPERT, REFERENCE, name))
@@ -199,7 +200,7 @@ def p_value(value: float) -> str:
     return "<0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def _mean(runs: Sequence[Row], field: str) -> float:
+def mean_of(runs: Sequence[Row], field: str) -> float:
     return statistics.fmean(row[field] for row in runs)
 
 
@@ -245,7 +246,7 @@ def parts_of(finished: Sequence[Row]) -> dict[str, list[str]]:
     main: list[str] = []
     for task in tasks:
         main += [f"### {TASKS[task].label}", "", *main_table(whole, task, labels), ""]
-    about = f"{len(whole)} runs: {len(tasks)} tasks, {len(labels)} conditions, {len(seeds)} seeds ({_listed(seeds)})."
+    about = f"{len(whole)} runs: {len(tasks)} tasks, {len(labels)} conditions, {len(seeds)} seeds ({listed(seeds)})."
     return {
         "runs": [about],
         "untrained": untrained_table(whole, tasks),
@@ -255,7 +256,7 @@ def parts_of(finished: Sequence[Row]) -> dict[str, list[str]]:
     }
 
 
-def _listed(seeds: Sequence[int]) -> str:
+def listed(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
@@ -271,7 +272,7 @@ def main() -> None:
 
     seeds = complete_seeds(finished)
     draw([row for row in finished if row["seed"] in seeds], args.figure)
-    print(f"{args.page} and {args.figure} are written, from seeds {_listed(seeds)}")
+    print(f"{args.page} and {args.figure} are written, from seeds {listed(seeds)}")
 
 
 if __name__ == "__main__":

@@ -65,19 +65,21 @@ def lora_settings(settings: Settings, rank: int) -> dict[str, Any]:
 def hot(at: LoadedTask, seed: int) -> PeftModel:
     mask = select_experts(at.profile, top_k=HOT).to_dict()
     return get_peft_model(
-        base_model(), SieveLoraConfig(selected_experts=mask, **lora_settings(at.settings, at.settings.r))
+        base_model(at.settings), SieveLoraConfig(selected_experts=mask, **lora_settings(at.settings, at.settings.r))
     )
 
 
 def uniform(at: LoadedTask, seed: int) -> PeftModel:
     mask = select_experts(at.profile, top_k=NUM_EXPERTS).to_dict()
     rank = at.settings.r * HOT // NUM_EXPERTS
-    return get_peft_model(base_model(), SieveLoraConfig(selected_experts=mask, **lora_settings(at.settings, rank)))
+    return get_peft_model(
+        base_model(at.settings), SieveLoraConfig(selected_experts=mask, **lora_settings(at.settings, rank))
+    )
 
 
 def hellora(at: LoadedTask, seed: int) -> PeftModel:
     """As many experts as a token goes to, counted while LoRA warms up on a tenth of the run's rows."""
-    model = base_model()
+    model = base_model(at.settings)
     rows = at.data.train.select(order_of_rows(at.data, seed, at.settings))
     profile = warm_up_profile(
         model,
@@ -104,7 +106,7 @@ def esft(at: LoadedTask, seed: int) -> PeftModel:
             break
         mask = larger
     settings = lora_settings(at.settings, at.settings.r)
-    return get_peft_model(base_model(), SieveLoraConfig(selected_experts=mask, **settings))
+    return get_peft_model(base_model(at.settings), SieveLoraConfig(selected_experts=mask, **settings))
 
 
 def epng(at: LoadedTask, seed: int) -> PeftModel:
@@ -115,7 +117,7 @@ def epng(at: LoadedTask, seed: int) -> PeftModel:
         update_until=32,
         **lora_settings(at.settings, at.settings.r * HOT // NUM_EXPERTS),
     )
-    return get_peft_model(base_model(), config)
+    return get_peft_model(base_model(at.settings), config)
 
 
 def update_ranks(model: PeftModel, step: int, optimizer: Optimizer) -> None:
@@ -125,7 +127,7 @@ def update_ranks(model: PeftModel, step: int, optimizer: Optimizer) -> None:
 def perft(at: LoadedTask, seed: int, **options: Any) -> PeftModel:
     scaling = at.settings.lora_alpha / at.settings.r
     config = PerftConfig(alpha=scaling * options["r"], dropout=0.0, task_type="CAUSAL_LM", **options)
-    return get_peft_model(base_model(), config)
+    return get_peft_model(base_model(at.settings), config)
 
 
 def perft_hot(at: LoadedTask, seed: int) -> PeftModel:

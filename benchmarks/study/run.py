@@ -45,11 +45,12 @@ class LoadedTask:
 
     @cached_property
     def profile(self) -> RoutingProfile:
-        return profile_routing(base_model(), self.data.calibration, tokenizer=self.tokenizer, progress=False)
+        model = base_model(self.settings)
+        return profile_routing(model, self.data.calibration, tokenizer=self.tokenizer, progress=False)
 
     @cached_property
     def untrained(self) -> dict[str, float]:
-        loss, next_token, _ = quickstart.measure(base_model(), self.tokenizer, self.data.held_out)
+        loss, next_token, _ = quickstart.measure(base_model(self.settings), self.tokenizer, self.data.held_out)
         return {"untrained_loss": loss, "untrained_next_token": next_token}
 
 
@@ -63,22 +64,25 @@ def study(
     runs: Mapping[str, Run],
     seeds: Sequence[int],
     settings: Settings,
+    load_task: type[LoadedTask] = LoadedTask,
 ) -> None:
     """Append a row for each run that has none.
 
     Args:
         runs: name in the rows -> what is done.
+        load_task: what a run gets of its task.
 
     Raises:
         SystemExit: the rows there are of other settings, or data are missing.
     """
     rows.drop_partial(output)
     finished = rows.read(output)
-    if any(row["settings"] != settings.as_row() for row in finished):
+    # A row without a setting is older than that setting, and had its default.
+    if any({**Settings().as_row(), **row["settings"]} != settings.as_row() for row in finished):
         raise SystemExit(f"{output} has rows of other settings than {settings}: name another file with --output.")
     done = {rows.key(row) for row in finished}
-    tokenizer = AutoTokenizer.from_pretrained(quickstart.MODEL)
-    loaded = {name: LoadedTask(TASKS[name], folder, settings, tokenizer) for name in tasks}
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    loaded = {name: load_task(TASKS[name], folder, settings, tokenizer) for name in tasks}
     about = environment()
     for seed in seeds:
         for name, score in runs.items():
@@ -88,7 +92,7 @@ def study(
                 at = loaded[task]
                 row = {"task": task, "condition": name, "seed": seed, **score(at, seed), **at.untrained}
                 rows.append(output, {**row, "settings": settings.as_row(), **about})
-                print(f"seed {seed}  {task:12} {name:16} loss {row['loss']:.4f}   {row['seconds']} s", flush=True)
+                print(f"seed {seed}  {task:12} {name:20} loss {row['loss']:.4f}   {row['seconds']} s", flush=True)
 
 
 def run_condition(condition: Condition, at: LoadedTask, seed: int) -> dict[str, Any]:
@@ -110,19 +114,28 @@ def main() -> None:
 
 def run_from_command_line(description: str | None, every: Mapping[str, Run], rows_file: Path) -> None:
     """Parse the command line, which may name some of the runs, and do them."""
+    parser = command_line(description, list(every))
+    parser.add_argument("--output", type=Path, default=rows_file, help="file of the rows, default: %(default)s")
+    args = parser.parse_args()
+    be_quiet()
+    study(args.data, args.output, args.tasks, {name: every[name] for name in args.conditions}, args.seeds, Settings())
+
+
+def command_line(description: str | None, names: Sequence[str]) -> argparse.ArgumentParser:
+    """What says which of the runs to do; `names` are those of the conditions."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
     parser.add_argument(
         "--seeds", type=seed_range, default=seed_range("0-7"), metavar="FIRST-LAST", help="default: 0-7"
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK")
-    names = list(every)
     parser.add_argument("--conditions", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--output", type=Path, default=rows_file, help="file of the rows, default: %(default)s")
-    args = parser.parse_args()
+    return parser
+
+
+def be_quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # libraries about each other, nothing to act on
     disable_progress_bars()
-    study(args.data, args.output, args.tasks, {name: every[name] for name in args.conditions}, args.seeds, Settings())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ class Settings:
     """Part of every row; rows of other settings are never mixed.
 
     Attributes:
+        model: folder of the base model; a row has its name.
         steps, batch_size: of training.
         learning_rate: what suits LoRA on all experts best, for each task the same (`learning_rate.py`); warmed up over
             `warmup_steps`, then falling along a cosine.
@@ -24,6 +25,7 @@ class Settings:
         hot: share of experts that the method adapts by default.
     """
 
+    model: Path = MODEL
     steps: int = 48
     batch_size: int = 8
     learning_rate: float = 5e-3
@@ -37,4 +39,4 @@ class Settings:
     hot: float = 0.25
 
     def as_row(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "model": self.model.name}

@@ -17,13 +17,13 @@ from examples.quickstart import measure, tokenized
 from peft_sieve import RoutingProfile, SieveExpertLayer, SieveLoraConfig
 
 from .conditions import Condition, Mask
-from .settings import MODEL, Settings
+from .settings import Settings
 from .step_selection import StepSelection
 from .tasks import TaskData
 
 
-def base_model() -> Any:
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+def base_model(settings: Settings) -> Any:
+    return AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
 
 
 def run(
@@ -56,34 +56,49 @@ def scores(model: PeftModel, data: TaskData, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def adapted(mask: Mask, seed: int, settings: Settings) -> PeftModel:
-    """The model with new adapters. A module and an expert get the same first values in every condition of a seed."""
+def adapted(mask: Mask, seed: int, settings: Settings, **options: Any) -> PeftModel:
+    """The model with new adapters.
+
+    Whatever is outside of the experts gets the same first values in every condition of a seed. So does an expert's own
+    adapter, if it has the study's rank and shares no factor.
+
+    Args:
+        options: of `SieveLoraConfig`.
+    """
+    shared = options.get("cold_experts") == "shared"
+    set_seed(seed)
     # A router has an adapter only if an expert of its layer has. A new one adds zero, and a frozen one stays so.
-    model = _with_adapters(settings, selected_experts={layer: experts or [0] for layer, experts in mask.items()})
+    masked = {layer: experts if experts or shared else [0] for layer, experts in mask.items()}
+    model = get_peft_model(base_model(settings), lora_config(settings, masked, **options))
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SieveExpertLayer)}
     num_experts = next(iter(layers.values())).shape.num_experts
     set_seed(seed)
-    full = _with_adapters(settings, selected_experts={layer: list(range(num_experts)) for layer in mask})
-    values = dict(full.named_parameters())
+    everything = {layer: list(range(num_experts)) for layer in mask}
+    values = dict(get_peft_model(base_model(settings), lora_config(settings, everything)).named_parameters())
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = layers.get(name.partition(".lora_")[0])
-        value = values[name] if layer is None else values[name][list(layer.plans["default"].experts)]
-        parameter.data.copy_(value)
-        parameter.requires_grad_(layer is None or bool(mask[layer.path]))
+        if layer is None:
+            parameter.data.copy_(values[name])
+            continue
+        plan = layer.plans["default"]
+        if not plan.share_outer and parameter.shape[1:] == values[name].shape[1:]:
+            parameter.data[: len(plan.experts)] = values[name][list(plan.experts)]
+        parameter.requires_grad_(shared or bool(mask[layer.path]))
     return model
 
 
-def _with_adapters(settings: Settings, selected_experts: Mask) -> PeftModel:
-    config = SieveLoraConfig(
+def lora_config(settings: Settings, selected_experts: Mask, **options: Any) -> SieveLoraConfig:
+    """The study's LoRA on these experts; `options` add to it."""
+    return SieveLoraConfig(
         selected_experts=dict(selected_experts),
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=0.0,  # no row is seen twice
         task_type="CAUSAL_LM",
+        **options,
     )
-    return get_peft_model(base_model(), config)
 
 
 def order_of_rows(data: TaskData, seed: int, settings: Settings) -> list[int]:

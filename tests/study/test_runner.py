@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import lzma
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,17 +39,6 @@ def finish(process: subprocess.Popen[str]) -> str:
     said = process.communicate()[0]
     assert process.returncode == 0, said
     return said
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    tables = {"db_id": "shop", "table_names_original": ["item"], "column_names_original": [[-1, "*"], [0, "name"]]}
-    queries = [{"db_id": "shop", "question": f"Name {n}?", "query": f"SELECT {n} FROM item"} for n in range(8)]
-    (tmp_path / "tasks").mkdir()
-    for name, lines in (("tables", [tables]), ("train", queries), ("dev", queries[:4])):
-        with lzma.open(tmp_path / "tasks" / f"spider_{name}.jsonl.xz", "wt") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-    return tmp_path
 
 
 def results(path: Path) -> list[dict[str, Any]]:
