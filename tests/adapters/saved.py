@@ -61,7 +61,7 @@ def saved_adapter(
     without_own: Sequence[int] = (),
     **options: Any,
 ) -> Adapter:
-    """An `name` model in `folder / "base"`, an adapter of two experts a layer in `folder / "adapter"`.
+    """The model `name` in `folder / "base"`, an adapter of two experts per layer in `folder / "adapter"`.
 
     Args:
         without_own: MoE layers of which none is selected.

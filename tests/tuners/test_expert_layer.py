@@ -268,10 +268,14 @@ def test_dropout_acts_on_expert_adapters_only_while_training(backend: str) -> No
 
 
 def test_the_backward_drops_what_the_forward_dropped(backend: str) -> None:
+    assert_gradients_predict("olmoe", backend, lora_dropout=0.4)
+
+
+def assert_gradients_predict(layout: str, backend: str, **options: Any) -> None:
     """With the mask fixed by the seed, the gradients predict how the output changes along a random direction."""
     dtype = torch.float64 if backend == "loop" else torch.float32
     step = 1e-6 if backend == "loop" else 2e-3
-    layer = make_layer("olmoe", dtype=dtype, lora_dropout=0.4).train()
+    layer = make_layer(layout, dtype=dtype, **options).train()
     hidden, ids, weights = dispatch(dtype)
     target = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
 
