@@ -37,23 +37,25 @@ class DeviceGroups(Groups):
     def select(self, slots: Slots) -> DeviceGroups:
         return DeviceGroups(self.starts[slots.ids], self.ends[slots.ids], slots.own if slots.shared else None)
 
-    def _parts(self, matrices: Tensor) -> Iterator[tuple[DeviceGroups, Tensor]]:
-        """The groups with a matrix of their own, and those that use one together; with each, their matrices."""
+    def _parts(self, matrices: Tensor) -> Iterator[tuple[DeviceGroups, Tensor, bool]]:
+        """The groups with a matrix of their own, and those that use one together; with each, their matrices, and
+        whether it is one for all of them."""
         if self.own is None:
-            yield self, matrices
+            yield self, matrices, False
             return
+        self._require_shapes(("matrices", matrices, (self.own + 1, *matrices.shape[1:])))
         if self.own:
-            yield DeviceGroups(self.starts[: self.own], self.ends[: self.own]), matrices[: self.own]
-        yield DeviceGroups(self.starts[self.own :], self.ends[self.own :]), matrices[self.own :]
+            yield DeviceGroups(self.starts[: self.own], self.ends[: self.own]), matrices[: self.own], False
+        yield DeviceGroups(self.starts[self.own :], self.ends[self.own :]), matrices[self.own :], True
 
     def project(self, x: Tensor, matrices: Tensor) -> Tensor:
         return F.grouped_mm(x, matrices, offs=self.ends)
 
     def multiply(self, x: Tensor, matrices: Tensor, out: Tensor, options: ProductOptions = PLAIN) -> None:
         """As `Groups.multiply`; `out` must not overlap the operands, and matrices are rounded to the type of `x`."""
-        for part, own in self._parts(matrices):
+        for part, own, shared in self._parts(matrices):
             # One matrix for several groups has stride zero between them.
-            part._multiply(x, own if part is self else own.expand(part.starts.numel(), -1, -1), out, options)
+            part._multiply(x, own.expand(part.starts.numel(), -1, -1) if shared else own, out, options)
 
     def _multiply(self, x: Tensor, matrices: Tensor, out: Tensor, options: ProductOptions) -> None:
         groups = self.starts.numel()
@@ -97,8 +99,8 @@ class DeviceGroups(Groups):
 
         All rows are in one chunk here, so nothing is added late.
         """
-        for part, own in self._parts(out):
-            if part.starts.numel() == len(own):
+        for part, own, shared in self._parts(out):
+            if not shared:
                 part._outer(x, y, own, options)
             else:
                 # A sum for each group, and those summed up: one program for all rows of a matrix would keep the others

@@ -226,6 +226,13 @@ def test_wrong_shapes_are_refused() -> None:
         DeviceGroups(groups.starts, groups.ends[1:]).multiply(x, matrices, out)
     with pytest.raises(ValueError, match="y has shape"):
         groups.outer(x, out[1:], matrices)
+    with pytest.raises(ValueError, match="out has shape"):
+        groups.outer(x, out, matrices[:1])
+    together = DeviceGroups(groups.starts, groups.ends, own=2)  # three matrices, the last for three groups
+    with pytest.raises(ValueError, match="matrices has shape"):
+        together.multiply(x, matrices, out)
+    with pytest.raises(ValueError, match="matrices has shape"):
+        together.outer(x, out, matrices[:2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
