@@ -17,12 +17,13 @@ from training import training_step
 
 
 def check_methods(name: str) -> None:
-    """All methods train the same on attention and router, and those on the same experts as many parameters there."""
+    """All methods train the same outside the routed experts, and those on the same experts as many parameters there."""
     setting = replace(tiny(SETTINGS[name]), device="cpu", dtype=torch.float32)
     bench = Bench.of(setting, dropout=0.05)
     models = {method: bench.build(method) for method in METHODS}
     reference = always_active(models["floor"])
-    assert len(reference) == setting.layers * (4 * 3 + 2)  # attention: A, B and a dropout each; router: A and B
+    linears = 4 + (3 if setting.shared else 0)  # of attention, and of a shared expert
+    assert len(reference) == setting.layers * (linears * 3 + 2)  # each A, B and a dropout; router: A and B
     assert all(always_active(model) == reference for model in models.values())
     for ours, theirs in (("sieve_25", "module_list_25"), ("sieve_all", "module_list_all")):
         assert trainable_counts(models[ours]) == trainable_counts(models[theirs])
@@ -99,7 +100,7 @@ def check_steps() -> None:
 
 if __name__ == "__main__":
     check_meter()
-    for family in ("cpu", "qwen3"):
+    for family in ("cpu", "cpu-shared-expert", "qwen3"):
         check_methods(family)
         check_same_model(family)
     check_steps()

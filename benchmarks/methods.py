@@ -1,4 +1,4 @@
-"""The methods compared. All train the same adapters on attention and router; they differ in the experts.
+"""The methods compared. All train the same adapters on attention, router and shared expert; they differ in the others.
 
 Models of one setting share the frozen weights, so that all of them can be held, and run in turn, at once.
 """
@@ -24,6 +24,7 @@ from peft_sieve import RoutingProfile, SieveLoraConfig, profile_routing, routing
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ROUTER = "mlp.gate.weight"
+SHARED_EXPERT = ["shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -72,7 +73,7 @@ class Bench:
         """
         model = METHODS[method](self, **options)
         ours = always_active(model)
-        assert ours == self.reference, f"{method} trains other attention or router adapters than the floor"
+        assert ours == self.reference, f"{method} trains other adapters outside the routed experts than the floor"
         if self.setting.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return model.train()
@@ -180,7 +181,7 @@ def _plain_lora(bench: Bench, model: nn.Module, modules: list[str], parameters: 
         r=bench.setting.rank,
         lora_alpha=2 * bench.setting.rank,
         lora_dropout=0.0,  # a parameter's adapter, which the router's is, refuses any
-        target_modules=[*ATTENTION, *modules],
+        target_modules=[*ATTENTION, *(SHARED_EXPERT if bench.setting.shared else []), *modules],
         target_parameters=[*parameters, ROUTER],
         task_type="CAUSAL_LM",
     )

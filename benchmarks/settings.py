@@ -9,12 +9,22 @@ from typing import Any
 import torch
 from common import device, positive
 from skew import skew_routing
-from transformers import AutoModelForCausalLM, OlmoeConfig, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    OlmoeConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model and a batch of `batch` sequences of `length` tokens; `intermediate` is one expert's width."""
+    """A model and a batch of `batch` sequences of `length` tokens.
+
+    `intermediate` is one expert's width, `shared` that of a shared expert, where the family has one.
+    """
 
     model: str
     device: str
@@ -30,6 +40,7 @@ class Setting:
     top_k: int = 8
     kv_heads: int | None = None
     head_dim: int | None = None
+    shared: int | None = None
     family: str = "olmoe"
     checkpointing: bool = False
     rank: int = 32
@@ -53,6 +64,23 @@ _OLMOE = Setting("OLMoE-1B-7B", "cuda", torch.bfloat16, 2048, 1024, 16, 16, 64, 
 SETTINGS = {
     # OLMoE's proportions at a size that two cores can run.
     "cpu": Setting("OLMoE-shaped", "cpu", torch.float32, 512, 256, 4, 8, 64, 4096, 4, 512),
+    # A shared expert, normalised router weights, and finer experts: tiny-qwen2-moe, four times as wide.
+    "cpu-shared-expert": Setting(
+        "Qwen2-MoE-shaped",
+        "cpu",
+        torch.float32,
+        512,
+        128,
+        4,
+        8,
+        64,
+        4096,
+        4,
+        512,
+        top_k=6,
+        shared=256,
+        family="qwen2_moe",
+    ),
     "olmoe": _OLMOE,
     "olmoe-checkpointing": replace(_OLMOE, checkpointing=True),
     "qwen3": replace(
@@ -85,6 +113,7 @@ def tiny(setting: Setting) -> Setting:
         heads=4,
         kv_heads=setting.kv_heads and 2,
         head_dim=setting.head_dim and 16,
+        shared=setting.shared and 64,
         vocab=128,
         batch=min(2, setting.batch),
         length=max(16, setting.length // 16),
@@ -111,6 +140,13 @@ def configuration(setting: Setting) -> PretrainedConfig:
     if setting.family == "qwen3_moe":
         config = Qwen3MoeConfig(
             moe_intermediate_size=setting.intermediate, head_dim=setting.head_dim, norm_topk_prob=True, **common
+        )
+    elif setting.family == "qwen2_moe":
+        config = Qwen2MoeConfig(
+            moe_intermediate_size=setting.intermediate,
+            shared_expert_intermediate_size=setting.shared,
+            norm_topk_prob=True,
+            **common,
         )
     else:
         config = OlmoeConfig(intermediate_size=setting.intermediate, **common)
