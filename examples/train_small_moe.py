@@ -40,15 +40,18 @@ def main() -> None:
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     domains = {name: (weight, read_documents(pattern)) for name, weight, pattern in args.domain}
-    if args.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    if existing := args.init or args.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(existing)
     else:
         tokenizer = train_tokenizer([text for _, texts in domains.values() for text in texts], args.vocab_size)
     streams = {name: tokens_of(tokenizer, texts) for name, (_, texts) in domains.items()}
     for name, stream in streams.items():
         print(f"{name}: {stream.numel():,} tokens")
 
-    model = AutoModelForCausalLM.from_config(model_config(args, tokenizer))
+    if args.init:
+        model = AutoModelForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(model_config(args, tokenizer))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device}")
@@ -81,6 +84,11 @@ def parse_arguments() -> argparse.Namespace:
         required=True,
         metavar="NAME=WEIGHT:PATTERN",
         help="text of one domain and its share of the training sequences; give it once per domain",
+    )
+    parser.add_argument(
+        "--init",
+        type=Path,
+        help="folder of a model to train further; its tokenizer and shape replace the options for them",
     )
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=32, help="sequences a step")

@@ -51,6 +51,21 @@ def test_trains_saves_and_loads(choice: dict[str, object], tmp_path: Path) -> No
     assert model(input_ids=ids, labels=ids).loss < 4
 
 
+def test_trains_a_saved_model_further(tmp_path: Path) -> None:
+    """With a learning rate that changes next to nothing, the first loss is that of the model it began with."""
+    (tmp_path / "a.txt").write_text("Question: Tom has 3 apples and buys 4. How many has he now?")
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "train_small_moe.py"), "--out", str(tmp_path / "moe")]
+    command += ["--domain", f"math=1:{tmp_path}/a.txt", "--init", str(TINY_OLMOE)]
+    command += ["--steps=1", "--batch-size=1", "--length=16", "--learning-rate=1e-12"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert float(re.findall(r"loss ([\d.]+)", done.stdout)[0]) < 5  # an untrained model has log(4096) = 8.3
+    before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (TINY_OLMOE, tmp_path / "moe"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "experts", "top_k"),
     [("tiny-olmoe", 4_484_224, 32, 4), ("tiny-qwen2-moe", 5_837_440, 64, 6)],
