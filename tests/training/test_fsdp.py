@@ -1,0 +1,163 @@
+"""Training under accelerate's FSDP2 is training on one process: two real ones, connected by gloo on loopback.
+
+One pair goes through all scenarios of tests/workers/fsdp.py, since starting it takes longer than they do.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from peft_sieve import SieveError, SieveLoraConfig
+from tests.models import randomize_adapter, tiny_model, token_batch
+from tests.training.test_distributed import ROOT, environment
+from tests.workers.fsdp import MASK, SCENARIOS, train
+
+BACKSTOP_SECONDS = 170
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the pair of processes left its results."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.workers.fsdp", str(folder)]
+    processes = []
+    try:
+        for rank in range(2):
+            with open(folder / f"log.{rank}", "wb") as log:
+                processes.append(
+                    subprocess.Popen(command, env=environment(rank), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+                )
+        for process in processes:
+            process.wait(BACKSTOP_SECONDS)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcome(folder: Path) -> Callable[[str], dict[str, Any]]:
+    def read(name: str) -> dict[str, Any]:
+        both = []
+        for rank in range(2):
+            path = folder / f"{name}.{rank}.json"
+            if not path.exists():
+                log = (folder / f"log.{rank}").read_text("utf-8", errors="replace")
+                pytest.fail(f"process {rank} did not finish {name!r}; the end of its output:\n{log[-4000:]}")
+            both.append(json.loads(path.read_text("utf-8")))
+            if "crash" in both[-1]:
+                pytest.fail(f"process {rank} failed in {name!r}:\n{both[-1]['crash']}")
+        assert both[0] == both[1]
+        return both[0]
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict[str, Any], Path]]:
+    """Outcome and folder of a scenario on one process; those with equal configurations train once."""
+    done: dict[Any, tuple[dict[str, Any], Path]] = {}
+
+    def once(name: str) -> tuple[dict[str, Any], Path]:
+        config = SCENARIOS[name].config
+        if config not in done:
+            folder = tmp_path_factory.mktemp("alone")
+            done[config] = train(SCENARIOS[name], folder), folder
+        return done[config]
+
+    return once
+
+
+RUNS = [(name, False) for name in SCENARIOS] + [
+    (name, True) for name, scenario in SCENARIOS.items() if scenario.resumed
+]
+
+
+@pytest.mark.parametrize(("name", "resumed"), RUNS)
+def test_losses_and_saved_adapter_are_those_of_one_process(
+    name: str, resumed: bool, outcome: Any, alone: Any, folder: Path
+) -> None:
+    expected, reference = alone(name)
+    found = outcome(f"{name}.resumed" if resumed else name)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    saved = folder / name / ("resumed" if resumed else "adapter")
+    tensors, wanted = (load_file(path / "adapter_model.safetensors") for path in (saved, reference / "adapter"))
+    assert tensors.keys() == wanted.keys()
+    for key, value in wanted.items():
+        if key.endswith(".lora_usage.tokens"):  # what DMEP counts is of one process; it refuses to prune with several
+            continue
+        torch.testing.assert_close(
+            tensors[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
+        )
+    PeftModel.from_pretrained(tiny_model("olmoe"), saved)
+
+
+def test_training_changes_what_is_compared(alone: Any) -> None:
+    losses, folder = alone("full")
+    again = get_peft_model(tiny_model("olmoe"), SCENARIOS["full"].config())
+    randomize_adapter(again)
+    trained = load_file(folder / "adapter" / "adapter_model.safetensors")
+    started = {key.replace(".default", ""): value for key, value in again.state_dict().items() if ".default." in key}
+    moved = [float((trained[key] - started[key]).abs().max()) for key in trained if key.endswith(".weight")]
+    assert len(moved) > 20 and min(moved) > 5e-3, moved
+    assert len(set(losses["losses"])) == 3
+
+
+def adapted() -> PeftModel:
+    model = get_peft_model(tiny_model("olmoe"), SieveLoraConfig(r=4, selected_experts=MASK, task_type="CAUSAL_LM"))
+    randomize_adapter(model)
+    return model.eval()
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_save_without_some_of_the_adapter_is_refused_and_leaves_the_last_one(left: int, tmp_path: Path) -> None:
+    """Sharded engines hand out a state dict of nothing in places, on a process that gathers nothing for example."""
+    model = adapted()
+    model.save_pretrained(tmp_path / "a")
+    before = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    partial = dict(list(model.state_dict().items())[: left * 40])
+    with pytest.raises(SieveError, match=r"lacks \d+ of the \d+ tensors of adapter 'default'"):
+        model.save_pretrained(tmp_path / "a", state_dict=partial)
+    after = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    model.save_pretrained(tmp_path / "b", state_dict=partial, is_main_process=False)  # writes nothing
+
+
+def test_the_meta_device_loses_no_map_between_experts_and_slots() -> None:
+    """As accelerate shards a model there: the state dict has parameters only, and is loaded into the model again."""
+    model = adapted()
+    batch = token_batch(model)
+    expected = model(**batch).logits
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to("meta")
+    there = model.state_dict()
+    assert state.keys() - there.keys() == {key for key in state if key.endswith(".slots")}
+    model.load_state_dict({key: state[key] for key in there}, assign=True)
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:  # of the rotary embedding, which is in no state dict
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, buffers[name])
+        else:
+            assert torch.equal(buffer, buffers[name])
+    assert torch.equal(model(**batch).logits, expected)
+    assert model.state_dict().keys() == state.keys()
+
+
+def test_memory_of_its_own_after_the_meta_device_has_the_map_again() -> None:
+    model = adapted()
+    slots = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("slots")}
+    model.to("meta").to_empty(device="cpu")
+    for name, value in slots.items():
+        assert torch.equal(model.get_buffer(name), value)

@@ -1,0 +1,134 @@
+"""One of the two processes of tests/training/test_fsdp.py: trains under accelerate's FSDP2, scenario by scenario.
+
+    python -m tests.workers.fsdp FOLDER    (with RANK, LOCAL_RANK and WORLD_SIZE set, as torchrun does)
+
+Without those, `train` trains on one process, with the rows of both in each batch.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from peft_sieve import LoraMoeConfig, PerftConfig, SieveLoraConfig
+from tests.models import randomize_adapter, tiny_model
+
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+PROCESS = 150  # a process that hangs ends after so many seconds
+MASK = {f"model.layers.{i}.mlp.experts": [1, 4, 6] for i in range(2)}
+COMMON: dict[str, Any] = {"r": 4, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
+
+
+def rows() -> torch.Tensor:
+    """(16, 24) tokens."""
+    return torch.randint(3, 128, (16, 24), generator=torch.Generator().manual_seed(3))
+
+
+def sieve(**settings: Any) -> SieveLoraConfig:
+    return SieveLoraConfig(**{**COMMON, "selected_experts": MASK, **settings})
+
+
+def calibrated() -> SieveLoraConfig:
+    data = [{"input_ids": pair} for pair in rows()[:10].split(2)]  # five batches: one process has more than the other
+    return sieve(selected_experts=None, calib_dataset=data, top_k=3)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Attributes:
+    config: makes the adapter's configuration.
+    fsdp: settings of `fsdp_config`; a full state dict unless they say otherwise.
+    resumed: whether a second run goes on from the first one's checkpoint after two of the three steps.
+    """
+
+    config: Callable[[], Any] = sieve
+    fsdp: dict[str, Any] = field(default_factory=dict)
+    resumed: bool = False
+
+
+SCENARIOS = {
+    "full": Scenario(resumed=True),
+    "sharded": Scenario(fsdp={"state_dict_type": "SHARDED_STATE_DICT"}, resumed=True),
+    "ram": Scenario(fsdp={"cpu_ram_efficient_loading": True}, resumed=True),
+    "checkpointing": Scenario(fsdp={"activation_checkpointing": True}),
+    "calibrated": Scenario(calibrated, {"cpu_ram_efficient_loading": True}),
+    "shared": Scenario(lambda: sieve(cold_experts="shared", share_outer=True), {"cpu_ram_efficient_loading": True}),
+    "perft_e": Scenario(
+        lambda: PerftConfig(**COMMON, variant="E", selected_experts=MASK), {"cpu_ram_efficient_loading": True}
+    ),
+    "lora_moe": Scenario(
+        lambda: LoraMoeConfig(**COMMON, target_modules=["q_proj", "v_proj"], balance_loss_coef=0.0),
+        {"cpu_ram_efficient_loading": True},
+    ),
+}
+
+
+class InOrder(Trainer):
+    """Takes the rows as they are, so that two processes together see the batches of one."""
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def train(scenario: Scenario, folder: Path, resume: bool = False) -> dict[str, Any]:
+    """Three steps on four rows each; leaves the adapter in the folder."""
+    several = WORLD > 1
+    defaults = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
+    defaults["transformer_layer_cls_to_wrap"] = ["OlmoeDecoderLayer"]
+    sharding = {"fsdp": True, "fsdp_config": {**defaults, **scenario.fsdp}, "ddp_backend": "gloo"}
+    arguments = TrainingArguments(
+        output_dir=str(folder / "run"),
+        max_steps=3,
+        save_steps=2,
+        save_strategy="steps" if scenario.resumed and several else "no",
+        per_device_train_batch_size=4 // WORLD,
+        learning_rate=5e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **(sharding if several else {}),
+    )
+    if several:
+        arguments.device  # noqa: B018 (makes the state that is changed)
+        # accelerate shards on accelerators only; all that this changes is which branch it takes.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    model = get_peft_model(tiny_model("olmoe", output_router_logits=False), scenario.config())
+    randomize_adapter(model)
+    data = Dataset.from_dict({"input_ids": rows().tolist(), "labels": rows().tolist()})
+    trainer = InOrder(model=model, args=arguments, train_dataset=data)
+    trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2") if resume else None)
+    trainer.save_model(str(folder / ("resumed" if resume else "adapter")))
+    return {"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=(folder / "store").as_uri(), rank=RANK, world_size=WORLD)
+    for name, scenario in SCENARIOS.items():
+        for resume in [False, True] if scenario.resumed and WORLD > 1 else [False]:
+            try:
+                outcome = train(scenario, folder / name, resume)
+            except Exception:  # the test shows it
+                outcome = {"crash": traceback.format_exc()}
+            (folder / f"{name}{'.resumed' if resume else ''}.{RANK}.json").write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(PROCESS, exit=True)
+    main(Path(sys.argv[1]))
