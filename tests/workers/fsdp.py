@@ -1,6 +1,6 @@
 """One of the two processes of tests/training/test_fsdp.py: trains under accelerate's FSDP2, scenario by scenario.
 
-    python -m tests.workers.fsdp FOLDER    (with RANK, LOCAL_RANK and WORLD_SIZE set, as torchrun does)
+    python -m tests.workers.fsdp FOLDER [SCENARIO ...]    (with RANK, LOCAL_RANK and WORLD_SIZE set, as torchrun does)
 
 Without those, `train` trains on one process, with the rows of both in each batch.
 """
@@ -23,7 +23,8 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
 
 from peft_sieve import LoraMoeConfig, PerftConfig, SieveLoraConfig
 from tests.models import randomize_adapter, tiny_model
@@ -52,12 +53,13 @@ def calibrated() -> SieveLoraConfig:
 class Scenario:
     """Attributes:
     config: makes the adapter's configuration.
-    fsdp: settings of `fsdp_config`; a full state dict unless they say otherwise.
+    fsdp: settings of `fsdp_config`; a full state dict unless they say otherwise. None: transformers shards the model
+        when it is loaded, by its `DistributedConfig`.
     resumed: whether a second run goes on from the first one's checkpoint after two of the three steps.
     """
 
     config: Callable[[], Any] = sieve
-    fsdp: dict[str, Any] = field(default_factory=dict)
+    fsdp: dict[str, Any] | None = field(default_factory=dict)
     resumed: bool = False
 
 
@@ -75,6 +77,8 @@ SCENARIOS = {
         lambda: LoraMoeConfig(**COMMON, target_modules=["q_proj", "v_proj"], balance_loss_coef=0.0),
         {"cpu_ram_efficient_loading": True},
     ),
+    "native": Scenario(fsdp=None),
+    "native_calibrated": Scenario(calibrated, fsdp=None),
 }
 
 
@@ -87,10 +91,10 @@ class InOrder(Trainer):
 
 def train(scenario: Scenario, folder: Path, resume: bool = False) -> dict[str, Any]:
     """Three steps on four rows each; leaves the adapter in the folder."""
-    several = WORLD > 1
+    several, native = WORLD > 1, scenario.fsdp is None
     defaults = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
     defaults["transformer_layer_cls_to_wrap"] = ["OlmoeDecoderLayer"]
-    sharding = {"fsdp": True, "fsdp_config": {**defaults, **scenario.fsdp}, "ddp_backend": "gloo"}
+    sharding = {"fsdp": True, "fsdp_config": {**defaults, **(scenario.fsdp or {})}, "ddp_backend": "gloo"}
     arguments = TrainingArguments(
         output_dir=str(folder / "run"),
         max_steps=3,
@@ -98,18 +102,25 @@ def train(scenario: Scenario, folder: Path, resume: bool = False) -> dict[str, A
         save_strategy="steps" if scenario.resumed and several else "no",
         per_device_train_batch_size=4 // WORLD,
         learning_rate=5e-3,
+        adam_epsilon=1e-3,  # or gradients of nothing but rounding move weights as others do
         lr_scheduler_type="constant",
         logging_steps=1,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
-        **(sharding if several else {}),
+        **(sharding if several and not native else {}),
     )
-    if several:
+    if several and not native:
         arguments.device  # noqa: B018 (makes the state that is changed)
         # accelerate shards on accelerators only; all that this changes is which branch it takes.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    model = get_peft_model(tiny_model("olmoe", output_router_logits=False), scenario.config())
+    base = tiny_model("olmoe", output_router_logits=False)
+    if several and native:
+        if RANK == 0:
+            base.save_pretrained(folder / "base")
+        dist.barrier()
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=DistributedConfig(fsdp_size=2))
+    model = get_peft_model(base, scenario.config())
     randomize_adapter(model)
     data = Dataset.from_dict({"input_ids": rows().tolist(), "labels": rows().tolist()})
     trainer = InOrder(model=model, args=arguments, train_dataset=data)
@@ -118,9 +129,10 @@ def train(scenario: Scenario, folder: Path, resume: bool = False) -> dict[str, A
     return {"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *names: str) -> None:
     dist.init_process_group("gloo", init_method=(folder / "store").as_uri(), rank=RANK, world_size=WORLD)
-    for name, scenario in SCENARIOS.items():
+    for name in names or SCENARIOS:
+        scenario = SCENARIOS[name]
         for resume in [False, True] if scenario.resumed and WORLD > 1 else [False]:
             try:
                 outcome = train(scenario, folder / name, resume)
@@ -131,4 +143,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(PROCESS, exit=True)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
