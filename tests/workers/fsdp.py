@@ -92,6 +92,7 @@ class InOrder(Trainer):
 def train(scenario: Scenario, folder: Path, resume: bool = False) -> dict[str, Any]:
     """Three steps on four rows each; leaves the adapter in the folder."""
     several, native = WORLD > 1, scenario.fsdp is None
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # which the arguments of another scenario have set
     defaults = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
     defaults["transformer_layer_cls_to_wrap"] = ["OlmoeDecoderLayer"]
     sharding = {"fsdp": True, "fsdp_config": {**defaults, **(scenario.fsdp or {})}, "ddp_backend": "gloo"}
