@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from peft_sieve import SieveError, SieveLoraConfig
 from tests.models import randomize_adapter, tiny_model, token_batch
 from tests.training.test_distributed import ROOT, environment
-from tests.workers.fsdp import MASK, SCENARIOS, train
+from tests.workers.fsdp import MASK, SCENARIOS, rows, train
 
 BACKSTOP_SECONDS = 170
 
@@ -66,22 +66,21 @@ def outcome(folder: Path) -> Callable[[str], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict[str, Any], Path]]:
-    """Outcome and folder of a scenario on one process; those with equal configurations train once."""
+    """Outcome and folder of a scenario on one process; those that come to the same train once."""
     done: dict[Any, tuple[dict[str, Any], Path]] = {}
 
     def once(name: str) -> tuple[dict[str, Any], Path]:
-        config = SCENARIOS[name].config
-        if config not in done:
+        kind = SCENARIOS[name].config, SCENARIOS[name].sft
+        if kind not in done:
             folder = tmp_path_factory.mktemp("alone")
-            done[config] = train(SCENARIOS[name], folder), folder
-        return done[config]
+            done[kind] = train(SCENARIOS[name], folder), folder
+        return done[kind]
 
     return once
 
 
-RUNS = [(name, False) for name in SCENARIOS] + [
-    (name, True) for name, scenario in SCENARIOS.items() if scenario.resumed
-]
+EQUAL = {name: scenario for name, scenario in SCENARIOS.items() if not scenario.aux_loss}
+RUNS = [(name, False) for name in EQUAL] + [(name, True) for name, scenario in SCENARIOS.items() if scenario.resumed]
 
 
 @pytest.mark.parametrize(("name", "resumed"), RUNS)
@@ -112,6 +111,23 @@ def test_training_changes_what_is_compared(alone: Any) -> None:
     moved = [float((trained[key] - started[key]).abs().max()) for key in trained if key.endswith(".weight")]
     assert len(moved) > 20 and min(moved) > 5e-3, moved
     assert len(set(losses["losses"])) == 3
+
+
+@pytest.mark.parametrize(("name", "times"), [("ddp_aux_loss", 2), ("sft_aux_loss", 1)])
+def test_the_routers_balance_loss_is_that_of_each_process(name: str, times: int, outcome: Any) -> None:
+    """So the loss on two processes is not that on one with both batches, with PEFT's own adapters neither.
+
+    A balance loss is not a mean over tokens. Trainer adds it up over the processes: to average over the tokens of all
+    of them, it multiplies what the model returns by their number. SFTTrainer averages it.
+    """
+    losses = outcome(name)["losses"]
+    model = get_peft_model(tiny_model("olmoe", output_router_logits=True), SCENARIOS[name].config())
+    randomize_adapter(model)
+    outputs = [model(input_ids=part, labels=part) for part in rows()[:4].split(2)]
+    added = [model.config.router_aux_loss_coef * float(out.aux_loss) for out in outputs]
+    without = [float(out.loss) - part for out, part in zip(outputs, added, strict=True)]
+    assert losses[0] == pytest.approx((sum(without) + times * sum(added)) / 2, rel=1e-5)
+    assert min(added) > 0.03
 
 
 def adapted() -> PeftModel:

@@ -25,9 +25,10 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
+from trl import SFTConfig, SFTTrainer
 
 from peft_sieve import LoraMoeConfig, PerftConfig, SieveLoraConfig
-from tests.models import randomize_adapter, tiny_model
+from tests.models import randomize_adapter, small_tokenizer, tiny_model
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 PROCESS = 150  # a process that hangs ends after so many seconds
@@ -53,50 +54,79 @@ def calibrated() -> SieveLoraConfig:
 class Scenario:
     """Attributes:
     config: makes the adapter's configuration.
-    fsdp: settings of `fsdp_config`; a full state dict unless they say otherwise. None: transformers shards the model
-        when it is loaded, by its `DistributedConfig`.
+    engine: "accelerate" shards the model for the Trainer, "transformers" when it is loaded (`DistributedConfig`); "ddp"
+        does not shard it.
+    fsdp: of accelerate, settings of `fsdp_config`; a full state dict unless they say otherwise.
+    arguments: of the Trainer, more of them.
+    aux_loss: whether the routers' balance loss is added.
+    sft: whether TRL's SFTTrainer trains.
     resumed: whether a second run goes on from the first one's checkpoint after two of the three steps.
     """
 
     config: Callable[[], Any] = sieve
-    fsdp: dict[str, Any] | None = field(default_factory=dict)
+    engine: str = "accelerate"
+    fsdp: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    aux_loss: bool = False
+    sft: bool = False
     resumed: bool = False
 
 
+RAM: dict[str, Any] = {"cpu_ram_efficient_loading": True}
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 SCENARIOS = {
     "full": Scenario(resumed=True),
     "sharded": Scenario(fsdp={"state_dict_type": "SHARDED_STATE_DICT"}, resumed=True),
-    "ram": Scenario(fsdp={"cpu_ram_efficient_loading": True}, resumed=True),
+    "ram": Scenario(fsdp=RAM, resumed=True),
     "checkpointing": Scenario(fsdp={"activation_checkpointing": True}),
-    "calibrated": Scenario(calibrated, {"cpu_ram_efficient_loading": True}),
-    "shared": Scenario(lambda: sieve(cold_experts="shared", share_outer=True), {"cpu_ram_efficient_loading": True}),
-    "perft_e": Scenario(
-        lambda: PerftConfig(**COMMON, variant="E", selected_experts=MASK), {"cpu_ram_efficient_loading": True}
-    ),
-    "lora_moe": Scenario(
-        lambda: LoraMoeConfig(**COMMON, target_modules=["q_proj", "v_proj"], balance_loss_coef=0.0),
-        {"cpu_ram_efficient_loading": True},
-    ),
-    "native": Scenario(fsdp=None),
-    "native_calibrated": Scenario(calibrated, fsdp=None),
+    "calibrated": Scenario(calibrated, fsdp=RAM),
+    "shared": Scenario(lambda: sieve(cold_experts="shared", share_outer=True), fsdp=RAM),
+    "perft_e": Scenario(lambda: PerftConfig(**COMMON, variant="E", selected_experts=MASK), fsdp=RAM),
+    "lora_moe": Scenario(lambda: LoraMoeConfig(**COMMON, target_modules=["q_proj"], balance_loss_coef=0.0), fsdp=RAM),
+    "sft": Scenario(fsdp=RAM, sft=True),
+    "sft_aux_loss": Scenario(fsdp=RAM, sft=True, aux_loss=True),
+    "native": Scenario(engine="transformers"),
+    "native_calibrated": Scenario(calibrated, "transformers"),
+    # All factors have gradients in each step, so that DDP need not look for those that have none.
+    "ddp": Scenario(engine="ddp", arguments={"ddp_find_unused_parameters": False, **REENTRANT}),
+    "ddp_aux_loss": Scenario(engine="ddp", arguments={"ddp_find_unused_parameters": False}, aux_loss=True),
 }
 
 
-class InOrder(Trainer):
-    """Takes the rows as they are, so that two processes together see the batches of one."""
+class TakesRowsAsTheyAre:
+    """So that two processes together see the batches of one."""
+
+    train_dataset: Any
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
+class InOrder(TakesRowsAsTheyAre, Trainer):
+    pass
+
+
+class SFTInOrder(TakesRowsAsTheyAre, SFTTrainer):
+    pass
+
+
 def train(scenario: Scenario, folder: Path, resume: bool = False) -> dict[str, Any]:
     """Three steps on four rows each; leaves the adapter in the folder."""
-    several, native = WORLD > 1, scenario.fsdp is None
+    several = WORLD > 1
+    engine = scenario.engine if several else None
     os.environ.pop("ACCELERATE_USE_FSDP", None)  # which the arguments of another scenario have set
-    defaults = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
-    defaults["transformer_layer_cls_to_wrap"] = ["OlmoeDecoderLayer"]
-    sharding = {"fsdp": True, "fsdp_config": {**defaults, **(scenario.fsdp or {})}, "ddp_backend": "gloo"}
-    arguments = TrainingArguments(
+    settings: dict[str, Any] = dict(scenario.arguments) if several else {}
+    if engine == "accelerate":
+        defaults = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
+        defaults["transformer_layer_cls_to_wrap"] = ["OlmoeDecoderLayer"]
+        settings |= {"fsdp": True, "fsdp_config": {**defaults, **scenario.fsdp}, "ddp_backend": "gloo"}
+    elif several:
+        settings["ddp_backend"] = "gloo"
+    kind: Any = TrainingArguments
+    if scenario.sft:
+        kind = SFTConfig
+        settings["router_aux_loss_coef"] = None if scenario.aux_loss else 0.0  # None is the model's own
+    arguments = kind(
         output_dir=str(folder / "run"),
         max_steps=3,
         save_steps=2,
@@ -108,15 +138,16 @@ def train(scenario: Scenario, folder: Path, resume: bool = False) -> dict[str, A
         logging_steps=1,
         report_to="none",
         use_cpu=True,
+        bf16=False,  # SFTConfig has it on, and then the losses differ by rounding
         disable_tqdm=True,
-        **(sharding if several and not native else {}),
+        **settings,
     )
-    if several and not native:
+    if engine == "accelerate":
         arguments.device  # noqa: B018 (makes the state that is changed)
         # accelerate shards on accelerators only; all that this changes is which branch it takes.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    base = tiny_model("olmoe", output_router_logits=False)
-    if several and native:
+    base = tiny_model("olmoe", output_router_logits=scenario.aux_loss)
+    if engine == "transformers":
         if RANK == 0:
             base.save_pretrained(folder / "base")
         dist.barrier()
@@ -124,7 +155,10 @@ def train(scenario: Scenario, folder: Path, resume: bool = False) -> dict[str, A
     model = get_peft_model(base, scenario.config())
     randomize_adapter(model)
     data = Dataset.from_dict({"input_ids": rows().tolist(), "labels": rows().tolist()})
-    trainer = InOrder(model=model, args=arguments, train_dataset=data)
+    if scenario.sft:
+        trainer: Any = SFTInOrder(model, arguments, train_dataset=data, processing_class=small_tokenizer())
+    else:
+        trainer = InOrder(model, arguments, train_dataset=data)
     trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2") if resume else None)
     trainer.save_model(str(folder / ("resumed" if resume else "adapter")))
     return {"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
