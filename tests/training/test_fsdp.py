@@ -130,6 +130,16 @@ def test_the_routers_balance_loss_is_that_of_each_process(name: str, times: int,
     assert min(added) > 0.03
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("tensor_parallel", "Tensor parallelism (tp_size=2)"), ("expert_parallel", "expert parallelism")],
+)
+def test_models_that_are_spread_in_another_way_are_refused(name: str, words: str, outcome: Any) -> None:
+    """Before calibration, in which processes with other batches would wait for each other forever."""
+    found = outcome(name)
+    assert words in found["refusal"] and found["untouched"]
+
+
 def adapted() -> PeftModel:
     model = get_peft_model(tiny_model("olmoe"), SieveLoraConfig(r=4, selected_experts=MASK, task_type="CAUSAL_LM"))
     randomize_adapter(model)

@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 from trl import SFTConfig, SFTTrainer
 
-from peft_sieve import LoraMoeConfig, PerftConfig, SieveLoraConfig
+from peft_sieve import LoraMoeConfig, PerftConfig, SieveError, SieveLoraConfig
 from tests.models import randomize_adapter, small_tokenizer, tiny_model
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -164,16 +165,42 @@ def train(scenario: Scenario, folder: Path, resume: bool = False) -> dict[str, A
     return {"losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
 
 
+def refused(folder: Path, parallel: DistributedConfig) -> dict[str, Any]:
+    """What adapting a model that transformers has spread in another way is refused with, before calibration."""
+    if RANK == 0:
+        tiny_model("olmoe").save_pretrained(folder / "base")
+    dist.barrier()
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=parallel)
+    try:
+        get_peft_model(base, calibrated())
+    except SieveError as error:
+        return {"refusal": str(error), "untouched": not any("lora_" in name for name, _ in base.named_modules())}
+    return {"refusal": None}
+
+
+REFUSED = {
+    "tensor_parallel": DistributedConfig(tp_size=2),
+    "expert_parallel": DistributedConfig(fsdp_size=2, ep_size=2),
+}
+
+
 def main(folder: Path, *names: str) -> None:
     dist.init_process_group("gloo", init_method=(folder / "store").as_uri(), rank=RANK, world_size=WORLD)
-    for name in names or SCENARIOS:
-        scenario = SCENARIOS[name]
-        for resume in [False, True] if scenario.resumed and WORLD > 1 else [False]:
-            try:
-                outcome = train(scenario, folder / name, resume)
-            except Exception:  # the test shows it
-                outcome = {"crash": traceback.format_exc()}
-            (folder / f"{name}{'.resumed' if resume else ''}.{RANK}.json").write_text(json.dumps(outcome))
+
+    def record(name: str, run: Callable[[], dict[str, Any]]) -> None:
+        try:
+            outcome = run()
+        except Exception:  # the test shows it
+            outcome = {"crash": traceback.format_exc()}
+        (folder / f"{name}.{RANK}.json").write_text(json.dumps(outcome))
+
+    for name in names or (*SCENARIOS, *REFUSED):
+        if name in REFUSED:
+            record(name, partial(refused, folder / name, REFUSED[name]))
+            continue
+        record(name, partial(train, SCENARIOS[name], folder / name))
+        if SCENARIOS[name].resumed:
+            record(f"{name}.resumed", partial(train, SCENARIOS[name], folder / name, resume=True))
 
 
 if __name__ == "__main__":
