@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import peft.utils.hotswap
 from peft import PeftConfig, PeftModel
 from peft.config import PeftConfigMixin
 from peft.utils import load_peft_weights
+from safetensors import safe_open
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -27,7 +29,7 @@ from ..errors import SieveError
 from ..files import replaced_when_done
 from ..moe.placement import computes_on, is_offloaded, left_offloaded
 from ..moe.wrappers import innermost
-from .adapter_files import check_config_file, explained, finish_interrupted_saves, unmap
+from .adapter_files import check_config_file, explained, finish_interrupted_saves, unmap, weights_file
 from .card import add_to_card
 from .deletion import delete_adapter
 from .hotswap import swap_adapter
@@ -90,7 +92,13 @@ def _save_pretrained(
         card = os.path.join(save_directory, "README.md")
         if os.path.isfile(card):  # PEFT updates the one that it finds
             shutil.copyfile(card, os.path.join(staging, "README.md"))
-        return original(self, staging, *args, **kwargs)
+        result = original(self, staging, *args, **kwargs)
+        for name, _, method in adapters_of_package(self):
+            weights = weights_file(Path(staging, "" if name == "default" else name))
+            if weights is not None:
+                with safe_open(weights, "pt") as file:
+                    method.model.check_whole(self.get_base_model(), name, file.keys())  # type: ignore[attr-defined]
+        return result
 
 
 _saving: ContextVar[bool] = ContextVar("_saving", default=False)

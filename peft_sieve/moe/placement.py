@@ -1,4 +1,6 @@
-"""Where weights are while nobody uses them: offloaded ones (accelerate's hooks) are on no device between forwards."""
+"""Where weights are while nobody uses them: offloaded ones (accelerate's hooks) are on no device between forwards; of
+sharded ones (FSDP2) each process has a part.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,17 @@ from accelerate.utils import align_module_device
 from accelerate.utils.modeling import has_offloaded_params
 from peft.tuners.tuners_utils import onload_layer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether weights of `module`, or of a module in it, come to a device only for their forward."""
     return any(has_offloaded_params(child) for child in module.modules())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 keeps a part of each weight in each process, so that a forward is a collective operation."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -66,8 +66,14 @@ def refuse_wrapped(model: nn.Module) -> None:
     """Refuse to put adapters into what wraps modules in a way that new parameters do not fit into.
 
     Raises:
-        SieveError: the model is for several devices, or has modules with activation checkpointing around them.
+        SieveError: the model is tensor-parallel or for several devices, or has modules with activation checkpointing
+            around them.
     """
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise SieveError(
+            f"Tensor parallelism (tp_size={model.tp_size}) is not supported for adapters of this package. Load the "
+            "model with DistributedConfig(fsdp_size=...), or train it with accelerate's FSDP2."
+        )
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise SieveError(
             f"The model is a {type(model).__name__}, which would not train parameters that are added to it. Pass "

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from ..checks import first_line
 from ..errors import SieveError
+from ..moe.placement import is_sharded
 
 # What transformers calls the methods by which a model finds positions itself: from images and the mask, or from ids.
 _FINDS_POSITIONS = ("get_rope_index", "create_position_ids_from_input_ids")
@@ -36,8 +37,8 @@ def find_tokenizer(model: nn.Module, tokenizer: Any) -> Any:
 
 
 def backbone_forward(model: nn.Module) -> Callable[[dict[str, Any]], None]:
-    """A forward without the head."""
-    backbone = getattr(model, "base_model", model)
+    """A forward without the head; of a sharded model the whole one, which FSDP2 wants to be entered at its root."""
+    backbone = model if is_sharded(model) else getattr(model, "base_model", model)
     parameters = inspect.signature(backbone.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     counts_padding = "position_ids" in parameters and not _finds_positions(backbone)
@@ -50,6 +51,8 @@ def backbone_forward(model: nn.Module) -> Callable[[dict[str, Any]], None]:
             batch["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         if takes_any or "use_cache" in parameters:
             batch["use_cache"] = False
+        if "logits_to_keep" in parameters:
+            batch["logits_to_keep"] = 1
         backbone(**batch)
 
     return forward

@@ -11,10 +11,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import SieveError
+from ..moe.placement import is_sharded
 from ..moe.topology import MoELayer, find_moe_layers
 from .counting import PaddingUnknown
 from .data.batches import CalibrationData, calibration_batches, tokens_in
 from .data.cutting import rows_alone
+from .distributed import gathered, on_every_rank
 from .encoder_decoder import is_encoder_decoder, with_decoder_inputs
 from .layer_counters import RoutingCounters
 from .model_inputs import backbone_forward, check_vocabulary, find_tokenizer, input_device, on_device
@@ -136,6 +138,7 @@ def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationD
         )
     counted = RoutingCounters(model, layers)
     forward = backbone_forward(model)
+    extra = _extra_batches(model, calibration.batches)
 
     def read(batch: dict[str, Any]) -> None:
         batch, decoder_mask = with_decoder_inputs(model, batch)
@@ -143,19 +146,39 @@ def _counted(model: nn.Module, layers: list[MoELayer], calibration: CalibrationD
             check_vocabulary(model, batch)
             forward(on_device(batch, device))
 
-    with undisturbed(model), counted.watching(model):
-        for batch in calibration.batches:
-            with naming_inputs(batch, read):
-                try:
-                    read(batch)
-                except PaddingUnknown:
-                    rows = rows_alone(batch)
-                    if rows is None or is_encoder_decoder(model):
-                        raise
-                    for row in rows:
-                        read(row)
-            bar.update(tokens_in(batch))
+    with undisturbed(model):
+        with counted.watching(model):
+            for batch in calibration.batches:
+                with naming_inputs(batch, read):
+                    try:
+                        read(batch)
+                    except PaddingUnknown:
+                        rows = rows_alone(batch)
+                        if rows is None or is_encoder_decoder(model) or is_sharded(model):
+                            raise
+                        for row in rows:
+                            read(row)
+                bar.update(tokens_in(batch))
+        for batch in extra:
+            forward(on_device(with_decoder_inputs(model, batch)[0], device))
     return counted.profile(model, calibration)
+
+
+def _extra_batches(model: nn.Module, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What this process has to run, uncounted, because another has more batches: forwards of a sharded model are
+    collective. Bad batches are refused before the first forward, in which the others would wait for this process.
+    """
+    if not is_sharded(model):
+        return []
+
+    def check() -> None:
+        for batch in batches:
+            check_vocabulary(model, batch)
+
+    on_every_rank(check)
+    most = max(gathered(len(batches)))
+    some = [batch for first in gathered(batches[:1]) for batch in first]
+    return some[:1] * (most - len(batches))
 
 
 def check_reached(profile: RoutingProfile) -> None:

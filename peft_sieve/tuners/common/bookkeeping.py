@@ -4,11 +4,15 @@ Teachers that follow a student, averages of checkpoints and the like compute wit
 with all buffers of a module. A weighted sum of maps that are all the same is that map times the sum of the weights, up
 to rounding, and is taken for it. One of different maps never is: maps of equally many experts hold the same numbers in
 other places, so all have one sum and one length, and an average of several has that sum and less length.
+
+Nor is it lost on the meta device. What shards a model there (accelerate's FSDP2 with `cpu_ram_efficient_loading`) takes
+every entry of its state dict for a parameter, and fills it again. So buffers that were moved there are in no state
+dict, and have their values back afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +25,14 @@ _NAME = "bookkeeping"
 
 
 class Bookkeeping(nn.Module):
-    """A module with buffers that only carry integers to and from files: what they should hold is known without them."""
+    """A module with buffers that carry numbers to and from files. What those of `integers` should hold is known without
+    them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Of buffers that were moved to the meta device.
+        self._values: dict[str, torch.Tensor] = {}
 
     def integers(self) -> dict[str, torch.Tensor]:
         """Name of a buffer -> what it should hold, on the CPU."""
@@ -32,16 +43,36 @@ class Bookkeeping(nn.Module):
         for name, value in self.integers().items():
             setattr(self, name, value.to(getattr(self, name).device))
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Bookkeeping:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in dict(self.named_buffers(recurse=False)).items():
+            if buffer.is_meta and not before[name].is_meta:
+                self._values[name] = before[name]
+            elif not buffer.is_meta and name in self._values:
+                setattr(self, name, self._values.pop(name).to(buffer.device))
+        return self
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, value in self.integers().items():
             destination[prefix + name] = value.to(getattr(self, name).device)
+        for name in self._values:
+            del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.check(state_dict, prefix)
         own = {prefix + name: value for name, value in self.integers().items()}
         state_dict.update({key: value for key, value in own.items() if key in state_dict})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def put_back(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Give buffers that were moved to the meta device their values again, and return those by name."""
+        values = {name: value.to(device) for name, value in self._values.items()}
+        self._values.clear()
+        for name, value in values.items():
+            setattr(self, name, value)
+        return values
 
     def check(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Refuse the state dict of a model whose adapter belongs to other experts.
@@ -63,10 +94,15 @@ def checked_by(model: nn.Module) -> None:
     hang(model, _NAME, model.register_load_state_dict_pre_hook(_check_all))
 
 
-def _check_all(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, Bookkeeping):
-            module.check(state_dict, f"{prefix}{name}.")
+def _check_all(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    found = {f"{prefix}{name}.": part for name, part in model.named_modules() if isinstance(part, Bookkeeping)}
+    for at, part in found.items():
+        part.check(state_dict, at)
+    # Engines take a model from the meta device by loading what they sharded.
+    device = next((value.device for value in state_dict.values()), torch.device("cpu"))
+    for at, part in found.items():
+        for name, value in part.put_back(device).items():
+            state_dict.setdefault(at + name, value)
 
 
 def settled(saved: Mapping[str, torch.Tensor], integers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -82,12 +82,12 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, A
             yield in_base_model(path), layer
 
 
-def layers_for(model: nn.Module, adapter_name: str, given: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """As `adapter_layers`, for weights that are to be loaded: a layer that is in several places has the first, which
-    files keep, and those that the weights name.
+def layers_for(model: nn.Module, adapter_name: str, given: Collection[str]) -> dict[str, Any]:
+    """As `adapter_layers`, for weights of a file: a layer that is in several places has the first, which files keep,
+    and those that the weights name.
 
     Args:
-        given: the weights, by keys of the base model.
+        given: the keys of the weights in the base model.
     """
     found: dict[str, Any] = {}
     seen: set[int] = set()
@@ -239,6 +239,20 @@ def check_loaded(
             layer.check_saved(adapter_name, settled(held, integers_in(layer, adapter_name)))
         for _, part in _bookkeeping_in(layer, adapter_name):
             part.restore()
+
+
+def check_whole(model: nn.Module, adapter_name: str, saved: Collection[str]) -> None:
+    """Refuse a save that would leave tensors out; see `MethodTuner.check_whole`."""
+    kept = {in_base_model(key) for key in saved}
+    layers = layers_for(model, adapter_name, kept)
+    expected = {f"{path}.{name}" for path, layer in layers.items() for name, _ in tensors_in(layer, adapter_name)}
+    missing = sorted(expected - kept)
+    if missing:
+        raise SieveError(
+            f"The state dict lacks {len(missing)} of the {len(expected)} tensors of adapter '{adapter_name}', e.g. "
+            f"{in_peft_model(missing[0])}, so nothing was saved. Gather all of it, for example with "
+            "accelerator.get_state_dict(model), and pass it as state_dict."
+        )
 
 
 def _loaded_nowhere(model: nn.Module, missing: Collection[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -16,10 +16,19 @@ from transformers.initialization import no_init_weights
 from ...errors import SieveError
 from ...hf.deletion import delete_adapter
 from ...hf.injection import injecting, values_follow
+from ...hf.trainers import wrap_trainer
 from ...moe.topology import standing_modules
 from ...moe.wrappers import compiled_in_place, plain_name, refuse_wrapped
 from .bookkeeping import checked_by
-from .loading import by_own_keys, check_biases, check_bookkeeping, check_loaded, check_state_dict, in_peft_model
+from .loading import (
+    by_own_keys,
+    check_biases,
+    check_bookkeeping,
+    check_loaded,
+    check_state_dict,
+    check_whole,
+    in_peft_model,
+)
 from .names import check_adapter_names, check_not_there
 from .trained_whole import refuse_adapting, refuse_training_whole
 
@@ -116,6 +125,12 @@ class MethodTuner(BaseTuner):
 
     # Saving and loading
 
+    def train(self, mode: bool = True) -> Any:
+        """As PyTorch's. Trainers call it before every step, by when transformers' is there to be told what to save."""
+        if mode:
+            wrap_trainer()
+        return super().train(mode)
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -173,6 +188,18 @@ class MethodTuner(BaseTuner):
             SieveError: tensors are missing or left over, or do not belong to the configuration.
         """
         check_loaded(model, adapter_name, missing, unexpected, cls.prefix)
+
+    @classmethod
+    def check_whole(cls, model: nn.Module, adapter_name: str, saved: Collection[str]) -> None:
+        """Refuse a save that would leave tensors of an adapter out.
+
+        Args:
+            saved: the keys that would be in the file.
+
+        Raises:
+            SieveError: it would.
+        """
+        check_whole(model, adapter_name, saved)
 
     # What a method may not be able to do
 
