@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import reduce
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from ..checks import first_line
 from ..errors import SieveError
 from .profile import RoutingProfile
 
@@ -27,8 +30,36 @@ def gathered(value: T) -> list[T]:
     if world == 1:
         return [value]
     values: list[Any] = [None] * world
-    dist.all_gather_object(values, value)
+    with _naming_the_missing():
+        dist.all_gather_object(values, value)
     return values
+
+
+_exchanges = itertools.count()
+
+
+@contextmanager
+def _naming_the_missing() -> Iterator[None]:
+    """Around a collective operation: if it fails, the error says which processes have not come to it."""
+    rank, world = rank_and_world()
+    store, number = dist.distributed_c10d._get_default_store(), next(_exchanges)
+    keys = [f"peft_sieve/{number}/{other}" for other in range(world)]
+    store.set(keys[rank], "here")
+    try:
+        yield
+    except RuntimeError as error:
+        raise SieveError(
+            f"Process {rank} of {world} could not compare the selection of experts with {_missing(store, keys)}, which "
+            f"stopped or takes too long ({first_line(error)}). The output of the process that stopped first says why."
+        ) from error
+
+
+def _missing(store: Any, keys: list[str]) -> str:
+    try:
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+    except RuntimeError:  # the process that keeps the store is gone
+        missing = [0]
+    return f"process {', '.join(map(str, missing))}" if missing else "another process"
 
 
 def on_every_rank(function: Callable[[], T]) -> T:

@@ -86,7 +86,7 @@ def outcome(folder: Path) -> Outcome:
         return content
 
     def both(name: str) -> list[dict[str, Any]]:
-        ranks = {"alone_on_texts": [0], "alone_summed": [1]}.get(name, [0, 1])
+        ranks = {"alone_on_texts": [0], "alone_summed": [1], "left_alone": [0]}.get(name, [0, 1])
         return [read(name, rank) for rank in ranks]
 
     return both
@@ -151,6 +151,11 @@ def test_broken_data_on_one_process_stop_every_process(outcome: Outcome) -> None
     assert first["refusal"].startswith("process 1 of 2 failed, so this one stops too; it said: ")
     assert first["refusal"].endswith(second["refusal"]), (first["refusal"], second["refusal"])
     assert first["untouched"] and second["untouched"]
+
+
+def test_a_process_that_ends_during_calibration_is_named_by_the_others(outcome: Outcome) -> None:
+    (end,) = outcome("left_alone")
+    assert "with process 1, which stopped" in end["refusal"] and end["untouched"], end["refusal"]
 
 
 def test_training_leaves_the_same_adapter_on_every_process(outcome: Outcome, folder: Path) -> None:

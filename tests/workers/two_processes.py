@@ -113,15 +113,15 @@ def calibrate_until_stable(threshold: float) -> Callable[[], Any]:
 def refused(*settings: dict[str, Any]) -> Callable[[], Any]:
     """Adapt a model with the settings of this rank; the outcome says whether it was left without adapters."""
 
-    def scenario() -> dict[str, Any]:
-        base = small_olmoe()
-        try:
-            get_peft_model(base, config(**settings[RANK]))
-        except SieveError as error:
-            return {"refusal": str(error), "untouched": not any("lora_" in name for name, _ in base.named_modules())}
-        return {"refusal": None}
+    return lambda: refused_on(small_olmoe(), settings[RANK])
 
-    return scenario
+
+def refused_on(base: nn.Module, settings: dict[str, Any]) -> dict[str, Any]:
+    try:
+        get_peft_model(base, config(**settings))
+    except SieveError as error:
+        return {"refusal": str(error), "untouched": not any("lora_" in name for name, _ in base.named_modules())}
+    return {"refusal": None}
 
 
 def first_forward(model: nn.Module) -> Callable[[], Any]:
@@ -204,6 +204,14 @@ def train_three_steps(model: PeftModel, folder: Path) -> Callable[[], Any]:
     return scenario
 
 
+def left_alone() -> dict[str, Any]:
+    """Process 1 ends in the middle of its calibration."""
+    base = small_olmoe()
+    if RANK == 1:
+        base.model.layers[2].register_forward_pre_hook(lambda *args: os._exit(0))
+    return refused_on(base, {"calib_dataset": texts})
+
+
 @contextmanager
 def connected(folder: Path, name: str) -> Iterator[None]:
     dist.init_process_group(
@@ -260,6 +268,7 @@ def main(folder: Path) -> None:
     record("settings_made_before_connecting", first_forward(differing))
     record("training", train_three_steps(agreeing, folder))
     record("sharded", lambda: train_sharded(RANK, folder / "sharded"))
+    record("left_alone", left_alone)  # last, since it ends one of the processes
 
 
 if __name__ == "__main__":

@@ -5,18 +5,19 @@ with all buffers of a module. A weighted sum of maps that are all the same is th
 to rounding, and is taken for it. One of different maps never is: maps of equally many experts hold the same numbers in
 other places, so all have one sum and one length, and an average of several has that sum and less length.
 
-Nor is it lost on the meta device. What shards a model there (accelerate's FSDP2 with `cpu_ram_efficient_loading`) takes
-every entry of its state dict for a parameter, and fills it again. So buffers that were moved there are in no state
-dict, and have their values back afterwards.
+Nor is it lost on the meta device: buffers that were moved there have their values back afterwards. What shards a model
+there (accelerate's FSDP2 with `cpu_ram_efficient_loading`) takes every entry of its state dict for a parameter that it
+sharded, so that they are in none until then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ...errors import SieveError
 from .hooks import hang
@@ -57,14 +58,16 @@ class Bookkeeping(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, value in self.integers().items():
             destination[prefix + name] = value.to(getattr(self, name).device)
-        for name in self._values:
-            del destination[prefix + name]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self.check(state_dict, prefix)
         own = {prefix + name: value for name, value in self.integers().items()}
         state_dict.update({key: value for key, value in own.items() if key in state_dict})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def away(self) -> Iterable[str]:
+        """The buffers that were moved to the meta device."""
+        return self._values.keys()
 
     def put_back(self, device: torch.device) -> dict[str, torch.Tensor]:
         """Give buffers that were moved to the meta device their values again, and return those by name."""
@@ -90,8 +93,11 @@ class Bookkeeping(nn.Module):
 
 
 def checked_by(model: nn.Module) -> None:
-    """Have `load_state_dict` of `model`, or of what it is in, refuse before it loads anything."""
-    hang(model, _NAME, model.register_load_state_dict_pre_hook(_check_all))
+    """Have `load_state_dict` of `model`, or of what it is in, refuse before it loads anything, and `state_dict` leave
+    out what is on the meta device while the model is sharded there.
+    """
+    before_loading = model.register_load_state_dict_pre_hook(_check_all)
+    hang(model, _NAME, before_loading, model.register_state_dict_post_hook(_leave_out_what_is_away))
 
 
 def _check_all(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -103,6 +109,13 @@ def _check_all(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args:
     for at, part in found.items():
         for name, value in part.put_back(device).items():
             state_dict.setdefault(at + name, value)
+
+
+def _leave_out_what_is_away(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    if any(isinstance(value, DTensor) for value in state_dict.values()):
+        for name, part in model.named_modules():
+            for buffer in part.away() if isinstance(part, Bookkeeping) else ():
+                del state_dict[f"{prefix}{name}.{buffer}"]
 
 
 def settled(saved: Mapping[str, torch.Tensor], integers: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
