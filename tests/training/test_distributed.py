@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +19,8 @@ from safetensors.torch import load_file
 
 from tests.models import tiny_model, token_batch
 from tests.reference import assert_same
+from tests.workers.pair import run_pair
 from tests.workers.sharded import SHARDED, adapted, train_a_step
-
-ROOT = Path(__file__).parents[2]
-# The workers end by themselves before that, also if they hang.
-BACKSTOP_SECONDS = 170
 
 Outcome = Callable[[str], list[dict[str, Any]]]
 
@@ -35,42 +28,7 @@ Outcome = Callable[[str], list[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the pair of processes left its results."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    processes = []
-    try:
-        for rank in range(2):
-            with open(folder / f"log.{rank}", "wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "tests.workers.two_processes", str(folder)],
-                        env=environment(rank),
-                        cwd=ROOT,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-        for process in processes:
-            process.wait(BACKSTOP_SECONDS)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return folder
-
-
-def environment(rank: int) -> dict[str, str]:
-    """That of torchrun, one thread a process, and no network but loopback."""
-    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-    return {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": loopback,
-        "HF_HUB_OFFLINE": "1",
-    }
+    return run_pair("tests.workers.two_processes", tmp_path_factory.mktemp("two_processes"))
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ One pair goes through all scenarios of tests/workers/fsdp.py, since starting it 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,31 +17,14 @@ from safetensors.torch import load_file
 
 from peft_sieve import SieveError, SieveLoraConfig
 from tests.models import randomize_adapter, tiny_model, token_batch
-from tests.training.test_distributed import ROOT, environment
 from tests.workers.fsdp import MASK, SCENARIOS, rows, train
-
-BACKSTOP_SECONDS = 170
+from tests.workers.pair import run_pair
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the pair of processes left its results."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.workers.fsdp", str(folder)]
-    processes = []
-    try:
-        for rank in range(2):
-            with open(folder / f"log.{rank}", "wb") as log:
-                processes.append(
-                    subprocess.Popen(command, env=environment(rank), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-                )
-        for process in processes:
-            process.wait(BACKSTOP_SECONDS)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return folder
+    return run_pair("tests.workers.fsdp", tmp_path_factory.mktemp("fsdp"))
 
 
 @pytest.fixture(scope="module")
