@@ -1,8 +1,8 @@
 """What does a training step cost, against one that adapts no expert at all?
 
-All methods run in one process, in turn, on the same frozen weights. The floor has LoRA on attention and router only,
-and transformers' own experts; a ratio is taken round by round. Dropout is the package's default for every adapter that
-can have one: PEFT's on stacks of experts cannot, which is in its favour.
+All methods run in one process, in turn, on the same frozen weights. The floor has LoRA on attention, router and shared
+expert only, and transformers' own experts; a ratio is taken round by round. Dropout is the package's default for every
+adapter that can have one: PEFT's on stacks of experts cannot, which is in its favour.
 
     python benchmarks/bench_step.py [--settings cpu] [--methods floor sieve_25] [--repeats 7] [--quick]
 """

@@ -46,7 +46,8 @@ def profile_routing(
     Runs the model's backbone, without its head, gradients or key-value cache, where and in the type the model is, and
     reads what the routers really dispatched. Padding and dropped slots do not count. Adapters on the model are switched
     off meanwhile. The decoder of an encoder-decoder reads the `labels` of batches that have some, and otherwise the
-    text that the encoder reads. Hooks, training mode and random state are restored, also after an exception.
+    text that the encoder reads. Hooks, training mode and random state are restored, also after an exception. Of a
+    model that FSDP2 shards, all processes have to call it, each with its data, and the head runs, too.
 
     Args:
         model: a MoE model of transformers, or one around it (`PeftModel`).
